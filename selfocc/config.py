@@ -1,0 +1,318 @@
+"""Every setting, its default and the presets. `--preset NAME` picks one, `--set section.field=value` changes any field."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, replace
+
+from selfocc import InputError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    dataset: str = "synthetic"  # synthetic | kitti
+    rig: str = "forward"  # synthetic only: forward (one camera) | surround (ring of six)
+    scenes: int = 40  # synthetic only: training scenes
+    scenes_val: int = 8  # synthetic only: validation and test scenes
+    frames: int = 48  # synthetic only: frames a scene
+    crop: tuple[int, int] = (96, 320)  # height, width kept of every image, from the top left
+    scale: float = 1.0  # resize of the cropped image for the network
+    pad: tuple[int, int] = (
+        96,
+        320,
+    )  # height, width the network sees, zero padded at bottom and right
+    target_scale: float = 1.0  # resize of the cropped images that supervise
+    mean: tuple[float, float, float] = (124.16, 116.74, 103.94)  # RGB, 0..255
+    std: tuple[float, float, float] = (58.624, 57.344, 57.6)
+    augment: bool = True  # photometric augmentation of the network's images
+    anchor_input: float = 0.333  # probability that the rendered frame is the input frame
+    anchor_past: float = 0.2  # otherwise, probability of an earlier frame; else a later one
+    past: tuple[float, float] = (0.4, 10.0)  # path length in metres to earlier anchors
+    future: tuple[float, float] = (0.4, 40.0)  # path length in metres to later anchors
+    source: tuple[float, float] = (
+        0.4,
+        40.0,
+    )  # path length in metres from the anchor to its two source frames
+    train: str = (
+        ""  # KITTI: sequences and frames, such as 00,01 or 06:0-39; empty is the official split
+    )
+    val: str = ""
+
+
+@dataclass(frozen=True)
+class VolumeConfig:
+    box: tuple[float, ...] = (-25.6, 0.0, -2.0, 25.6, 51.2, 4.4)  # x0 y0 z0 x1 y1 z1, metres
+    nodes: tuple[int, int, int] = (257, 257, 33)  # H (y), W (x), Z
+    voxel: int = 1  # ground-truth voxels are pooled by this factor before scoring
+    crop_margins: bool = (
+        True  # the published KITTI post-processing: nothing at the sides, far end and top
+    )
+    ground: float = -1.73  # height of a flat road, metres: the baseline that needs no image
+    threshold: float = (
+        0.0  # a voxel is occupied where the SDF at its centre is at most this, metres
+    )
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    depth: int = 50  # 18 | 34 | 50 | 101
+    width: int = 64  # channels of the stem; 64 is the standard network
+    weights: str = "imagenet"  # none | imagenet | a torchvision file
+    frozen_stem: bool = True  # conv1 and bn1 keep their weights
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    kind: str = "tpv"  # tpv | bev
+    dim: int = 96  # channels of tokens and planes
+    heads: int = 6
+    layers: int = 4
+    points_cross: tuple[int, int, int] = (
+        8,
+        48,
+        48,
+    )  # reference points of an hw, zh, wz query (bev uses the first)
+    points_self: int = 12
+    frequencies: int = 12  # of the positional encoding
+    dropout: float = 0.1
+    transposed_bev_grid: bool = (
+        False  # the published BEV self-attention reads a transposed reference grid
+    )
+
+
+@dataclass(frozen=True)
+class FieldConfig:
+    hidden: int = 96  # width of the MLP from planes to volume
+    colors: int = 3
+    classes: int = 0  # semantic classes, 0 for none
+    ground: float | None = (
+        None  # start from the plane z = ground (metres); None is the published random start
+    )
+
+
+@dataclass(frozen=True)
+class RenderConfig:
+    rays: tuple[int, int] = (55, 190)  # rows, columns of training rays
+    samples: int = 256  # intervals a ray
+    eval_rays: tuple[int, int] = (176, 608)
+    eval_samples: int = 256
+    alpha: str = "neus"  # neus | volsdf | density
+    variance: float = 0.1  # start of the learnt sharpness: inv_s = exp(10 variance)
+    sharpen: tuple[float, float] | None = (
+        None  # inv_s at the first and last step instead of learning it
+    )
+    anneal_steps: int = 5000  # steps until the cosine in NeuS alpha is fully used
+    background: str = "random"  # random | black
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    photometric: str = "mvs"  # mvs | mvs_combined | reprojection
+    automask: bool = True
+    weight_photometric: float = 1.0
+    weight_color: float = 0.1
+    weight_eikonal: float = 0.1
+    weight_hessian: float = 0.1
+    compact_hessian: bool = True  # diagonal second differences over one node instead of two
+    weight_sparsity: float = 0.005
+    sparsity: str = "soft"  # soft | smooth | hard | adaptive
+    weight_edge: float = 0.0
+    weight_semantic: float = 0.0
+    semantic: str = "ce"  # ce | bce
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    steps: int = 91_800  # 24 epochs of KITTI on eight GPUs
+    batch: int = 1  # of one process
+    accumulate: int = 1
+    lr: float = 1e-3
+    backbone_factor: float = 0.1
+    weight_decay: float = 0.01
+    clip: float = 35.0  # gradient norm
+    warmup: int = 1000
+    warmup_lr: float = 1e-6
+    schedule: str = "cosine"  # cosine | step
+    min_lr: float = 1e-6
+    drop_at: float = 0.75  # step schedule: lr / 10 after this share of the steps
+    bf16: bool = False  # autocast backbone and encoder to bfloat16
+    seed: int = 42
+    workers: int = 4
+    minutes: float | None = (
+        None  # stop after this much training time; the schedule follows the clock
+    )
+    validate_every: int = 5000
+    validate_frames: int = 32
+    picture_every: int = 500
+    save_every: int = 1000
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = "kitti"
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    volume: VolumeConfig = dataclasses.field(default_factory=VolumeConfig)
+    backbone: BackboneConfig = dataclasses.field(default_factory=BackboneConfig)
+    encoder: EncoderConfig = dataclasses.field(default_factory=EncoderConfig)
+    field: FieldConfig = dataclasses.field(default_factory=FieldConfig)
+    render: RenderConfig = dataclasses.field(default_factory=RenderConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+
+
+PRESETS: dict[str, tuple[str, Config]] = {}
+
+
+def _preset(name: str, summary: str, base: Config, **sections: dict) -> Config:
+    """Register a preset that differs from `base` in the fields named, section by section."""
+    changes = {s: replace(getattr(base, s), **values) for s, values in sections.items()}
+    config = replace(base, preset=name, **changes)
+    PRESETS[name] = (summary, config)
+    return config
+
+
+_kitti = _preset(
+    "kitti",
+    "SemanticKITTI occupancy as published (8 GPUs, 24 epochs)",
+    Config(),
+    data=dict(dataset="kitti", crop=(352, 1216), pad=(352, 1216)),
+)
+
+_synthetic = _preset(
+    "synthetic",
+    "embedded street, occupancy: ten minutes on two CPU cores",
+    Config(),
+    volume=dict(nodes=(65, 65, 17), voxel=2, crop_margins=False, threshold=0.2),
+    backbone=dict(depth=18, width=32, weights="none", frozen_stem=False),
+    encoder=dict(dim=48, layers=2, points_cross=(4, 8, 8), points_self=4, dropout=0.0),
+    field=dict(hidden=48, ground=-1.73),
+    render=dict(
+        rays=(24, 80),
+        samples=80,
+        eval_rays=(48, 160),
+        eval_samples=160,
+        sharpen=(4.0, 20.0),
+        anneal_steps=400,
+    ),
+    loss=dict(weight_hessian=0.01),
+    optim=dict(
+        steps=1800,
+        batch=2,
+        lr=1e-3,
+        backbone_factor=1.0,
+        warmup=50,
+        workers=1,
+        clip=5.0,
+        validate_every=900,
+        picture_every=300,
+        save_every=300,
+    ),
+)
+
+_preset(
+    "synthetic_depth",
+    "embedded street, tuned for depth: ten minutes on two CPU cores",
+    _synthetic,
+    data=dict(anchor_input=1.0),
+)
+
+
+def build(preset: str, overrides: list[str] = ()) -> Config:
+    """The preset's configuration with `section.field=value` overrides applied.
+
+    Raises InputError for an unknown preset, section or field (naming the nearest) and for a value of the wrong type.
+    """
+    if preset not in PRESETS:
+        raise InputError(
+            f"unknown preset {preset!r}{_nearest(preset, PRESETS)}; presets: {', '.join(PRESETS)}"
+        )
+    return override(PRESETS[preset][1], overrides)
+
+
+def override(config: Config, overrides: list[str]) -> Config:
+    """The configuration with `section.field=value` changes applied; raises InputError as `build` does."""
+    for change in overrides:
+        config = _change(config, change)
+    return config
+
+
+def _change(config: Config, override: str) -> Config:
+    path, equals, text = override.partition("=")
+    section, dot, name = path.partition(".")
+    if not equals or not dot:
+        raise InputError(
+            f"--set {override}: expected section.field=value, for example optim.steps=500"
+        )
+    sections = [f.name for f in dataclasses.fields(Config) if f.name != "preset"]
+    if section not in sections:
+        known = [f"{s}.{f.name}" for s in sections for f in dataclasses.fields(getattr(config, s))]
+        raise InputError(
+            f"--set {override}: there is no section {section!r}{_nearest(path, known)}"
+        )
+    part = getattr(config, section)
+    kinds = typing.get_type_hints(type(part))
+    if name not in kinds:
+        raise InputError(
+            f"--set {override}: {section} has no field {name!r}{_nearest(name, kinds)}"
+        )
+    try:
+        value = _parse(text.strip(), kinds[name])
+    except ValueError as error:
+        raise InputError(f"--set {override}: {error}") from None
+    return replace(config, **{section: replace(part, **{name: value})})
+
+
+def _nearest(word: str, known) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _parse(text: str, kind):
+    """A value of the annotated type from text; tuples are comma separated, an optional field takes `none`."""
+    if isinstance(kind, types.UnionType):
+        options = typing.get_args(kind)
+        if text.lower() == "none" and types.NoneType in options:
+            return None
+        return _parse(text, next(option for option in options if option is not types.NoneType))
+    if typing.get_origin(kind) is tuple:
+        kinds = typing.get_args(kind)
+        parts = [part.strip() for part in text.strip("()[] ").split(",")]
+        if kinds[-1] is Ellipsis:
+            kinds = (kinds[0],) * len(parts)
+        if len(parts) != len(kinds):
+            raise ValueError(f"expected {len(kinds)} numbers separated by commas")
+        return tuple(_parse(part, k) for part, k in zip(parts, kinds, strict=True))
+    if kind is bool:
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if text.lower() not in words:
+            raise ValueError("expected true or false")
+        return words[text.lower()]
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"expected {kind.__name__}, got {text!r}") from None
+
+
+def to_dict(config: Config) -> dict:
+    """Plain nested dictionaries, for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict) -> Config:
+    """The inverse of `to_dict`, also after a trip through JSON. Raises InputError for fields this version lacks."""
+    sections = {}
+    for entry in dataclasses.fields(Config):
+        if entry.name == "preset":
+            continue
+        kind = entry.default_factory
+        given = values.get(entry.name, {})
+        unknown = set(given) - {f.name for f in dataclasses.fields(kind)}
+        if unknown:
+            raise InputError(
+                f"this version does not know {entry.name}.{sorted(unknown)[0]} of the saved configuration"
+            )
+        sections[entry.name] = kind(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        )
+    return Config(preset=values.get("preset", "kitti"), **sections)

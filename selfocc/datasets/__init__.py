@@ -1,0 +1,48 @@
+"""Data sets: one file each, all read through `video.VideoDataset`."""
+
+import re
+from pathlib import Path
+
+from selfocc import InputError
+from selfocc.config import Config, DataConfig
+from selfocc.datasets.kitti import TRAIN_SEQUENCES, VAL_SEQUENCES, kitti_sequences
+from selfocc.datasets.synthetic import SyntheticConfig, synthetic_sequences
+from selfocc.datasets.video import Sequence, VideoDataset
+
+
+def open_dataset(config: Config, split: str, data: Path | None) -> VideoDataset:
+    """The data set that a configuration names, split `train` or `val`.
+
+    Raises InputError for an unknown data set, a missing folder, or files that cannot be used.
+    """
+    sequences = open_sequences(config.data, split, data)
+    return VideoDataset(sequences, config.data, train=split == "train")
+
+
+def open_sequences(config: DataConfig, split: str, data: Path | None) -> list[Sequence]:
+    if config.dataset == "synthetic":
+        world = SyntheticConfig(rig=config.rig, image_size=config.crop, frames=config.frames)
+        return synthetic_sequences(
+            world, split, config.scenes if split == "train" else config.scenes_val
+        )
+    if config.dataset == "kitti":
+        if data is None:
+            raise InputError(
+                "--dataset kitti needs --data DIR, the folder that holds `dataset/sequences`"
+            )
+        chosen = config.train if split == "train" else config.val
+        if not chosen:
+            chosen = ",".join(TRAIN_SEQUENCES if split == "train" else VAL_SEQUENCES)
+        parts = [_parse_range(part) for part in chosen.split(",")]
+        return [s for name, frames in parts for s in kitti_sequences(data, [name], frames)]
+    raise InputError(f"unknown data set {config.dataset!r}; known: synthetic, kitti")
+
+
+def _parse_range(text: str) -> tuple[str, range | None]:
+    match = re.fullmatch(r"\s*(\w+)(?::(\d+)-(\d+))?\s*", text)
+    if not match:
+        raise InputError(
+            f"cannot read {text!r}: expected a sequence such as 06, or with frames, 06:0-39"
+        )
+    name, first, last = match.groups()
+    return name, None if first is None else range(int(first), int(last) + 1)

@@ -1,0 +1,343 @@
+"""KITTI odometry with SemanticKITTI voxels (Geiger et al. 2012, Behley et al. 2019) as sequences.
+
+    dataset/poses/XX.txt                    cam0 -> world, one 3x4 matrix a line
+    dataset/sequences/XX/calib.txt          P0..P3 (rectified projections), Tr (velodyne -> cam0)
+                        /times.txt          seconds, one a line
+                        /image_2, image_3   colour stereo;  image_0, image_1: grey stereo
+                        /velodyne           float32 x, y, z, remission
+                        /voxels             .label (uint16) and .invalid (bits), 256x256x32 of 0.2 m
+
+World: cam0 of the first frame (x right, y down, z forward). Volume: p_vol = A p_velo (spec section
+1), x right, y forward, z up, origin at the velodyne. Only calibration, poses and images are needed;
+`missing` tells what else is absent and what that costs.
+"""
+
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+
+from selfocc import InputError
+
+TRAIN_SEQUENCES = ("00", "01", "02", "03", "04", "05", "06", "07", "09", "10")
+VAL_SEQUENCES = ("08",)
+
+# the published evaluation leaves these labelled frames of the complete sequence 08 out
+VAL_SKIPPED = frozenset((0, 10, 15, 20, 25, 30, 35, 40, 45, 50, 55, 60, 75))
+FULL_VAL_FRAMES = 4071
+
+GRID = (256, 256, 32)
+UNKNOWN = 255
+# SemanticKITTI label -> learning id; labels that are not named here are unknown
+LEARNING_ID = {
+    0: 0, 10: 1, 11: 2, 13: 5, 15: 3, 16: 5, 18: 4, 20: 5, 30: 6, 31: 7, 32: 8, 40: 9, 44: 10,
+    48: 11, 49: 12, 50: 13, 51: 14, 60: 9, 70: 15, 71: 16, 72: 17, 80: 18, 81: 19, 252: 1, 253: 7,
+    254: 6, 255: 8, 256: 5, 257: 5, 258: 4, 259: 5,
+}  # fmt: skip
+_LEARNING_LUT = np.full(1 << 16, UNKNOWN, np.uint8)
+_LEARNING_LUT[list(LEARNING_ID)] = list(LEARNING_ID.values())
+
+# A of the spec: velodyne (x forward, y left, z up) -> volume (x right, y forward, z up)
+VELO_TO_VOLUME = np.array([[0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], np.float64)
+# the camera sits 0.27 m ahead of the velodyne and 0.08 m below it
+NOMINAL_VELO_TO_CAM0 = np.array(
+    [[0, -1, 0, 0], [0, 0, -1, -0.08], [1, 0, 0, -0.27], [0, 0, 0, 1]], np.float64
+)
+
+
+def kitti_sequences(
+    root: Path, sequences: list[str], frames: range | None = None
+) -> list["KittiSequence"]:
+    """Open sequences by name ("06"), each restricted to the frame numbers `frames`.
+
+    `root` is `dataset`, the folder that holds it, or one inside it. Raises InputError.
+    """
+    dataset = _dataset_folder(Path(root))
+    return [KittiSequence(dataset, name, frames) for name in sequences]
+
+
+def _dataset_folder(root: Path) -> Path:
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; name the one that holds KITTI's `dataset`")
+    root = root.resolve()
+    for folder in (root / "dataset", root, root.parent, root.parent.parent):
+        if (folder / "sequences").is_dir():
+            return folder
+    raise InputError(f"{root}: no KITTI odometry data; dataset/sequences is expected there")
+
+
+class KittiSequence:
+    """One drive seen by the left camera, colour where there is one, else grey.
+
+    The protocol of `datasets.video`: frames are numbered from 0, `frame_id` gives the number on
+    disk. Calibration and poses are read and checked here; images, scans and voxels when asked for.
+    Raises InputError on whatever is malformed.
+    """
+
+    def __init__(self, dataset: Path, name: str, frames: range | None = None):
+        self.name = name
+        self.folder = dataset / "sequences" / name
+        if not self.folder.is_dir():
+            present = sorted(p.name for p in (dataset / "sequences").iterdir() if p.is_dir())
+            raise InputError(
+                f"{dataset / 'sequences'}: no sequence {name}; it holds {', '.join(present)}"
+            )
+        self.missing: list[str] = []
+        colour = bool(_numbered(self.folder / "image_2", ".png"))
+        self.left, self.right = ("image_2", "image_3") if colour else ("image_0", "image_1")
+        self.numbers = self._choose_frames(frames)
+        self.frames = len(self.numbers)
+
+        self._read_calibration()
+        path = dataset / "poses" / f"{name}.txt"
+        self._poses = _rigid(self._read_rows(path, 12), path)[self.numbers]
+        self.positions = self._poses[:, :3, 3]
+        steps = np.linalg.norm(np.diff(self.positions[:, [0, 2]], axis=0), axis=1)
+        self.path = np.concatenate([[0.0], np.cumsum(steps)])  # metres driven, as in spec 1.1
+
+        self._size = self._read_png(self.left, 0).shape
+        self._survey()
+
+    def _choose_frames(self, chosen: range | None) -> list[int]:
+        folder = self.folder / self.left
+        numbers = _numbered(folder, ".png")
+        if not numbers:
+            raise InputError(f"{self.folder}: no image_2/000000.png nor image_0/000000.png, ...")
+        self._skipped = frozenset()
+        if self.name in VAL_SEQUENCES and len(numbers) == FULL_VAL_FRAMES:
+            self._skipped = VAL_SKIPPED
+        if chosen is None:
+            return numbers
+        absent = sorted(set(chosen) - set(numbers))
+        if absent or not chosen:
+            what = f"no frame {absent[0]}" if absent else f"{chosen} chooses nothing"
+            raise InputError(f"{folder}: {what}; it holds {numbers[0]} to {numbers[-1]}")
+        return sorted(chosen)
+
+    def _read_rows(self, path: Path, columns: int) -> np.ndarray:
+        """A table with a line for every frame on disk, [lines, columns]."""
+        table = _read_table(path, columns)
+        if len(table) <= self.numbers[-1]:
+            raise InputError(
+                f"{path}: {len(table)} lines, but {self.folder.name}/{self.left} goes on to frame "
+                f"{self.numbers[-1]:06d}; restore the file or choose fewer frames"
+            )
+        return table
+
+    def _read_calibration(self) -> None:
+        path = self.folder / "calib.txt"
+        self._calibration = _read_calibration(path)
+        projection = self._projection(self.left)
+        self.intrinsics = projection[:, :3]
+        self._focal = projection[0, 0]
+        cam0_to_left = np.eye(4)
+        cam0_to_left[0, 3] = projection[0, 3] / self._focal
+        self._left_to_cam0 = np.linalg.inv(cam0_to_left)
+        if "Tr" in self._calibration:
+            velo_to_cam0 = _rigid(self._calibration["Tr"][None], path, "line Tr")[0]
+        else:
+            velo_to_cam0 = NOMINAL_VELO_TO_CAM0
+            self.missing.append("no Tr in calib.txt: nominal mounting of the velodyne assumed")
+        self._volume_to_cam0 = velo_to_cam0 @ np.linalg.inv(VELO_TO_VOLUME)
+
+    def _projection(self, camera: str) -> np.ndarray:
+        """The 3x4 projection matrix of image_i, checked."""
+        path, key = self.folder / "calib.txt", f"P{camera[-1]}"
+        if key not in self._calibration:
+            raise InputError(f"{path}: line {key} is missing, which {camera} needs; restore it")
+        projection = self._calibration[key].reshape(3, 4)
+        zeros = projection[[0, 1, 2, 2], [1, 0, 0, 1]]
+        if zeros.any() or projection[2, 2] != 1 or min(projection[0, 0], projection[1, 1]) <= 0:
+            raise InputError(f"{path}: line {key} is no rectified projection; restore it")
+        return projection
+
+    def _survey(self) -> None:
+        """What is there beside images, and what its absence costs."""
+
+        def chosen(folder: str, suffix: str) -> set[int]:
+            return set(self.numbers) & set(_numbered(self.folder / folder, suffix))
+
+        if self.left == "image_0":
+            self.missing.append("no image_2: grey images stand in for colour")
+        if (self.folder / "times.txt").exists():
+            self.times = self._read_rows(self.folder / "times.txt", 1)[self.numbers, 0]
+        else:
+            self.times = np.array(self.numbers) / 10
+            self.missing.append("no times.txt: 10 frames a second assumed, costs no metric")
+        stereo = chosen(self.right, ".png")
+        if stereo:
+            self._baseline()
+        else:
+            self.missing.append(f"no {self.right}: no stereo depth to judge against")
+        if not chosen("velodyne", ".bin"):
+            judge = "judged against stereo" if stereo else "not scored"
+            self.missing.append(f"no velodyne: depth is {judge}")
+        labels = chosen("voxels", ".label")
+        bare = labels - chosen("voxels", ".invalid")
+        if bare:
+            raise InputError(
+                f"{self.folder}/voxels/{min(bare):06d}.invalid is missing: unknown voxels would "
+                "count as free; restore it or remove the .label file"
+            )
+        if not labels:
+            self.missing.append("no voxels: occupancy is not scored")
+        scored = labels - self._skipped
+        self.labelled = [f for f, number in enumerate(self.numbers) if number in scored]
+
+    def frame_id(self, frame: int) -> str:
+        """The frame's name on disk, "000040"."""
+        return f"{self.numbers[frame]:06d}"
+
+    def cameras(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
+        """intrinsics [1, 3, 3] in pixels, camera_to_world [1, 4, 4], float64."""
+        return self.intrinsics[None].copy(), (self._poses[frame] @ self._left_to_cam0)[None]
+
+    def volume_to_world(self, frame: int) -> np.ndarray:
+        """[4, 4] float64."""
+        return self._poses[frame] @ self._volume_to_cam0
+
+    def images(self, frame: int) -> np.ndarray:
+        """uint8 [1, h, w, 3] RGB; grey is repeated."""
+        return self._image(self.left, frame)[None]
+
+    def depth(self, frame: int) -> None:
+        """KITTI odometry has no dense depth."""
+
+    def semantics(self, frame: int) -> None:
+        """KITTI odometry has no labelled images."""
+
+    def lidar(self, frame: int) -> np.ndarray | None:
+        """The scan of this frame, float32 [M, 3] in its volume frame; None where there is none."""
+        path = self.folder / "velodyne" / f"{self.frame_id(frame)}.bin"
+        if not path.exists():
+            return None
+        raw = path.read_bytes()
+        if not raw or len(raw) % 16:
+            raise InputError(f"{path}: torn, {len(raw)} bytes are not whole points; copy it again")
+        points = np.frombuffer(raw, "<f4").reshape(-1, 4)[:, :3]
+        if not np.isfinite(points).all():
+            raise InputError(f"{path}: holds points that are not finite; copy it again")
+        return points @ VELO_TO_VOLUME[:3, :3].T.astype(np.float32)
+
+    def voxels(self, frame: int) -> np.ndarray | None:
+        """SemanticKITTI labels, uint8 [256, 256, 32] over (y, x, z); None where there are none.
+
+        0 free, 1..19 learning ids, 255 unknown.
+        """
+        stem = self.folder / "voxels" / self.frame_id(frame)
+        if not stem.with_suffix(".label").exists():
+            return None
+        cells = int(np.prod(GRID))
+        labels = _LEARNING_LUT[_read_exactly(stem.with_suffix(".label"), "<u2", cells)]
+        invalid = np.unpackbits(_read_exactly(stem.with_suffix(".invalid"), "u1", cells // 8))
+        labels[invalid == 1] = UNKNOWN
+        # stored over (x, y, z) of the velodyne: x is our y, and our x runs against its y
+        return np.ascontiguousarray(labels.reshape(GRID)[:, ::-1])
+
+    def stereo_pair(self, frame: int) -> tuple[np.ndarray, np.ndarray, float, float] | None:
+        """Left and right uint8 [h, w, 3], focal length in pixels, baseline in metres; or None."""
+        if not (self.folder / self.right / f"{self.frame_id(frame)}.png").exists():
+            return None
+        left, right = self._image(self.left, frame), self._image(self.right, frame)
+        return left, right, float(self._focal), self._baseline()
+
+    def _baseline(self) -> float:
+        offset = self._projection(self.left)[0, 3] - self._projection(self.right)[0, 3]
+        if offset <= 0:
+            raise InputError(
+                f"{self.folder / 'calib.txt'}: P{self.right[-1]} is not to the right of "
+                f"P{self.left[-1]}; restore the file"
+            )
+        return float(offset / self._focal)
+
+    def _image(self, camera: str, frame: int) -> np.ndarray:
+        image = self._read_png(camera, frame)
+        if image.shape != self._size:
+            got, want = ("x".join(map(str, shape[:2])) for shape in (image.shape, self._size))
+            raise InputError(
+                f"{self.folder / camera / self.frame_id(frame)}.png: {got} pixels, but "
+                f"{self.left}/{self.frame_id(0)}.png has {want}; a sequence needs one size"
+            )
+        return image
+
+    def _read_png(self, camera: str, frame: int) -> np.ndarray:
+        path = self.folder / camera / f"{self.frame_id(frame)}.png"
+        try:
+            image = iio.imread(path, plugin="pillow")
+        except Exception as error:  # decoders raise whatever the damage makes them raise
+            raise InputError(f"{path}: damaged or unreadable PNG; copy it again") from error
+        if image.ndim == 2:
+            image = np.repeat(image[..., None], 3, axis=2)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise InputError(f"{path}: {image.dtype} {image.shape} is not 8-bit grey or RGB")
+        return image
+
+
+def _numbered(folder: Path, suffix: str) -> list[int]:
+    """Sorted numbers of the files 000000<suffix>, ... in a folder that may be absent."""
+    stems = (path.stem for path in folder.glob(f"*{suffix}"))
+    return sorted(int(stem) for stem in stems if len(stem) == 6 and stem.isdecimal())
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "not a text file" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise InputError(f"{path}: cannot be read ({reason}); restore the file") from error
+
+
+def _parse(text: str, count: int, where: str) -> np.ndarray:
+    """`count` finite numbers from a line of text."""
+    try:
+        values = np.array([float(word) for word in text.split()])
+    except ValueError as error:
+        raise InputError(f"{where}: {error}; restore the file") from error
+    if len(values) != count:
+        raise InputError(f"{where}: {len(values)} numbers instead of {count}; restore the file")
+    if not np.isfinite(values).all():
+        raise InputError(f"{where}: not all numbers are finite; restore the file")
+    return values
+
+
+def _read_table(path: Path, columns: int) -> np.ndarray:
+    """[rows, columns] float64 of a text file; blank lines are allowed at its end."""
+    lines = _read_text(path).rstrip().splitlines()
+    rows = [_parse(line, columns, f"{path}, line {i}") for i, line in enumerate(lines, 1)]
+    return np.array(rows).reshape(-1, columns)
+
+
+def _read_calibration(path: Path) -> dict[str, np.ndarray]:
+    """{"P0": [12], ..., "Tr": [12]} float64."""
+    entries = {}
+    for line in filter(str.strip, _read_text(path).splitlines()):
+        key, colon, numbers = line.partition(":")
+        if not colon:
+            raise InputError(f"{path}: '{line[:40]}' is no 'P2: 12 numbers'; restore the file")
+        if key in {"P0", "P1", "P2", "P3", "Tr"}:
+            entries[key] = _parse(numbers, 12, f"{path}, line {key}")
+    return entries
+
+
+def _rigid(rows: np.ndarray, path: Path, where: str | None = None) -> np.ndarray:
+    """[n, 4, 4] from [n, 12], refusing what is no rotation and translation."""
+    last = np.tile([0.0, 0.0, 0.0, 1.0], (len(rows), 1))
+    matrices = np.concatenate([rows, last], axis=1).reshape(-1, 4, 4)
+    rotation = matrices[:, :3, :3]
+    gram = rotation @ rotation.transpose(0, 2, 1)
+    skew = np.abs(gram - np.eye(3)).max(axis=(1, 2))
+    bad = np.flatnonzero((skew > 1e-3) | (np.linalg.det(rotation) < 0))
+    if len(bad):
+        where = where or f"line {bad[0] + 1}"
+        raise InputError(f"{path}, {where}: its 3x3 part is no rotation; restore the file")
+    return matrices
+
+
+def _read_exactly(path: Path, dtype: str, count: int) -> np.ndarray:
+    values = np.fromfile(path, np.uint8)
+    expected = count * np.dtype(dtype).itemsize
+    if values.nbytes != expected:
+        raise InputError(
+            f"{path}: {values.nbytes} bytes instead of {expected}; copy the file again"
+        )
+    return values.view(dtype)

@@ -1,0 +1,345 @@
+"""From sequences of posed frames to training samples: which frame is rendered, from which frames its colours come (spec 1.1).
+
+A data set is a list of sequences; `synthetic.py` and `kitti.py` each define one kind. All that SelfOcc does with video
+(choosing frames, preparing images, expressing every camera in the volume frame of the input time stamp) is here, once.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from selfocc import InputError
+from selfocc.config import DataConfig
+from selfocc.stereo import stereo_depth
+
+
+class Sequence(Protocol):
+    """Posed frames of N cameras. Matrices are float64, lengths metres, colours 8-bit RGB."""
+
+    name: str
+    frames: int
+    path: np.ndarray  # [frames] length of the path driven until each frame
+    labelled: list[int]  # frames that have voxel labels
+    missing: list[str]  # what this sequence lacks and which metrics that costs
+
+    def frame_id(self, frame: int) -> str: ...
+    def cameras(
+        self, frame: int
+    ) -> tuple[np.ndarray, np.ndarray]: ...  # intrinsics, camera_to_world
+    def volume_to_world(self, frame: int) -> np.ndarray: ...  # [4, 4]
+    def images(self, frame: int) -> np.ndarray: ...  # uint8 [N, h, w, 3]
+    def depth(
+        self, frame: int
+    ) -> np.ndarray | None: ...  # float32 [N, h, w], 0 where there is none
+    def lidar(self, frame: int) -> np.ndarray | None: ...  # float32 [M, 3] in the volume frame
+    def semantics(self, frame: int) -> np.ndarray | None: ...  # uint8 [N, h, w]
+    def voxels(self, frame: int) -> np.ndarray | None: ...  # uint8 [ny, nx, nz], 255 unknown
+    def stereo_pair(self, frame: int) -> tuple | None: ...  # left, right, focal length, baseline
+
+
+@dataclass
+class Frames:
+    """Images of one time stamp or several, with cameras in the volume frame of the *input* time stamp."""
+
+    images: Tensor  # [..., N, 3, h, w] RGB in [0, 1]
+    intrinsics: Tensor  # [..., N, 3, 3] float64, pixels of `images`
+    camera_to_volume: Tensor  # [..., N, 4, 4] float64
+
+
+@dataclass
+class Batch:
+    """What the model sees and what supervises or judges it. A sample is the same without the leading B."""
+
+    name: list[str]
+    images: Tensor  # [B, N, 3, h, w] normalised and padded, for the network
+    intrinsics: Tensor  # [B, N, 3, 3] float64, pixels of `images`
+    camera_to_volume: Tensor  # [B, N, 4, 4] float64
+    target: Frames  # [B, N, ...] the frame that is rendered and supervised
+    sources: Frames  # [B, 2, N, ...] the frames before and after it
+    depth: Tensor | None = None  # [B, N, h, w] exact z-depth of the target, 0 where there is none
+    lidar: Tensor | None = (
+        None  # [B, N, h, w] z-depth of the target's LiDAR points, 0 where there is none
+    )
+    stereo: Tensor | None = (
+        None  # [B, N, h, w] z-depth by block matching, evaluation only, where there is no other
+    )
+    semantics: Tensor | None = None  # [B, N, h, w] class ids of the target
+    voxels: Tensor | None = None  # [B, ny, nx, nz] uint8 labels around the input frame, 255 unknown
+
+    def to(self, device: torch.device) -> "Batch":
+        return _map(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _map(item, function):
+    changes = {}
+    for entry in dataclasses.fields(item):
+        value = getattr(item, entry.name)
+        if isinstance(value, Tensor):
+            changes[entry.name] = function(value)
+        elif isinstance(value, Frames):
+            changes[entry.name] = _map(value, function)
+    return dataclasses.replace(item, **changes)
+
+
+def collate(samples: list[Batch]) -> Batch:
+    """Stack samples; truth that one of them lacks is dropped for all."""
+
+    def stack(values):
+        if isinstance(values[0], list):
+            return [name for names in values for name in names]
+        if isinstance(values[0], Frames):
+            fields = dataclasses.fields(Frames)
+            return Frames(*(stack([getattr(v, f.name) for v in values]) for f in fields))
+        return None if any(value is None for value in values) else torch.stack(values)
+
+    return Batch(*(stack([getattr(s, f.name) for s in samples]) for f in dataclasses.fields(Batch)))
+
+
+class VideoDataset(torch.utils.data.Dataset):
+    """Samples from sequences.
+
+    An integer key gives the evaluation sample: the input frame is also the target. A key (index, seed) gives a training
+    sample, whose anchor and augmentation follow from the seed alone, so that a resumed run repeats them exactly.
+    """
+
+    def __init__(self, sequences: list[Sequence], config: DataConfig, train: bool):
+        self.sequences = sequences
+        self.config = config
+        self.train = train
+        self.index = [pair for s in range(len(sequences)) for pair in self._frames_of(s)]
+        if not self.index:
+            need = "a frame before and after it" if train else "neighbours or labels"
+            raise InputError(
+                f"no usable frame in {', '.join(s.name for s in sequences)}: none has {need} within the "
+                "data.past/future distances; widen them or give longer frame ranges"
+            )
+
+    @classmethod
+    def every_frame(cls, sequence: Sequence, config: DataConfig) -> "VideoDataset":
+        """Evaluation samples of all frames of one sequence, in order, labelled or not."""
+        dataset = cls([sequence], config, train=False)
+        dataset.index = [(0, frame) for frame in range(sequence.frames)]
+        return dataset
+
+    def _frames_of(self, s: int) -> Iterator[tuple[int, int]]:
+        sequence = self.sequences[s]
+        if not self.train and sequence.labelled:
+            return ((s, frame) for frame in sequence.labelled)
+        usable = (f for f in range(sequence.frames) if None not in self._neighbours(sequence, f))
+        return ((s, frame) for frame in usable)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Batch:
+        if isinstance(key, tuple):
+            return self._training_sample(*key)
+        sequence, frame = self.locate(key)
+        sources = [frame if f is None else f for f in self._neighbours(sequence, frame)]
+        sample = self._sample(sequence, frame, frame, sources, None)
+        if sample.depth is None and sample.lidar is None:
+            pair = sequence.stereo_pair(frame)
+            sample.stereo = None if pair is None else self._label_map(stereo_depth(pair)[None])
+        labels = sequence.voxels(frame)
+        if labels is not None:
+            sample.voxels = torch.from_numpy(labels)
+        return sample
+
+    def locate(self, index: int) -> tuple[Sequence, int]:
+        """The sequence and the frame behind an index."""
+        s, frame = self.index[index]
+        return self.sequences[s], frame
+
+    def _training_sample(self, index: int, seed: int) -> Batch:
+        rng = np.random.default_rng(seed)
+        while True:
+            sequence, frame = self.locate(index)
+            anchor = self._draw_anchor(sequence, frame, rng)
+            sources = (None, None) if anchor is None else self._neighbours(sequence, anchor)
+            if None not in sources:
+                return self._sample(sequence, frame, anchor, sources, rng)
+            index = int(rng.integers(len(self)))
+
+    def _draw_anchor(self, sequence: Sequence, frame: int, rng: np.random.Generator) -> int | None:
+        if rng.random() < self.config.anchor_input:
+            return frame
+        past = rng.random() < self.config.anchor_past
+        window = self.config.past if past else self.config.future
+        away = sequence.path - sequence.path[frame]
+        candidates = np.flatnonzero(_within(-away if past else away, window))
+        return int(rng.choice(candidates)) if len(candidates) else None
+
+    def _neighbours(self, sequence: Sequence, frame: int) -> tuple[int | None, int | None]:
+        """The nearest frames before and after `frame` that are far enough for parallax."""
+        away = sequence.path - sequence.path[frame]
+        before = np.flatnonzero(_within(-away, self.config.source))
+        after = np.flatnonzero(_within(away, self.config.source))
+        return (int(before[-1]) if len(before) else None, int(after[0]) if len(after) else None)
+
+    def future(
+        self, index: int, maximum: float = 10.0, step: float = 0.4
+    ) -> Iterator[tuple[float, Batch]]:
+        """Later frames as targets for novel depth, at least `step` metres apart: (distance, sample)."""
+        sequence, frame = self.locate(index)
+        last = sequence.path[frame]
+        for other in range(frame + 1, sequence.frames):
+            distance = sequence.path[other] - sequence.path[frame]
+            if distance > maximum:
+                return
+            if sequence.path[other] - last >= step:
+                last = sequence.path[other]
+                yield float(distance), self._sample(sequence, frame, other, [other, other], None)
+
+    def _sample(self, sequence, frame, anchor, sources, rng) -> Batch:
+        world_to_volume = np.linalg.inv(sequence.volume_to_world(frame))
+        intrinsics, camera_to_world = sequence.cameras(frame)
+        network_intrinsics = intrinsics.copy()
+        network_intrinsics[:, :2] *= self.config.scale
+        target = self._frames(sequence, anchor, world_to_volume)
+        pairs = [self._frames(sequence, source, world_to_volume) for source in sources]
+        return Batch(
+            name=[f"{sequence.name}/{sequence.frame_id(frame)}"],
+            images=self._network_images(sequence, frame, rng),
+            intrinsics=torch.from_numpy(network_intrinsics),
+            camera_to_volume=torch.from_numpy(world_to_volume @ camera_to_world),
+            target=target,
+            sources=Frames(
+                *(
+                    torch.stack([getattr(p, f.name) for p in pairs])
+                    for f in dataclasses.fields(Frames)
+                )
+            ),
+            depth=self._label_map(sequence.depth(anchor)),
+            lidar=self._lidar_map(sequence, anchor, target),
+            semantics=self._label_map(sequence.semantics(anchor)),
+        )
+
+    def _cropped(self, sequence: Sequence, frame: int) -> Tensor:
+        height, width = self.config.crop
+        images = sequence.images(frame)
+        if images.shape[1] < height or images.shape[2] < width:
+            raise InputError(
+                f"{sequence.name} frame {sequence.frame_id(frame)} is {images.shape[1]}x{images.shape[2]}, smaller "
+                f"than the crop {height}x{width}; choose a preset for this size or --set data.crop=H,W"
+            )
+        return torch.from_numpy(images[:, :height, :width]).permute(0, 3, 1, 2).float()
+
+    def _frames(self, sequence: Sequence, frame: int, world_to_volume: np.ndarray) -> Frames:
+        scale = self.config.target_scale
+        intrinsics, camera_to_world = sequence.cameras(frame)
+        intrinsics = intrinsics.copy()
+        # integer coordinates are pixel centres, so that a resize moves the origin by half a pixel
+        intrinsics[:, :2] *= scale
+        intrinsics[:, :2, 2] += (scale - 1) / 2
+        return Frames(
+            resize(self._cropped(sequence, frame) / 255, scale),
+            torch.from_numpy(intrinsics),
+            torch.from_numpy(world_to_volume @ camera_to_world),
+        )
+
+    def _network_images(self, sequence: Sequence, frame: int, rng) -> Tensor:
+        images = self._cropped(sequence, frame)
+        if rng is not None and self.config.augment:
+            images = photometric_augmentation(images, rng)
+        mean, std = (torch.tensor(v)[:, None, None] for v in (self.config.mean, self.config.std))
+        images = resize((images - mean) / std, self.config.scale)
+        rows, cols = (p - s for p, s in zip(self.config.pad, images.shape[-2:], strict=True))
+        if rows < 0 or cols < 0:
+            raise InputError(
+                f"data.pad {self.config.pad} is smaller than the network image {tuple(images.shape[-2:])}"
+            )
+        return F.pad(images, (0, cols, 0, rows))
+
+    def _label_map(self, labels: np.ndarray | None) -> Tensor | None:
+        if labels is None:
+            return None
+        height, width = self.config.crop
+        rows, cols = (
+            (
+                (np.arange(int(n * self.config.target_scale)) + 0.5) / self.config.target_scale
+            ).astype(int)
+            for n in (height, width)
+        )
+        return torch.from_numpy(np.ascontiguousarray(labels[:, rows][:, :, cols]))
+
+    def _lidar_map(self, sequence: Sequence, frame: int, target: Frames) -> Tensor | None:
+        points = sequence.lidar(frame)
+        if points is None:
+            return None
+        _, camera_to_world = sequence.cameras(frame)
+        volume_to_cameras = np.linalg.inv(camera_to_world) @ sequence.volume_to_world(frame)
+        size = target.images.shape[-2:]
+        maps = [
+            project_points(points, to_camera, k, size)
+            for to_camera, k in zip(volume_to_cameras, target.intrinsics.numpy(), strict=True)
+        ]
+        return torch.from_numpy(np.stack(maps))
+
+
+def _within(distance: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    return (distance >= window[0]) & (distance <= window[1])
+
+
+def resize(images: Tensor, scale: float) -> Tensor:
+    """Bilinear resize of [N, 3, h, w] to int(size * scale), with a wider filter where it would alias."""
+    if scale == 1:
+        return images
+    size = [int(n * scale) for n in images.shape[-2:]]
+    return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=scale < 0.5)
+
+
+def project_points(
+    points: np.ndarray, to_camera: np.ndarray, intrinsics: np.ndarray, size: tuple[int, int]
+) -> np.ndarray:
+    """z-depth map [h, w] of points [M, 3], float32 metres: the nearest point of each pixel, 0 where there is none."""
+    camera = points.astype(np.float64) @ to_camera[:3, :3].T + to_camera[:3, 3]
+    camera = camera[camera[:, 2] > 1e-3]
+    u, v = np.rint((camera @ intrinsics[:2].T) / camera[:, 2:]).astype(np.int64).T
+    inside = (u >= 0) & (u < size[1]) & (v >= 0) & (v < size[0])
+    depth = np.full(size[0] * size[1], np.inf, np.float32)
+    np.minimum.at(depth, v[inside] * size[1] + u[inside], camera[inside, 2].astype(np.float32))
+    return np.where(np.isinf(depth), 0, depth).reshape(size)
+
+
+def photometric_augmentation(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Brightness, contrast, saturation and hue, each with probability 1/2, without clipping (spec section 1).
+
+    images [N, 3, h, w] RGB in 0..255. All cameras of a sample get the same change.
+    """
+
+    def chance():
+        return rng.random() < 0.5
+
+    if chance():
+        images = images + rng.uniform(-32, 32)
+    contrast_first = chance()
+    contrast = rng.uniform(0.8, 1.2) if chance() else 1.0
+    if contrast_first:
+        images = images * contrast
+    saturation = rng.uniform(0.8, 1.2) if chance() else 1.0
+    hue = rng.uniform(-18, 18) if chance() else 0.0
+    if saturation != 1 or hue != 0:
+        images = _shift_hsv(images, hue, saturation)
+    return images if contrast_first else images * contrast
+
+
+def _shift_hsv(images: Tensor, hue: float, saturation: float) -> Tensor:
+    value, _ = images.max(dim=1, keepdim=True)
+    chroma = value - images.amin(dim=1, keepdim=True)
+    r, g, b = images.split(1, dim=1)
+    safe = chroma.clamp_min(1e-6)
+    sector = torch.where(
+        value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
+    )
+    sector = (sector + hue / 60) % 6
+    # colour channel n of HSV -> RGB falls off with the distance of the hue from that channel's own sector
+    offsets = torch.tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)
+    k = (offsets + sector) % 6
+    fall = torch.minimum(k, 4 - k).clamp(0, 1)
+    return value - torch.minimum(chroma * saturation, value.clamp_min(0)) * fall

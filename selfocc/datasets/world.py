@@ -1,0 +1,298 @@
+"""An analytic street: its ground, its solids, where rays hit them and how far points are from them.
+
+World frame: metres, x east, y north (the street runs towards +y), z up. Everything is the ground (a height field), boxes
+turned about z, upright cylinders or spheres, so that depth, labels, motion and signed distance are exact.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+
+BOX, CYLINDER, SPHERE = range(3)
+# Surface styles; shading.py gives them their looks.
+PLAIN, FACADE, PAINT, CABIN, FOLIAGE, BARK, SLATS, SIGN, CLOTH = range(9)
+
+CAR, TRUCK, PERSON, BICYCLIST = 1, 4, 6, 7
+ROAD, SIDEWALK, BUILDING, FENCE, VEGETATION, TRUNK, TERRAIN, POLE, TRAFFIC_SIGN = 9, 11, 13, 14, 15, 16, 17, 18, 19
+
+FAR = 160.0  # metres; nothing is drawn beyond
+KERB_HEIGHT, KERB_WIDTH = 0.12, 0.06  # the kerb is a steep smooth step from road to sidewalk
+
+
+@dataclass(frozen=True)
+class Waves:
+    """A sum of sines f(y) = sum_i amplitude_i sin(2 pi y / wavelength_i + phase_i)."""
+
+    amplitude: np.ndarray
+    wavenumber: np.ndarray
+    phase: np.ndarray
+
+    @classmethod
+    def random(cls, rng, wavelengths, slope):
+        """One wave per (shortest, longest) wavelength; the steepest slope of the whole sum is at most `slope`."""
+        wavenumber = 2 * np.pi / np.array([rng.uniform(*span) for span in wavelengths])
+        share = rng.dirichlet(np.full(len(wavelengths), 2.0))
+        return cls(slope * share / wavenumber, wavenumber, rng.uniform(0, 2 * np.pi, len(wavelengths)))
+
+    def __call__(self, y):
+        return sum(np.float32(a) * np.sin(y * np.float32(k) + np.float32(p)) for a, k, p in self._terms())
+
+    def slope(self, y):
+        return sum(np.float32(a * k) * np.cos(y * np.float32(k) + np.float32(p)) for a, k, p in self._terms())
+
+    def _terms(self):
+        return zip(self.amplitude, self.wavenumber, self.phase, strict=True)
+
+
+@dataclass(frozen=True)
+class Ground:
+    """The height field: a road along x = centre(y) with grade, crossfall, kerbs, sidewalks and open terrain."""
+
+    centre: Waves
+    profile: Waves
+    crossfall: Waves  # tilt across the road, metres per metre
+    road: float  # half the width of the road
+    sidewalk: float  # width of a sidewalk
+
+    def lateral(self, x, y):
+        """Metres to the right of the centre line (seen towards +y)."""
+        slope = self.centre.slope(y)
+        return (x - self.centre(y)) / np.sqrt(1 + slope * slope)
+
+    def place(self, y, lateral):
+        """(x, heading): where a lateral offset lies at y, and the direction of the road there, radians from +x."""
+        slope = self.centre.slope(y)
+        return self.centre(y) + lateral * np.sqrt(1 + slope * slope), np.arctan2(1.0, slope)
+
+    def height(self, x, y):
+        lateral = self.lateral(x, y)
+        across = lateral / np.sqrt(1 + (lateral * np.float32(1 / 15)) ** 2)  # crossfall levels out off the road
+        step = np.clip((np.abs(lateral) - np.float32(self.road)) * np.float32(1 / KERB_WIDTH), 0, 1)
+        step = step * step * (3 - 2 * step)
+        return self.profile(y) + self.crossfall(y) * across + np.float32(KERB_HEIGHT) * step
+
+    def normal(self, x, y, reach=0.02):
+        """Unit normals [.., 3], from central differences over +-`reach` metres."""
+        dx = (self.height(x + reach, y) - self.height(x - reach, y)) / (2 * reach)
+        dy = (self.height(x, y + reach) - self.height(x, y - reach)) / (2 * reach)
+        scale = 1 / np.sqrt(1 + dx * dx + dy * dy)
+        return np.stack([-dx * scale, -dy * scale, scale], -1)
+
+    def label(self, x, y):
+        lateral = np.abs(self.lateral(x, y))
+        walk = np.where(lateral < self.road + self.sidewalk, SIDEWALK, TERRAIN)
+        return np.where(lateral < self.road + KERB_WIDTH / 2, ROAD, walk).astype(np.uint8)
+
+    def signed_distance(self, points):
+        """[.., 3] -> [..]: height above ground over the length of the normal; exact to first order in the curvature."""
+        x, y, z = np.moveaxis(points, -1, 0)
+        return (z - self.height(x, y)) * self.normal(x, y)[..., 2]
+
+    def cast(self, origin, directions, steps=14, refinements=6):
+        """First hit of rays origin + t directions, [R, 3] -> t [R] (inf: none within FAR).
+
+        March within the slab of heights the ground can have, then Illinois false position in the first bracket."""
+        span = lambda w: np.abs(w.amplitude).sum()  # noqa: E731
+        relief = span(self.profile) + 15 * span(self.crossfall)
+        dz = directions[:, 2]
+        reach = np.float32(FAR) / np.maximum(np.hypot(directions[:, 0], directions[:, 1]), 1e-6)
+        with np.errstate(divide="ignore"):
+            enter = (np.float32(relief + KERB_HEIGHT) - origin[2]) / dz
+            leave = (np.float32(-relief) - origin[2]) / dz
+        near = np.where(dz < 0, np.maximum(enter, 0.5), 0.5)
+        far = np.where(dz < 0, np.minimum(leave * 1.001, reach), np.minimum(reach, np.where(dz > 0, enter, reach)))
+        found = np.full(len(directions), np.inf, np.float32)
+        rays = np.flatnonzero((far > near) & (dz < 0.12))
+        if not len(rays):
+            return found
+        near, far, d = near[rays], far[rays], directions[rays]
+        x0, y0, z0 = (np.float32(v) for v in origin)
+
+        def clearance(t, d):
+            return z0 + t * d[..., 2] - self.height(x0 + t * d[..., 0], y0 + t * d[..., 1])
+
+        ratio = np.log(far / near) / np.float32(steps)
+        ts = near * np.exp(ratio * np.arange(steps + 1, dtype=np.float32)[:, None])
+        heights = clearance(ts, d)
+        below = heights < 0
+        first = below.argmax(0)
+        hit = below.any(0) & (first > 0)
+        rays, d, first = rays[hit], d[hit], first[hit]
+        column = np.flatnonzero(hit)
+        a, b = ts[first - 1, column], ts[first, column]
+        fa, fb = heights[first - 1, column], heights[first, column]
+        t = b
+        for _ in range(refinements):
+            t = a - fa * (b - a) / (fb - fa)
+            f = clearance(t, d)
+            above = f > 0
+            fb = np.where(above, fb * np.float32(0.5), f)
+            b = np.where(above, b, t)
+            fa = np.where(above, f, fa * np.float32(0.5))
+            a = np.where(above, t, a)
+        found[rays] = t
+        return found
+
+
+@dataclass(frozen=True)
+class Solids:
+    """A table of P primitives. Cylinders stand upright with radius half[0]; spheres have radius half[0]."""
+
+    kind: np.ndarray  # [P] BOX, CYLINDER or SPHERE
+    centre: np.ndarray  # [P, 3] world
+    half: np.ndarray  # [P, 3] half extents along the solid's own axes
+    yaw: np.ndarray  # [P] radians from +x to the solid's own x axis
+    label: np.ndarray  # [P] semantic id
+    style: np.ndarray  # [P] how it is painted
+    colour: np.ndarray  # [P, 2, 3] main and second colour
+    pattern: np.ndarray  # [P, 2] size of the style's pattern, metres
+    seed: np.ndarray  # [P] offset of its noise
+    mover: np.ndarray  # [P] index of the moving object it belongs to, -1 if it stands still
+
+    def __len__(self):
+        return len(self.kind)
+
+    def __getitem__(self, index):
+        return Solids(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    @staticmethod
+    def join(tables):
+        return Solids(*(np.concatenate([getattr(t, f.name) for t in tables]) for f in fields(Solids)))
+
+    def moved(self, pose):
+        """Carried by `pose` = [P, 4] (x, y, z, yaw) of the object frames they are given in."""
+        cos, sin = np.cos(pose[:, 3]), np.sin(pose[:, 3])
+        x, y, z = self.centre.T
+        centre = np.stack([pose[:, 0] + cos * x - sin * y, pose[:, 1] + sin * x + cos * y, pose[:, 2] + z], -1)
+        return replace(self, centre=centre, yaw=self.yaw + pose[:, 3])
+
+    def to_local(self, points, index):
+        """World points [R, 3] in the axes of solids index [R]; also their float32 cos and sin of yaw."""
+        cos = np.cos(self.yaw).astype(np.float32)[index]
+        sin = np.sin(self.yaw).astype(np.float32)[index]
+        rel = points - self.centre.astype(np.float32)[index]
+        x, y = cos * rel[..., 0] + sin * rel[..., 1], cos * rel[..., 1] - sin * rel[..., 0]
+        return np.stack([x, y, rel[..., 2]], -1), cos, sin
+
+    def corners(self):
+        """[P, 8, 3] corners of the bounding boxes; corner i has the signs of the bits of i."""
+        signs = np.array([[1 if i >> k & 1 else -1 for k in range(3)] for i in range(8)])
+        local = self.half[:, None] * signs
+        cos, sin = np.cos(self.yaw)[:, None], np.sin(self.yaw)[:, None]
+        x, y, z = np.moveaxis(local, -1, 0)
+        return self.centre[:, None] + np.stack([cos * x - sin * y, sin * x + cos * y, z], -1)
+
+    def normal(self, points, index):
+        """Outward unit normals [R, 3] (world) of surface points [R, 3] on solids index [R]; and the points' local
+        coordinates [R, 3] and the local axis [R] the normal is nearest to."""
+        local, cos, sin = self.to_local(points, index)
+        kind, half = self.kind[index], self.half.astype(np.float32)[index]
+        relative = local / half
+        side = np.abs(relative)
+        side[..., 0] = np.where(kind == CYLINDER, np.hypot(relative[..., 0], relative[..., 1]), side[..., 0])
+        side[..., 1] = np.where(kind == CYLINDER, 0, side[..., 1])
+        axis = side.argmax(-1)
+        flat = (np.arange(3) == axis[:, None]) * np.sign(local)
+        curved = local.copy()
+        curved[..., 2] = np.where(kind == SPHERE, curved[..., 2], 0)
+        curved /= np.maximum(np.linalg.norm(curved, axis=-1, keepdims=True), 1e-9)
+        smooth = (kind == SPHERE) | ((kind == CYLINDER) & (axis == 0))
+        n = np.where(smooth[:, None], curved, flat)
+        world = np.stack([cos * n[..., 0] - sin * n[..., 1], sin * n[..., 0] + cos * n[..., 1], n[..., 2]], -1)
+        return world.astype(np.float32), local, axis
+
+    def signed_distance(self, points, index):
+        """Signed distance [R] of world points [R, 3] to solids index [R] (or one index for all)."""
+        local, _, _ = self.to_local(points, index)
+        half, kind = self.half.astype(np.float32)[index], self.kind[index]
+        ball = np.linalg.norm(local, axis=-1) - half[..., 0]
+        q = np.abs(local) - half
+        radial = np.hypot(local[..., 0], local[..., 1]) - half[..., 0]
+        # The cylinder is a box in (radius, height).
+        q0 = np.where(kind == CYLINDER, radial, q[..., 0])
+        q1 = np.where(kind == CYLINDER, radial, q[..., 1])
+        outside = np.sqrt(np.maximum(q0, 0) ** 2 + np.maximum(q[..., 2], 0) ** 2
+                          + np.where(kind == CYLINDER, 0, np.maximum(q1, 0) ** 2))
+        inside = np.minimum(np.maximum(np.maximum(q0, q1), q[..., 2]), 0)
+        return np.where(kind == SPHERE, ball, outside + inside)
+
+    def cast(self, origin, directions, solid, ray):
+        """t of the first hit of ray[i] with solid[i] for all pairs i; inf where they miss."""
+        t = np.full(len(solid), np.inf, np.float32)
+        rel = origin - self.centre
+        cos, sin = np.cos(self.yaw), np.sin(self.yaw)
+        o = np.stack([cos * rel[:, 0] + sin * rel[:, 1], cos * rel[:, 1] - sin * rel[:, 0], rel[:, 2]], 0)
+        o, half = o.astype(np.float32), self.half.T.astype(np.float32)
+        cos, sin = cos.astype(np.float32), sin.astype(np.float32)
+        d = np.ascontiguousarray(directions.T)
+        kinds = self.kind[solid]
+        for kind, hit in ((BOX, _hit_box), (CYLINDER, _hit_cylinder), (SPHERE, _hit_sphere)):
+            pair = np.flatnonzero(kinds == kind)
+            if len(pair):
+                s, r = solid[pair], ray[pair]
+                dx, dy = d[0][r], d[1][r]
+                c, sn = cos[s], sin[s]
+                t[pair] = hit(o, half, s, c * dx + sn * dy, c * dy - sn * dx, d[2][r])
+        return t
+
+
+def _hit_box(o, half, s, dx, dy, dz):
+    near, far = np.float32(-np.inf), np.float32(np.inf)
+    for axis, d in enumerate((dx, dy, dz)):
+        inverse = 1 / np.where(d == 0, np.float32(1e-12), d)
+        middle = -o[axis][s] * inverse
+        spread = np.abs(half[axis][s] * inverse)
+        near, far = np.maximum(near, middle - spread), np.minimum(far, middle + spread)
+    return np.where((near < far) & (near > 0), near, np.float32(np.inf))
+
+
+def _hit_cylinder(o, half, s, dx, dy, dz):
+    ox, oy, oz = o[0][s], o[1][s], o[2][s]
+    a = np.maximum(dx * dx + dy * dy, np.float32(1e-12))
+    b = ox * dx + oy * dy
+    # The discriminant from the distance between axis and ray: no cancellation for far, thin poles.
+    cross = ox * dy - oy * dx
+    disc = half[0][s] ** 2 * a - cross * cross
+    root = np.sqrt(np.maximum(disc, 0))
+    inverse = 1 / np.where(dz == 0, np.float32(1e-12), dz)
+    middle, spread = -oz * inverse, np.abs(half[2][s] * inverse)
+    near = np.maximum((-b - root) / a, middle - spread)
+    far = np.minimum((-b + root) / a, middle + spread)
+    return np.where((disc > 0) & (near < far) & (near > 0), near, np.float32(np.inf))
+
+
+def _hit_sphere(o, half, s, dx, dy, dz):
+    ox, oy, oz = o[0][s], o[1][s], o[2][s]
+    a = dx * dx + dy * dy + dz * dz
+    b = ox * dx + oy * dy + oz * dz
+    cx, cy, cz = oy * dz - oz * dy, oz * dx - ox * dz, ox * dy - oy * dx
+    disc = half[0][s] ** 2 * a - (cx * cx + cy * cy + cz * cz)
+    t = (-b - np.sqrt(np.maximum(disc, 0))) / a
+    return np.where((disc > 0) & (t > 0), t, np.float32(np.inf))
+
+
+def rectangle_pairs(top, bottom, left, right, width):
+    """All (solid, pixel) pairs of half-open rectangles [top:bottom, left:right] in a raster of `width` columns."""
+    columns = np.maximum(right - left, 0)
+    count = np.maximum(bottom - top, 0) * columns
+    solid = np.repeat(np.arange(len(count), dtype=np.int32), count)
+    within = np.arange(count.sum(), dtype=np.int32) - np.repeat((np.cumsum(count) - count).astype(np.int32), count)
+    row = within // columns.astype(np.int32)[solid]
+    column = within - row * columns.astype(np.int32)[solid]
+    return solid, (row + top.astype(np.int32)[solid]) * width + (column + left.astype(np.int32)[solid]) % width
+
+
+def first_hits(ground, solids, origin, directions, solid, ray):
+    """The scene seen along rays: t [R] (inf: sky) and the solid hit [R] (-1: ground or sky).
+
+    origin [3]; directions [R, 3] float32; (solid, ray): the pairs that can meet."""
+    t = ground.cast(origin, directions)
+    pair_t = solids.cast(origin, directions, solid, ray)
+    hits = np.flatnonzero(pair_t < t[ray])
+    solid, ray, pair_t = solid[hits], ray[hits], pair_t[hits]
+    nearest = t.copy()
+    np.minimum.at(nearest, ray, pair_t)
+    index = np.full(len(t), -1, np.int32)
+    won = pair_t == nearest[ray]
+    index[ray[won]] = solid[won]
+    return nearest, index

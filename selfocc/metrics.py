@@ -1,0 +1,359 @@
+"""What a prediction is worth (spec section 12), and the baselines it has to beat.
+
+Voxels are [ny, nx, nz] over (y, x, z); labels are uint8, 0 free, 1.. class, 255 unknown and never
+scored. Depth is z-depth in metres, 0 in truth where there is none. Every metric accumulates frames
+with `update` and reports with `results`. Arguments are tensors on the CPU or numpy arrays.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+UNKNOWN = 255
+GROUND_CLASSES = (9, 10, 11, 12, 17)  # road, parking, sidewalk, other-ground, terrain
+
+
+def _ratio(numerator, denominator) -> float:
+    return float(numerator) / float(denominator) if denominator else 0.0
+
+
+def _scores(tp, fp, fn) -> dict[str, float]:
+    return {
+        "iou": _ratio(tp, tp + fp + fn),
+        "precision": _ratio(tp, tp + fp),
+        "recall": _ratio(tp, tp + fn),
+    }
+
+
+# voxels
+
+
+def crop_margins_kitti(prediction: Tensor, factor: int = 1) -> Tensor:
+    """The published post-processing: free near the top, the far end and both sides of the box.
+
+    That is above 3.6 m, the farthest 1.2 m and 1.2 m at either side. prediction [ny, nx, nz]:
+    occupancy or classes (free = 0) or SDF (free = inf); a copy is returned. `factor` is by how much
+    the voxels of 0.2 m were pooled.
+    """
+    prediction = torch.as_tensor(prediction).clone()
+    free = torch.inf if prediction.is_floating_point() else 0
+    margin = -(-6 // factor)
+    prediction[..., 28 // factor :] = free
+    prediction[-margin:] = free
+    prediction[:, :margin] = free
+    prediction[:, -margin:] = free
+    return prediction
+
+
+def pool_voxels(labels: Tensor, factor: int) -> Tensor:
+    """Voxels `factor` times as long: [ny, nx, nz] -> [ny/f, nx/f, nz/f] uint8.
+
+    Occupied if any child is, by the commonest class of the occupied children (the lowest id among
+    equals); free if none is and at least half are known; else unknown. Raises ValueError where
+    `factor` does not divide the shape.
+    """
+    labels = torch.as_tensor(labels)
+    if factor == 1:
+        return labels
+    if any(n % factor for n in labels.shape):
+        raise ValueError(f"voxels {tuple(labels.shape)} cannot be pooled by {factor}")
+    ny, nx, nz = (n // factor for n in labels.shape)
+    children = labels.reshape(ny, factor, nx, factor, nz, factor).permute(0, 2, 4, 1, 3, 5)
+    children = children.flatten(3).long()
+    known = children != UNKNOWN
+    classes = torch.where(known, children, 0)
+    votes = torch.zeros(ny, nx, nz, int(classes.max()) + 1, dtype=torch.int32)
+    votes.scatter_add_(3, classes, torch.ones_like(classes, dtype=torch.int32))
+    votes[..., 0] = 0
+    most, label = votes.max(dim=3)
+    half_known = 2 * known.sum(dim=3) >= factor**3
+    empty = torch.where(half_known, 0, UNKNOWN)
+    return torch.where(most > 0, label, empty).to(torch.uint8)
+
+
+def fill_nearest(values: Tensor, known: Tensor) -> Tensor:
+    """Give unknown pixels of [..., h, w] the value of the nearest known one.
+
+    By jump flooding, which errs by less than a pixel in rare places. A map in which nothing is
+    known comes back as it is.
+    """
+    h, w = values.shape[-2:]
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    seed = torch.where(known, y * w + x, -1)
+    distance = torch.where(known, 0, 1 << 60)
+    step = 1 << max(h, w).bit_length()
+    while step := step // 2:
+        for shift in ((i, j) for i in (-step, 0, step) for j in (-step, 0, step)):
+            # rolling wraps around, which is harmless: a seed carries its own position
+            other = seed.roll(shift, (-2, -1))
+            away = torch.where(other >= 0, (y - other // w) ** 2 + (x - other % w) ** 2, 1 << 60)
+            nearer = away < distance
+            seed, distance = torch.where(nearer, other, seed), torch.where(nearer, away, distance)
+    filled = values.flatten(-2).gather(-1, seed.clamp_min(0).flatten(-2)).view_as(values)
+    return torch.where(seed >= 0, filled, values)
+
+
+def above_ground(labels: Tensor, voxel_size: float, margin: float = 0.3) -> Tensor:
+    """Which voxels [ny, nx, nz] lie more than `margin` metres above the ground, centre to centre.
+
+    The ground of a column is its highest voxel of a ground class, or that of the nearest column
+    that has one. Labels without any ground say nothing about height: no voxel is above it.
+    """
+    labels = torch.as_tensor(labels)
+    ground = torch.isin(labels, torch.tensor(GROUND_CLASSES, dtype=labels.dtype))
+    level = torch.arange(labels.shape[2])
+    height = torch.where(ground, level, -1).amax(dim=2)
+    known = height >= 0
+    if not known.any():
+        return torch.zeros_like(ground)
+    return (level - fill_nearest(height, known)[..., None]) * voxel_size > margin + 1e-6
+
+
+class OccupancyMetrics:
+    """IoU, precision and recall of occupied voxels, pooled over all frames."""
+
+    def __init__(self):
+        self.tp = self.fp = self.fn = 0
+
+    def update(self, prediction: Tensor, labels: Tensor, mask: Tensor | None = None) -> None:
+        """prediction bool, labels uint8, mask bool (scored where true): [ny, nx, nz]."""
+        prediction, labels = torch.as_tensor(prediction).bool(), torch.as_tensor(labels)
+        scored = labels != UNKNOWN if mask is None else (labels != UNKNOWN) & mask
+        occupied = (labels > 0) & scored
+        self.tp += int((prediction & occupied).sum())
+        self.fp += int((prediction & scored & ~occupied).sum())
+        self.fn += int((~prediction & occupied).sum())
+
+    def results(self) -> dict[str, float]:
+        return _scores(self.tp, self.fp, self.fn)
+
+
+class ThresholdCurve:
+    """IoU, precision and recall of `field <= threshold` for many ascending thresholds at once."""
+
+    def __init__(self, thresholds: Tensor | None = None):
+        self.thresholds = (
+            torch.linspace(-2, 2, 81) if thresholds is None else torch.as_tensor(thresholds)
+        )
+        # how many free and occupied voxels have how many thresholds below their value
+        self.histogram = torch.zeros(2, len(self.thresholds) + 1, dtype=torch.int64)
+
+    def update(self, field: Tensor, labels: Tensor, mask: Tensor | None = None) -> None:
+        """field [ny, nx, nz] float: SDF in metres, or any score that is low where occupied."""
+        field, labels = torch.as_tensor(field), torch.as_tensor(labels)
+        scored = labels != UNKNOWN if mask is None else (labels != UNKNOWN) & mask
+        rank = torch.searchsorted(self.thresholds, field[scored].to(self.thresholds.dtype))
+        bins = self.histogram.shape[1]
+        self.histogram += torch.bincount(
+            (labels[scored] > 0) * bins + rank, minlength=2 * bins
+        ).view(2, bins)
+
+    def results(self) -> dict:
+        """Lists over the thresholds, and the `best` of them by IoU."""
+        predicted = self.histogram.cumsum(dim=1)[:, :-1]
+        total = int(self.histogram[1].sum())
+        curve = [
+            {"threshold": float(t), **_scores(tp, fp, total - tp)}
+            for t, fp, tp in zip(self.thresholds, *predicted.tolist(), strict=True)
+        ]
+        best = max(curve, key=lambda point: point["iou"])
+        return {"best": best, **{key: [point[key] for point in curve] for key in curve[0]}}
+
+
+class SemanticMetrics:
+    """IoU of each class over known voxels, pooled over all frames; class 0 is free."""
+
+    def __init__(self, classes: int = 20):
+        self.confusion = torch.zeros(classes, classes, dtype=torch.int64)  # [truth, prediction]
+
+    def update(self, prediction: Tensor, labels: Tensor) -> None:
+        """prediction: class ids, 0 where free; labels uint8: [ny, nx, nz]."""
+        prediction, labels = torch.as_tensor(prediction), torch.as_tensor(labels)
+        known = labels != UNKNOWN
+        n = len(self.confusion)
+        pairs = labels[known].long() * n + prediction[known].long()
+        self.confusion += torch.bincount(pairs, minlength=n * n).view(n, n)
+
+    def results(self) -> dict:
+        """`iou` of every class, and its mean over classes 1.. by three customs.
+
+        miou: classes that occur in the truth; miou_ssc: all, 0 where a class never occurs
+            (SemanticKITTI);
+        miou_published: all, 1 where a class never occurs in the truth (spec section 13, item 22).
+        """
+        correct, seen = self.confusion.diagonal(), self.confusion.sum(dim=1)
+        positive = self.confusion.sum(dim=0)
+        iou = [_ratio(*counts) for counts in zip(correct, seen + positive - correct, strict=True)]
+        present = (seen[1:] > 0).tolist()
+        occurring = [value for value, here in zip(iou[1:], present, strict=True) if here]
+        return {
+            "iou": iou,
+            "miou": _ratio(sum(occurring), len(occurring)),
+            "miou_ssc": _ratio(sum(iou[1:]), len(present)),
+            "miou_published": _ratio(sum(occurring) + present.count(False), len(present)),
+        }
+
+
+# depth
+
+DEPTH_ERRORS = ("abs_rel", "sq_rel", "rmse", "rmse_log", "a1", "a2", "a3")
+MIN_DEPTH, MAX_DEPTH = 1e-3, 80.0
+
+
+def depth_errors(predicted: Tensor, truth: Tensor) -> Tensor:
+    """The seven errors of DEPTH_ERRORS over pairs of positive depths [M]; float64 [7]."""
+    predicted, truth = predicted.double(), truth.double()
+    ratio = torch.maximum(predicted / truth, truth / predicted)
+    difference = predicted - truth
+    return torch.stack([
+        (difference.abs() / truth).mean(),
+        (difference**2 / truth).mean(),
+        (difference**2).mean().sqrt(),
+        ((predicted.log() - truth.log()) ** 2).mean().sqrt(),
+        *((ratio < 1.25**k).double().mean() for k in (1, 2, 3)),
+    ])  # fmt: skip
+
+
+class DepthMetrics:
+    """Depth errors of each camera, averaged over frames: as predicted, and scaled by medians."""
+
+    def __init__(self, maximum: float = MAX_DEPTH):
+        self.maximum = maximum
+        self.sums = 0  # [2 scalings, N cameras, errors and the scale]
+        self.frames = 0  # [N] frames in which the camera had any truth
+
+    def update(self, predicted: Tensor, truth: Tensor) -> None:
+        """predicted, truth: [N, ...] of one frame; scored where MIN_DEPTH < truth < maximum."""
+        predicted, truth = torch.as_tensor(predicted), torch.as_tensor(truth)
+        sums = torch.zeros(2, len(truth), len(DEPTH_ERRORS) + 1, dtype=torch.float64)
+        valid = (truth > MIN_DEPTH) & (truth < self.maximum)
+        for camera, mask in enumerate(valid):
+            if mask.any():
+                p, t = predicted[camera][mask], truth[camera][mask]
+                for i, scale in enumerate((1.0, float(t.median() / p.median()))):
+                    errors = depth_errors((p * scale).clamp(MIN_DEPTH, self.maximum), t)
+                    sums[i, camera] = torch.cat([errors, errors.new_tensor([scale])])
+        self.sums = self.sums + sums
+        self.frames = self.frames + valid.flatten(1).any(dim=1)
+
+    def per_camera(self) -> Tensor:
+        """float64 [2, N, 8]: raw and median; DEPTH_ERRORS and the scale; NaN without truth."""
+        return self.sums / self.frames[:, None]
+
+    def results(self) -> dict[str, dict[str, float]]:
+        """{"raw" | "median": {error: mean over cameras}}, or {} if there was no truth."""
+        if not torch.as_tensor(self.frames).any():
+            return {}
+        means = self.per_camera().nanmean(dim=1).tolist()
+        names = (*DEPTH_ERRORS, "scale")
+        return {
+            kind: dict(zip(names, row, strict=True))
+            for kind, row in zip(("raw", "median"), means, strict=True)
+        }
+
+
+class NovelDepthMetrics:
+    """Depth errors by metres ahead of the input: bucket k holds distances in (k - 1, k]."""
+
+    def __init__(self, maximum: float = MAX_DEPTH):
+        self.maximum = maximum
+        self.buckets: dict[int, DepthMetrics] = {}
+
+    def update(self, distance: float, predicted: Tensor, truth: Tensor) -> None:
+        bucket = -int(-distance // 1)
+        self.buckets.setdefault(bucket, DepthMetrics(self.maximum)).update(predicted, truth)
+
+    def results(self) -> dict[int, dict[str, dict[str, float]]]:
+        """{bucket: as DepthMetrics.results}, nearest first."""
+        return {bucket: self.buckets[bucket].results() for bucket in sorted(self.buckets)}
+
+
+def lidar_truth(
+    points: Tensor, volume_to_image: Tensor, size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """LiDAR points as the published protocol reads them: location [N, M, 2], depth [N, M].
+
+    points [M, 3] in the volume frame; volume_to_image [N, 4, 4] projects to (u d, v d, d, 1); size
+    (h, w). Locations are fractions of the image; depth is 0 where a point is not seen.
+    """
+    matrix = torch.as_tensor(volume_to_image).double()
+    q = F.pad(torch.as_tensor(points).double(), (0, 1), value=1.0) @ matrix.transpose(-1, -2)
+    depth = q[..., 2]
+    location = q[..., :2] / depth.clamp_min(1e-5)[..., None] / torch.tensor([size[1], size[0]])
+    seen = (depth > MIN_DEPTH) & ((location > 0) & (location < 1)).all(dim=-1)
+    return location, torch.where(seen, depth, 0)
+
+
+def sample_depth(depth: Tensor, location: Tensor) -> Tensor:
+    """Depth maps [N, h, w] read bilinearly at image fractions [N, M, 2]; [N, M]."""
+    grid = (2 * location[:, None] - 1).to(depth.dtype)
+    return F.grid_sample(depth[:, None], grid, padding_mode="border", align_corners=True)[:, 0, 0]
+
+
+# baselines
+
+
+class ConstantPrior:
+    """The best guess without looking: how often each voxel was occupied in training."""
+
+    def __init__(self):
+        self.occupied = self.known = 0
+
+    def add(self, labels: Tensor) -> None:
+        """labels [ny, nx, nz] of a training frame."""
+        known = torch.as_tensor(labels) != UNKNOWN
+        self.known = self.known + known.int()
+        self.occupied = self.occupied + (known & (torch.as_tensor(labels) > 0)).int()
+
+    def probability(self) -> Tensor:
+        """Mean occupancy [ny, nx, nz] in 0..1; 0 where training never saw."""
+        return self.occupied / self.known.clamp_min(1)
+
+    @staticmethod
+    def curve() -> ThresholdCurve:
+        """For update(-probability, labels): occupied where the probability >= -threshold."""
+        return ThresholdCurve(-torch.arange(100, 0, -1) / 100)
+
+
+class MedianDepth:
+    """The best depth without looking: the median over training of each pixel of each camera."""
+
+    def __init__(self):
+        self.maps: list[Tensor] = []
+
+    def add(self, depth: Tensor) -> None:
+        """depth [N, h, w] of a training frame, 0 where there is none."""
+        self.maps.append(torch.as_tensor(depth).float())
+
+    def depth(self) -> Tensor:
+        """[N, h, w]; pixels that never had truth take the nearest one that had."""
+        maps = torch.stack(self.maps)
+        median = torch.where(maps > 0, maps, torch.nan).nanmedian(dim=0).values
+        return fill_nearest(median.nan_to_num(0.0), ~median.isnan())
+
+
+def flat_ground_sdf(points_z: Tensor, height: float) -> Tensor:
+    """Signed distance of points at these heights (metres) to the plane z = height."""
+    return points_z - height
+
+
+def flat_ground_depth(
+    intrinsics: Tensor,
+    camera_to_volume: Tensor,
+    size: tuple[int, int],
+    ground_z: float,
+    maximum: float = MAX_DEPTH,
+) -> Tensor:
+    """z-depth [N, h, w] of the plane z = ground_z, `maximum` where it is farther or never met.
+
+    intrinsics [N, 3, 3], camera_to_volume [N, 4, 4], size (h, w).
+    """
+    intrinsics = torch.as_tensor(intrinsics).double()
+    matrix = torch.as_tensor(camera_to_volume).double()
+    v, u = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
+    pixels = torch.stack([u, v, torch.ones_like(u)], dim=-1).double()
+    # rise of the volume's z for one metre of z-depth
+    to_rise = torch.einsum("ni,nij->nj", matrix[:, 2, :3], torch.linalg.inv(intrinsics))
+    rise = torch.einsum("hwj,nj->nhw", pixels, to_rise)
+    depth = (ground_z - matrix[:, 2, 3, None, None]) / rise
+    return torch.where(depth > 0, depth, maximum).clamp(max=maximum).float()

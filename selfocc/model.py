@@ -1,0 +1,161 @@
+"""SelfOcc: images and cameras in, a signed-distance volume out; rendering and occupancy on top of it."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+import kernels
+from selfocc.backbone import FPN, Backbone
+from selfocc.config import Config
+from selfocc.datasets.video import Batch, Frames
+from selfocc.encoder import Encoder
+from selfocc.field import FieldDecoder
+from selfocc.geometry import pixel_rays, ray_box
+
+
+@dataclass
+class View:
+    """What rays through `pixels` of N cameras see. Depths are z-depths in metres."""
+
+    pixels: Tensor  # [R, 2] (u, v) in the target images
+    depth: Tensor  # [B, N, R] expected depth
+    color: Tensor  # [B, N, R, 3] RGB, background included
+    opacity: Tensor  # [B, N, R]
+    semantics: Tensor | None  # [B, N, R, classes] composited class probabilities
+    weights: Tensor | None  # [B, N, R, S] of the depth proposals
+    proposals: Tensor | None  # [B, N, R, S] their depths
+    sdf: Tensor | None  # [B, N, R, S] SDF at the samples
+    eikonal: Tensor | None  # [B, N, R] sum over the samples of (|gradient| - 1)^2
+
+
+@dataclass
+class Noise:
+    """The random numbers of a training step, uniform in [0, 1), drawn per sample of the global batch."""
+
+    pixels: Tensor  # [4] stride and offset of the ray grid, one for the whole batch
+    jitter: Tensor  # [B, N, R] shift of a ray's samples
+    background: Tensor  # [B, N, R, 3]
+    shift: Tensor  # [B, 3] of the grid on which sparsity is measured
+
+
+class SelfOcc(nn.Module):
+    """The whole network (paper section 3). `forward` gives volume and target view, for training and data parallelism."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        cameras = 6 if config.data.rig == "surround" else 1
+        self.backbone = Backbone(config.backbone)
+        self.fpn = FPN(self.backbone.channels, config.encoder.dim)
+        self.encoder = Encoder(config.encoder, config.volume, cameras)
+        self.decoder = FieldDecoder(config.field, config.encoder, config.volume)
+        render = config.render
+        if render.sharpen is None:
+            self.variance = nn.Parameter(torch.tensor(render.variance))
+        else:
+            self.register_buffer("inv_s", torch.tensor(render.sharpen[0]))
+        self.anneal = 1.0  # share of the full cosine in NeuS alpha; training raises it from 0
+
+    def set_progress(self, step: int):
+        """Follow the schedules of surface sharpness and cosine annealing to this training step."""
+        render = self.config.render
+        self.anneal = min(1.0, step / render.anneal_steps)
+        if render.sharpen is not None:
+            first, last = render.sharpen
+            share = min(1.0, step / max(1, self.config.optim.steps - 1))
+            self.inv_s.fill_(math.exp(math.log(first) * (1 - share) + math.log(last) * share))
+
+    def sharpness(self) -> Tensor:
+        """inv_s of the NeuS sigmoid, 1/metre (spec section 9)."""
+        if self.config.render.sharpen is not None:
+            return self.inv_s
+        return torch.exp(10 * self.variance).clamp(1e-6, 1e6)
+
+    def volume(self, batch: Batch) -> Tensor:
+        """The field of a batch: [B, 1 + colours + classes, H, W, Z], channel 0 the SDF in metres."""
+        with torch.autocast(
+            batch.images.device.type, torch.bfloat16, enabled=self.config.optim.bf16
+        ):
+            cameras = batch.images.shape[1]
+            features = self.fpn(self.backbone(rearrange(batch.images, "b n c h w -> (b n) c h w")))
+            features = [rearrange(f, "(b n) c h w -> b n c h w", n=cameras) for f in features]
+            image_size = tuple(batch.images.shape[-2:])
+            valid_size = tuple(n * self.config.data.scale for n in self.config.data.crop)
+            planes = self.encoder(
+                features, batch.intrinsics, batch.camera_to_volume, image_size, valid_size
+            )
+        return self.decoder([plane.float() for plane in planes])
+
+    def render(
+        self,
+        volume: Tensor,
+        frames: Frames,
+        pixels: Tensor,
+        samples: int,
+        jitter: Tensor | None = None,
+        background: Tensor | None = None,
+        keep_samples: bool = False,
+    ) -> View:
+        """See the volume through the cameras of `frames` along the rays of `pixels` [R, 2] (spec sections 7 to 9).
+
+        jitter [B, N, R] and background [B, N, R, 3] are uniform random numbers; without them samples are centred and the
+        background is black. `keep_samples` also returns what the losses need of every sample.
+        """
+        origins, directions, stretch = pixel_rays(
+            pixels, frames.intrinsics, frames.camera_to_volume
+        )
+        near, far = ray_box(origins, directions, self.config.volume.box)
+        cameras = origins.shape[1]
+
+        def merge(x):
+            return None if x is None else x.flatten(1, 2)
+
+        def split(x):
+            return None if x is None else x.unflatten(1, (cameras, -1))
+
+        out = kernels.render_rays(
+            volume,
+            merge(origins),
+            merge(directions),
+            merge(near),
+            merge(far),
+            self.sharpness(),
+            box=self.config.volume.box,
+            samples=samples,
+            jitter=merge(jitter),
+            anneal=self.anneal if self.training else 1.0,
+            alpha=self.config.render.alpha,
+            classes=self.config.field.classes,
+            keep_samples=keep_samples,
+        )
+        distance, opacity, color = split(out.distance), split(out.opacity), split(out.color)
+        if background is not None:
+            color = color + background * (1 - opacity[..., None])
+        return View(
+            pixels=pixels,
+            depth=distance / stretch,
+            color=color,
+            opacity=opacity,
+            semantics=split(out.semantics),
+            weights=split(out.weights),
+            proposals=None if out.mids is None else split(out.mids) / stretch[..., None],
+            sdf=split(out.sdf),
+            eikonal=split(out.eikonal),
+        )
+
+    def forward(self, batch: Batch, pixels: Tensor, noise: Noise) -> tuple[Tensor, View]:
+        volume = self.volume(batch)
+        background = noise.background if self.config.render.background == "random" else None
+        view = self.render(
+            volume,
+            batch.target,
+            pixels,
+            self.config.render.samples,
+            noise.jitter,
+            background,
+            keep_samples=True,
+        )
+        return volume, view

@@ -1,0 +1,161 @@
+"""Deformable sampling against grid_sample, gradients against finite differences, and the published operator's record."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels.deformable import deformable_sampling
+
+SHAPES = [(5, 7), (3, 4), (2, 9)]
+GOLDENS = Path(__file__).parents[2] / "shared" / "goldens"
+
+
+def expected(value, level_shapes, reference_points, offsets, logits, pairs=None):
+    """The definition with grid_sample, one pair at a time."""
+    batch, queries, heads, levels, points, _ = offsets.shape
+    weights = logits.softmax(-1).view(batch, queries, heads, levels, points)
+    out = value.new_zeros(batch * queries, heads, value.shape[3])
+    if pairs is None:
+        reference_points = reference_points.expand(batch, -1, -1, -1, -1).flatten(0, 1)
+        pairs = torch.tensor([(b, b * queries + q) for b in range(batch) for q in range(queries)])
+    else:
+        reference_points = reference_points[:, None].expand(-1, levels, -1, -1)
+    counts = torch.bincount(pairs[:, 1], minlength=batch * queries).tolist() if len(pairs) else []
+    for (m, query), reference in zip(pairs.tolist(), reference_points, strict=True):
+        start, total = 0, 0
+        for level, (h, w) in enumerate(level_shapes):
+            image = value[m, start : start + h * w].permute(1, 2, 0).unflatten(2, (h, w))  # [heads, dh, h, w]
+            start += h * w
+            size = torch.tensor([w, h], dtype=value.dtype)
+            location = reference[level] + offsets.flatten(0, 1)[query, :, level] / size  # [heads, P, 2]
+            samples = F.grid_sample(image, 2 * location[:, None] - 1, align_corners=False)[:, :, 0]  # [heads, dh, P]
+            total = total + (samples * weights.flatten(0, 1)[query, :, level, None]).sum(-1)
+        out = out.index_add(0, torch.tensor([query]), total[None] / counts[query])
+    return out.view(batch, queries, -1)
+
+
+def problem(batch=2, queries=5, heads=3, points=4, dh=4, pairs=None, maps=None, dtype=torch.float64, shapes=SHAPES):
+    generator = torch.Generator().manual_seed(7)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator, dtype=dtype)
+
+    levels = len(shapes)
+    value = normal(maps or batch, sum(h * w for h, w in shapes), heads, dh)
+    count = (len(pairs), points, 2) if pairs is not None else (1, queries, levels, points, 2)
+    reference = torch.rand(*count, generator=generator, dtype=dtype) * 1.6 - 0.3  # some lie outside the maps
+    offsets = normal(batch, queries, heads, levels, points, 2) * 2
+    return value, shapes, reference, offsets, normal(batch, queries, heads, levels * points) * 2, pairs
+
+
+PAIRS = torch.tensor([(0, 0), (0, 3), (1, 3), (1, 4), (2, 3), (3, 9), (3, 5), (5, 5)])  # query 3 has three, 1 none
+
+
+@pytest.mark.parametrize("pairs, maps", [(None, None), (PAIRS, 6)], ids=["self", "pairs"])
+def test_matches_grid_sample_with_gradients(pairs, maps):
+    value, shapes, reference, offsets, logits, pairs = problem(pairs=pairs, maps=maps)
+    leaves = [t.requires_grad_() for t in (value, offsets, logits)]
+    ours = deformable_sampling(value, shapes, reference, offsets, logits, pairs)
+    theirs = expected(value, shapes, reference, offsets, logits, pairs)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    upstream = torch.randn(ours.shape, dtype=ours.dtype, generator=torch.Generator().manual_seed(1))
+    gradients = [torch.autograd.grad(out, leaves, upstream) for out in (ours, theirs)]
+    for name, a, b in zip(("value", "offsets", "logits"), *gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("pairs, maps", [(None, None), (PAIRS[:5], 3)], ids=["self", "pairs"])
+def test_gradcheck(pairs, maps):
+    value, shapes, reference, offsets, logits, pairs = problem(1, 5, 2, 2, 2, pairs, maps, shapes=SHAPES[:2])
+    leaves = [t.requires_grad_() for t in (value, offsets, logits)]
+    assert torch.autograd.gradcheck(
+        lambda v, o, a: deformable_sampling(v, shapes, reference, o, a, pairs), leaves, eps=1e-7, atol=1e-6
+    )
+
+
+def test_chunks_of_queries_change_nothing(monkeypatch):
+    arguments = problem(pairs=PAIRS, maps=6)
+    value, shapes, reference, offsets, logits, pairs = arguments
+    leaves = [t.requires_grad_() for t in (value, offsets, logits)]
+    whole = deformable_sampling(*arguments)
+    gradients = torch.autograd.grad(whole.square().sum(), leaves)
+    monkeypatch.setattr("kernels.deformable._CHUNK", 30)  # two or three pairs at a time
+    parts = deformable_sampling(*arguments)
+    torch.testing.assert_close(whole, parts, rtol=0, atol=1e-14)
+    for a, b in zip(gradients, torch.autograd.grad(parts.square().sum(), leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_far_and_undefined_locations_read_zero():
+    value, shapes, reference, offsets, logits, _ = problem()
+    for far in (1e30, -1e30, float("inf"), 50.0, -50.0, float("nan")):
+        offsets = torch.full_like(offsets, far).requires_grad_()
+        out = deformable_sampling(value, shapes, reference, offsets, logits)
+        assert torch.equal(out, torch.zeros_like(out))
+        (gradient,) = torch.autograd.grad(out.sum(), offsets)
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_low_precision_inputs_are_summed_in_float32(dtype):
+    exact = problem(pairs=PAIRS, maps=6)
+    low = [t.to(dtype) if torch.is_tensor(t) and t.is_floating_point() else t for t in exact]
+    leaves = [low[i].requires_grad_() for i in (0, 3, 4)]
+    out = deformable_sampling(*low)
+    assert out.dtype == dtype
+    same = [t.detach().double() if torch.is_tensor(t) and t.is_floating_point() else t for t in low]
+    torch.testing.assert_close(out.double(), deformable_sampling(*same), rtol=torch.finfo(dtype).eps, atol=1e-5)
+    for leaf, gradient in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
+        assert gradient.dtype == dtype and gradient.shape == leaf.shape and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("batch, queries, pairs", [(2, 0, None), (1, 3, torch.empty(0, 2, dtype=torch.int64))])
+def test_empty(batch, queries, pairs):
+    value, shapes, reference, offsets, logits, pairs = problem(batch, queries, pairs=pairs)
+    leaves = [t.requires_grad_() for t in (value, offsets, logits)]
+    out = deformable_sampling(value, shapes, reference, offsets, logits, pairs)
+    assert out.shape == (batch, queries, 12)
+    assert torch.equal(out, torch.zeros_like(out))
+    for gradient in torch.autograd.grad(out.sum(), leaves):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize(
+    "name, spoil",
+    [
+        ("value", lambda t: t[:, 1:]),
+        ("level_shapes", lambda shapes: shapes[1:]),
+        ("reference_points", lambda t: t[1:]),
+        ("offsets", lambda t: t[..., :1]),
+        ("logits", lambda t: t[..., 1:]),
+        ("pairs", lambda t: t.int()),
+    ],
+)
+def test_errors_name_the_argument(name, spoil):
+    names = ("value", "level_shapes", "reference_points", "offsets", "logits", "pairs")
+    arguments = dict(zip(names, problem(pairs=PAIRS, maps=6), strict=True))
+    arguments[name] = spoil(arguments[name])
+    with pytest.raises((ValueError, TypeError), match=f"^{name} "):
+        deformable_sampling(**arguments)
+
+
+@pytest.mark.parametrize("scene", ["tpv_mono", "bev_surround"])
+def test_published_operator(scene):
+    if not (GOLDENS / scene).exists():
+        pytest.skip(f"needs the recorded numbers in {GOLDENS}")
+    record = np.load(GOLDENS / scene / "outputs_f32.npz")
+    for call in range(4 if scene == "tpv_mono" else 2):
+        value, shapes, locations, weights, output = (
+            torch.from_numpy(record[f"msda.call{call}.{key}"])
+            for key in ("value", "spatial_shapes", "sampling_locations", "attention_weights", "output")
+        )
+        # reference points at zero: the locations become offsets, and the logarithm undoes the softmax
+        offsets = locations * shapes.flip(1)[:, None]
+        batch, queries, _, levels, points, _ = offsets.shape
+        out = deformable_sampling(
+            value, shapes.tolist(), torch.zeros(1, queries, levels, points, 2), offsets, weights.log().flatten(3)
+        )
+        torch.testing.assert_close(out, output, rtol=0, atol=2e-5 * output.abs().max().item())

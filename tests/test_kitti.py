@@ -1,0 +1,448 @@
+"""The KITTI loader on a small hand-made folder, whole and broken, and on a real excerpt."""
+
+import pickle
+import shutil
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+from selfocc import InputError
+from selfocc.datasets import kitti
+from selfocc.datasets.kitti import kitti_sequences
+from selfocc.stereo import block_matching, stereo_depth
+
+REAL = Path(__file__).parents[2] / "shared" / "data" / "kitti"
+HEIGHT, WIDTH, FRAMES = 12, 20, 6
+FOCAL, BASELINE = 10.0, 0.5
+# a velodyne that is not mounted quite straight
+TILT = np.array([[1, 0, 0], [0, np.cos(0.02), -np.sin(0.02)], [0, np.sin(0.02), np.cos(0.02)]])
+TR = np.eye(4)
+TR[:3, :3] = TILT @ np.array([[0, -1, 0], [0, 0, -1], [1, 0, 0]])
+TR[:3, 3] = 0.01, -0.07, -0.3
+
+
+def row(matrix):
+    return " ".join(f"{value:.9e}" for value in np.asarray(matrix)[:3].ravel())
+
+
+def projection(offset):
+    return [[FOCAL, 0, 9.5, offset * FOCAL], [0, FOCAL, 5.5, 0], [0, 0, 1, 0]]
+
+
+def pose(frame):
+    matrix = np.eye(4)
+    angle = 0.05 * frame
+    matrix[[0, 0, 2, 2], [0, 2, 0, 2]] = np.cos(angle), np.sin(angle), -np.sin(angle), np.cos(angle)
+    matrix[:3, 3] = 0.1 * frame, -0.02 * frame, 1.5 * frame
+    return matrix
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A complete sequence 03 of six small frames, labels for frames 0 and 5, a scan for frame 5."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "dataset" / "sequences" / "03"
+    for part in ("image_2", "image_3", "velodyne", "voxels"):
+        (folder / part).mkdir(parents=True)
+    (tmp_path / "dataset" / "poses").mkdir()
+    offsets = {"P0": 0, "P1": -BASELINE, "P2": 0.06, "P3": 0.06 - BASELINE}
+    lines = [f"{key}: {row(projection(offset))}" for key, offset in offsets.items()]
+    (folder / "calib.txt").write_text("\n".join([*lines, f"Tr: {row(TR)}", ""]))
+    (folder / "times.txt").write_text("".join(f"{0.1 * f:e}\n" for f in range(FRAMES)))
+    poses = "".join(row(pose(f)) + "\n" for f in range(FRAMES))
+    (tmp_path / "dataset" / "poses" / "03.txt").write_text(poses)
+    for f in range(FRAMES):
+        for camera in ("image_2", "image_3"):
+            image = rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+            iio.imwrite(folder / camera / f"{f:06d}.png", image)
+    points = np.array([[10, 2, -1.7, 0.3], [5, -1, 0.5, 0.1]], np.float32)
+    points.tofile(folder / "velodyne" / "000005.bin")
+    for f in (0, 5):
+        labels, invalid = np.zeros((256, 256, 32), np.uint16), np.zeros((256, 256, 32), np.uint8)
+        labels[10, 200, 3] = 252  # a moving car, 2 m ahead, to the left
+        labels[10, 20, 4] = 40
+        labels[11, 20, 4] = 52  # "other structure" has no learning id
+        labels[12, 20, 4] = 70
+        invalid[12, 20, 4] = invalid[255] = 1
+        labels.tofile(folder / "voxels" / f"{f:06d}.label")
+        np.packbits(invalid).tofile(folder / "voxels" / f"{f:06d}.invalid")
+    return tmp_path
+
+
+def only(root, frames=None):
+    return kitti_sequences(root, ["03"], frames)[0]
+
+
+def test_reads_a_complete_sequence(root):
+    sequence = only(root)
+    assert (sequence.name, sequence.frames, sequence.missing) == ("03", FRAMES, [])
+    assert sequence.labelled == [0, 5] and sequence.frame_id(5) == "000005"
+    on_disk = iio.imread(root / "dataset/sequences/03/image_2/000004.png")
+    assert np.array_equal(sequence.images(4), on_disk[None])
+    assert np.allclose(sequence.positions, [pose(f)[:3, 3] for f in range(FRAMES)])
+    assert sequence.path[-1] == pytest.approx(5 * np.hypot(0.1, 1.5))  # over the ground: x and z
+    assert np.allclose(sequence.times, np.arange(FRAMES) / 10)
+    assert sequence.depth(0) is None and sequence.semantics(0) is None
+    assert np.array_equal(pickle.loads(pickle.dumps(sequence)).images(4), on_disk[None])
+
+
+@pytest.mark.parametrize("below", ["", "dataset", "dataset/sequences", "dataset/sequences/03"])
+def test_finds_the_data_from_above_and_below(root, below):
+    assert only(root / below).frames == FRAMES
+
+
+def test_cameras_follow_the_published_matrices(root):
+    """lidar2img and temImg2lidar of spec section 1, built from the sequence's own matrices."""
+    sequence = only(root)
+    cam0_to_cam2, intrinsics = np.eye(4), np.eye(4)
+    cam0_to_cam2[0, 3] = 0.06
+    intrinsics[:3, :3] = np.array(projection(0))[:, :3]
+    a = np.array([[0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    velo_to_cam2 = cam0_to_cam2 @ TR
+
+    def volume_to_image(at, of):
+        k, camera_to_world = sequence.cameras(of)
+        k4 = np.eye(4)
+        k4[:3, :3] = k[0]
+        return k4 @ np.linalg.inv(camera_to_world[0]) @ sequence.volume_to_world(at)
+
+    assert np.allclose(volume_to_image(2, 2), intrinsics @ velo_to_cam2 @ np.linalg.inv(a))
+    move = np.linalg.inv(pose(2)) @ pose(4)
+    to_volume = a @ np.linalg.inv(velo_to_cam2) @ cam0_to_cam2 @ move
+    to_volume = to_volume @ np.linalg.inv(cam0_to_cam2) @ np.linalg.inv(intrinsics)
+    assert np.allclose(np.linalg.inv(volume_to_image(2, 4)), to_volume)
+
+
+def test_a_frame_range_keeps_the_names_of_its_frames(root):
+    sequence = only(root, range(3, 6))
+    whole = only(root)
+    assert sequence.frames == 3 and sequence.frame_id(0) == "000003" and sequence.labelled == [2]
+    assert np.array_equal(sequence.images(1), whole.images(4))
+    assert np.array_equal(sequence.volume_to_world(1), whole.volume_to_world(4))
+    assert sequence.times[0] == pytest.approx(0.3) and sequence.path[0] == 0
+
+
+def test_voxels_are_mapped_masked_and_turned(root):
+    voxels = only(root).voxels(5)
+    assert voxels.shape == (256, 256, 32) and voxels.dtype == np.uint8
+    # 200 of y_left is 55 from the left, on the axis that runs to the right
+    assert voxels[10, 55, 3] == 1 and voxels[10, 235, 4] == 9
+    assert voxels[11, 235, 4] == 255 and voxels[12, 235, 4] == 255 and (voxels[255] == 255).all()
+    assert (voxels == 0).sum() == 255 * 256 * 32 - 4
+    assert only(root).voxels(1) is None
+
+
+def test_lidar_is_turned_into_the_volume(root):
+    sequence = only(root)
+    assert np.allclose(sequence.lidar(5), [[-2, 10, -1.7], [1, 5, 0.5]])
+    assert sequence.lidar(5).dtype == np.float32 and sequence.lidar(0) is None
+
+
+def test_stereo_pair(root):
+    left, right, focal, baseline = only(root).stereo_pair(3)
+    assert np.array_equal(left, only(root).images(3)[0]) and left.shape == right.shape
+    assert not np.array_equal(left, right)
+    assert (focal, baseline) == (pytest.approx(FOCAL), pytest.approx(BASELINE))
+
+
+def test_tells_what_an_excerpt_lacks_and_goes_on(root):
+    folder = root / "dataset" / "sequences" / "03"
+    for part in ("velodyne", "voxels", "image_3"):
+        shutil.rmtree(folder / part)
+    (folder / "times.txt").unlink()
+    (folder / "image_2").rename(folder / "image_0")
+    grey = iio.imread(folder / "image_0" / "000000.png")[..., 0]
+    iio.imwrite(folder / "image_0" / "000000.png", grey)
+    calibration = (folder / "calib.txt").read_text().splitlines()
+    (folder / "calib.txt").write_text(calibration[0] + "\n")
+    sequence = only(root)
+    lacks = [" ".join(phrase.split(":")[0].split()[:2]) for phrase in sequence.missing]
+    assert sorted(lacks) == [
+        "no Tr",
+        "no image_1",
+        "no image_2",
+        "no times.txt",
+        "no velodyne",
+        "no voxels",
+    ]
+    assert np.array_equal(sequence.images(0), np.repeat(grey[None, ..., None], 3, axis=3))
+    assert sequence.labelled == [] and sequence.voxels(0) is None and sequence.lidar(0) is None
+    assert sequence.stereo_pair(0) is None
+    camera = np.linalg.inv(sequence.volume_to_world(0)) @ sequence.cameras(0)[1][0]
+    assert np.allclose(camera[:3, 3], [0, 0.27, -0.08])  # ahead of the velodyne and below it
+    assert np.allclose(camera[:3, 2], [0, 1, 0]) and np.allclose(camera[:3, 0], [1, 0, 0])
+
+
+def test_published_validation_leaves_frames_out(root, monkeypatch):
+    monkeypatch.setattr(kitti, "VAL_SEQUENCES", ("03",))
+    assert only(root).labelled == [0, 5]  # an excerpt keeps all it has
+    monkeypatch.setattr(kitti, "FULL_VAL_FRAMES", FRAMES)
+    assert only(root).labelled == [5]
+
+
+# broken input: (what to break, what to read, what the message must name)
+
+
+def edit(name, line, text):
+    def break_it(dataset):
+        path = dataset / name
+        lines = path.read_text().splitlines()
+        lines[line : line + 1] = [] if text is None else [text]
+        path.write_text("\n".join(lines) + "\n")
+
+    return break_it
+
+
+def cut(name, keep):
+    def break_it(dataset):
+        path = dataset / name
+        data = path.read_bytes()
+        path.write_bytes(data[: keep if isinstance(keep, int) else int(len(data) * keep)])
+
+    return break_it
+
+
+def image(name, shape, dtype=np.uint8):
+    return lambda dataset: iio.imwrite(dataset / name, np.ones(shape, dtype))
+
+
+S = "sequences/03"
+IDENTITY = "1 0 0 0 0 1 0 0 0 0 1 0"
+BROKEN = {
+    "calibration gone": (
+        lambda d: (d / S / "calib.txt").unlink(),
+        None,
+        "calib.txt: cannot be read",
+    ),
+    "calibration line gone": (
+        edit(f"{S}/calib.txt", 2, None),
+        None,
+        "calib.txt: line P2 is missing",
+    ),
+    "right line gone": (edit(f"{S}/calib.txt", 3, None), None, "calib.txt: line P3 is missing"),
+    "calibration short": (
+        edit(f"{S}/calib.txt", 2, "P2: 1 2 3"),
+        None,
+        "line P2: 3 numbers instead of 12",
+    ),
+    "calibration garbled": (
+        edit(f"{S}/calib.txt", 4, "Tr: 1 2 x"),
+        None,
+        "line Tr: could not convert",
+    ),
+    "calibration without colon": (edit(f"{S}/calib.txt", 0, "P0 1 2"), None, "'P0 1 2' is no"),
+    "calibration binary": (
+        lambda d: (d / S / "calib.txt").write_bytes(b"\xff\xfe\x80"),
+        None,
+        "not a text file",
+    ),
+    "calibration no pinhole": (
+        edit(f"{S}/calib.txt", 2, f"P2: {row(-np.eye(4))}"),
+        None,
+        "line P2 is no rectified",
+    ),
+    "Tr no rotation": (
+        edit(f"{S}/calib.txt", 4, f"Tr: {row(2 * np.eye(4))}"),
+        None,
+        "line Tr: its 3x3 part is no rotation",
+    ),
+    "eyes swapped": (
+        edit(f"{S}/calib.txt", 3, f"P3: {row(projection(1))}"),
+        None,
+        "P3 is not to the right of P2",
+    ),
+    "poses gone": (lambda d: (d / "poses/03.txt").unlink(), None, "03.txt: cannot be read"),
+    "pose NaN": (
+        edit("poses/03.txt", 2, IDENTITY.replace("0", "nan", 1)),
+        None,
+        "03.txt, line 3: not all numbers are finite",
+    ),
+    "pose short": (edit("poses/03.txt", 4, "1 2"), None, "03.txt, line 5: 2 numbers instead of 12"),
+    "pose scaled": (
+        edit("poses/03.txt", 1, IDENTITY.replace("1", "1.01")),
+        None,
+        "03.txt, line 2: its 3x3 part is no rotation",
+    ),
+    "pose mirrored": (
+        edit("poses/03.txt", 1, "-" + IDENTITY),
+        None,
+        "03.txt, line 2: its 3x3 part is no rotation",
+    ),
+    "poses too few": (
+        edit("poses/03.txt", 5, None),
+        None,
+        "03.txt: 5 lines, but 03/image_2 goes on to frame 000005",
+    ),
+    "poses empty": (cut("poses/03.txt", 0), None, "03.txt: 0 lines"),
+    "times too few": (edit(f"{S}/times.txt", 5, None), None, "times.txt: 5 lines"),
+    "no images": (
+        lambda d: shutil.rmtree(d / S / "image_2"),
+        None,
+        "no image_2/000000.png nor image_0",
+    ),
+    "first PNG truncated": (cut(f"{S}/image_2/000000.png", 0.5), None, "000000.png: damaged"),
+    "PNG truncated": (
+        cut(f"{S}/image_2/000002.png", 0.8),
+        lambda s: s.images(2),
+        "000002.png: damaged",
+    ),
+    "PNG empty": (cut(f"{S}/image_2/000002.png", 0), lambda s: s.images(2), "000002.png: damaged"),
+    "right PNG truncated": (
+        cut(f"{S}/image_3/000002.png", 0.5),
+        lambda s: s.stereo_pair(2),
+        "image_3/000002.png: damaged",
+    ),
+    "PNG of another size": (
+        image(f"{S}/image_2/000002.png", (9, 8, 3)),
+        lambda s: s.images(2),
+        "000002.png: 9x8 pixels, but image_2/000000.png has 12x20",
+    ),
+    "PNG of 16 bits": (
+        image(f"{S}/image_2/000002.png", (12, 20), np.uint16),
+        lambda s: s.images(2),
+        "000002.png: uint16",
+    ),
+    "voxels short": (
+        cut(f"{S}/voxels/000005.label", 4000),
+        lambda s: s.voxels(5),
+        "000005.label: 4000 bytes instead of 4194304",
+    ),
+    "invalid short": (
+        cut(f"{S}/voxels/000005.invalid", 12),
+        lambda s: s.voxels(5),
+        "000005.invalid: 12 bytes instead of 262144",
+    ),
+    "invalid gone": (
+        lambda d: (d / S / "voxels/000005.invalid").unlink(),
+        None,
+        "000005.invalid is missing",
+    ),
+    "scan torn": (
+        cut(f"{S}/velodyne/000005.bin", 30),
+        lambda s: s.lidar(5),
+        "000005.bin: torn, 30 bytes",
+    ),
+    "scan empty": (cut(f"{S}/velodyne/000005.bin", 0), lambda s: s.lidar(5), "000005.bin: torn"),
+    "scan NaN": (
+        lambda d: np.full(4, np.nan, np.float32).tofile(d / S / "velodyne/000005.bin"),
+        lambda s: s.lidar(5),
+        "not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_input_is_named_in_one_line(root, case):
+    break_it, read, message = BROKEN[case]
+    break_it(root / "dataset")
+    if read:  # what is not read does not stop the rest
+        sequence = only(root)
+    with pytest.raises(InputError) as caught:
+        read(sequence) if read else only(root)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_wrong_places_are_named_in_one_line(root):
+    (root / "empty").mkdir()
+    wrong = {
+        "elsewhere: no such folder": lambda: only(root / "elsewhere"),
+        "no KITTI odometry data": lambda: only(root / "empty"),
+        "no sequence 17; it holds 03": lambda: kitti_sequences(root, ["17"]),
+        "no frame 6; it holds 0 to 5": lambda: only(root, range(4, 8)),
+        "chooses nothing": lambda: only(root, range(4, 4)),
+    }
+    for message, read in wrong.items():
+        with pytest.raises(InputError) as caught:
+            read()
+        assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_truncation_of_a_png_goes_unnoticed(root):
+    path = root / "dataset/sequences/03/image_2/000001.png"
+    data, sequence = path.read_bytes(), only(root)
+    want = sequence.images(1)
+    for keep in range(0, len(data), 7):
+        path.write_bytes(data[:keep])
+        try:
+            got = sequence.images(1)
+        except InputError:
+            continue
+        assert np.array_equal(got, want)  # only what ends after the last pixel may pass
+
+
+# stereo
+
+
+def test_block_matching_recovers_a_slanted_plane():
+    torch.manual_seed(0)
+    h, w = 60, 160
+    scene = torch.nn.functional.interpolate(
+        torch.rand(1, 1, h, 2 * w) * 255, scale_factor=(1, 2), mode="bilinear", align_corners=True
+    )[0, 0]
+    v, u = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    truth = 6 + 0.12 * v  # a road: disparity grows from row to row
+
+    def sample(x):  # the scene at sub-pixel columns
+        low = x.floor().long()
+        return scene[v, low] * (1 - (x - low)) + scene[v, low + 1] * (x - low)
+
+    left, right = sample(u + 40.0), sample(u + 40.0 + truth)
+    disparity = block_matching(left, right, 24)
+    found = disparity > 0
+    assert found[5:-5, 25:-10].float().mean() > 0.8
+    assert (disparity - truth).abs()[found].median() < 0.1
+    assert ((disparity - truth).abs()[found] < 1).float().mean() > 0.995
+    assert not found[:, :5].any()  # their match lies outside the right image
+
+
+def test_block_matching_claims_nothing_without_texture_or_match():
+    torch.manual_seed(0)
+    flat = torch.full((40, 80), 90.0)
+    assert not block_matching(flat, flat, 16).any()
+    noise, other = torch.rand(2, 40, 80) * 255
+    assert (block_matching(noise, other, 16) > 0).float().mean() < 0.01
+
+
+@pytest.fixture(scope="module")
+def real():
+    if not REAL.is_dir():
+        pytest.skip(f"no excerpt of KITTI at {REAL}")
+    return kitti_sequences(REAL, ["06"])[0]
+
+
+def test_real_excerpt(real):
+    assert real.frames == 51 and real.images(50).shape == (1, 370, 1226, 3)
+    assert real.path[-1] == pytest.approx(59.8, abs=0.1)
+    assert not real.labelled and len(real.missing) == 4
+    assert real.stereo_pair(40)[3] == pytest.approx(0.5372, abs=1e-4)
+
+
+def test_real_stereo_sees_the_road_and_agrees_with_the_next_frame(real):
+    depth = stereo_depth(real.stereo_pair(45))
+    found = depth > 0
+    assert 0.3 < found.mean() < 0.7
+    v, u = np.nonzero(found)
+    z = depth[found].astype(np.float64)
+    points = np.stack([u * z, v * z, z], 1) @ np.linalg.inv(real.intrinsics).T
+
+    road = points[(np.abs(points[:, 0]) < 2) & (points[:, 1] > 1) & (z < 15)]
+    design = np.stack([np.ones(len(road)), road[:, 0], road[:, 2]], 1)
+    height = np.linalg.lstsq(design, road[:, 1], rcond=None)[0][0]
+    assert height == pytest.approx(1.65, abs=0.05)
+
+    def error(scale):  # photometric, where these points lie in the next frame
+        to_next = np.linalg.inv(real.cameras(46)[1][0]) @ real.cameras(45)[1][0]
+        q = (scale * points @ to_next[:3, :3].T + to_next[:3, 3]) @ real.intrinsics.T
+        x, y = np.rint(q[:, :2] / q[:, 2:]).astype(int).T
+        inside = (x >= 0) & (x < 1226) & (y >= 0) & (y < 370) & (q[:, 2] > 0)
+        now, after = (real.images(f)[0, ..., 0].astype(float) for f in (45, 46))
+        return np.abs(now[v, u][inside] - after[y[inside], x[inside]]).mean()
+
+    still = np.abs(
+        np.subtract(*(real.images(f)[0, ..., 0].astype(float)[found] for f in (45, 46)))
+    ).mean()
+    assert error(1.0) < 0.4 * still
+    assert error(1.0) < min(error(0.9), error(1.1))

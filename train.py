@@ -1,0 +1,321 @@
+"""Train SelfOcc.
+
+    python train.py                                              # embedded street, ten minutes on two CPU cores
+    python train.py --dataset kitti --data DIR                   # SemanticKITTI as published
+    torchrun --nproc-per-node 8 train.py --dataset kitti --data DIR
+    python train.py --preset synthetic --resume                  # go on where runs/synthetic stopped
+
+The run folder receives checkpoint.safetensors, metrics.jsonl (one JSON a line) and panel pictures.
+"""
+
+import argparse
+import json
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from selfocc import InputError, checkpoint, config, distributed, evaluation, pictures
+from selfocc.config import Config, OptimConfig
+from selfocc.datasets import open_dataset
+from selfocc.datasets.video import VideoDataset, collate
+from selfocc.geometry import cellular_pixels
+from selfocc.losses import objective
+from selfocc.model import Noise, SelfOcc
+
+
+def parse_arguments() -> argparse.Namespace:
+    presets = "\n".join(f"  {name:18s} {summary}" for name, (summary, _) in config.PRESETS.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"presets:\n{presets}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--dataset", choices=["synthetic", "kitti"], help="default: the preset's")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set")
+    parser.add_argument("--preset", metavar="NAME", help="default: the data set's name")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: runs/PRESET")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint in the run folder"
+    )
+    parser.add_argument(
+        "--backbone-weights", metavar="FILE", help="torchvision file, `imagenet` or `none`"
+    )
+    parser.add_argument(
+        "--train", metavar="SEQ[:A-B],..", help="KITTI sequences and frames, such as 06:0-39"
+    )
+    parser.add_argument("--val", metavar="SEQ[:A-B],..", help="the same for validation")
+    parser.add_argument("--steps", type=int, help="optimiser steps; short for --set optim.steps=N")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help="change any setting of config.py",
+    )
+    return parser.parse_args()
+
+
+def settings(arguments: argparse.Namespace) -> Config:
+    preset = arguments.preset or arguments.dataset or "synthetic"
+    named = {
+        "data.dataset": arguments.dataset,
+        "data.train": arguments.train,
+        "data.val": arguments.val,
+        "backbone.weights": arguments.backbone_weights,
+        "optim.steps": arguments.steps,
+    }
+    overrides = [f"{path}={value}" for path, value in named.items() if value is not None]
+    return config.build(preset, overrides + arguments.set)
+
+
+def learning_rate(optim: OptimConfig, base: float, step: int) -> float:
+    """Linear warm-up, then cosine or one drop (spec section 12; the published schedule lags one step)."""
+    step = max(step - 1, 0)
+    if step < optim.warmup:
+        return optim.warmup_lr + (base - optim.warmup_lr) * step / optim.warmup
+    if optim.schedule == "step":
+        return base * (0.1 if step >= optim.drop_at * optim.steps else 1.0)
+    return optim.min_lr + 0.5 * (base - optim.min_lr) * (1 + math.cos(math.pi * step / optim.steps))
+
+
+def make_optimizer(model: SelfOcc, optim: OptimConfig) -> torch.optim.AdamW:
+    backbone = {id(p) for p in model.backbone.parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if id(p) not in backbone], "base": optim.lr},
+        {
+            "params": [p for p in trained if id(p) in backbone],
+            "base": optim.lr * optim.backbone_factor,
+        },
+    ]
+    return torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay)
+
+
+class Keys:
+    """For every forward pass from `start` on, the (index, seed) keys of this process's samples.
+
+    Every pass takes the next samples of a shuffled data set; ranks share each global batch between them.
+    """
+
+    def __init__(self, length: int, optim: OptimConfig, start: int, rank: int, world: int):
+        self.length, self.optim, self.start, self.rank, self.world = (
+            length,
+            optim,
+            start,
+            rank,
+            world,
+        )
+
+    def __len__(self) -> int:
+        return self.optim.steps * self.optim.accumulate - self.start
+
+    def __iter__(self):
+        batch, together = self.optim.batch, self.optim.batch * self.world
+        for forward in range(self.start, self.optim.steps * self.optim.accumulate):
+            first = forward * together + self.rank * batch
+            yield [self._key(number) for number in range(first, first + batch)]
+
+    def _key(self, number: int) -> tuple[int, int]:
+        epoch, place = divmod(number, self.length)
+        order = np.random.default_rng((self.optim.seed, epoch)).permutation(self.length)
+        return int(order[place]), int(
+            np.random.SeedSequence((self.optim.seed, number)).generate_state(1)[0]
+        )
+
+
+def draw_noise(model_config: Config, cameras: int, forward: int, rank: int, world: int) -> Noise:
+    """The random numbers of one forward pass: drawn for the global batch, then this rank's share is taken."""
+    generator = torch.Generator().manual_seed(model_config.optim.seed * 1_000_003 + forward)
+    rays = math.prod(model_config.render.rays)
+    batch = model_config.optim.batch
+    pixels = torch.rand(4, generator=generator)
+    numbers = torch.rand(world * batch, cameras, rays, 4, generator=generator)[
+        rank * batch : (rank + 1) * batch
+    ]
+    shift = torch.rand(world * batch, 3, generator=generator)[rank * batch : (rank + 1) * batch]
+    return Noise(pixels, numbers[..., 0], numbers[..., 1:], shift)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    settings_ = settings(arguments)
+    optim = settings_.optim
+    device = distributed.choose_device(arguments.device)
+    rank, world = distributed.start(device)
+    chief = rank == 0
+    out = arguments.out or Path("runs") / settings_.preset
+    file = out / checkpoint.FILE_NAME
+    if file.exists() and not arguments.resume:
+        raise InputError(
+            f"{out} already holds a run; --resume continues it, --out DIR starts another"
+        )
+    resumed = checkpoint.load(file) if arguments.resume else None
+
+    training = open_dataset(settings_, "train", arguments.data)
+    validation = open_dataset(settings_, "val", arguments.data)
+    if chief:
+        for line in dict.fromkeys(
+            line for d in (training, validation) for s in d.sequences for line in s.missing
+        ):
+            tqdm.write(f"note: {line}")
+
+    torch.manual_seed(optim.seed)
+    model = SelfOcc(settings_).to(device)
+    optimizer = make_optimizer(model, optim)
+    start = 0
+    if resumed:
+        checkpoint.restore(resumed, model, optimizer)
+        start = resumed.step
+    parallel = model
+    if world > 1:
+        distributed.synchronise_batch_norm(model, device)
+        parallel = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    keys = Keys(len(training), optim, start * optim.accumulate, rank, world)
+    loader = DataLoader(
+        training,
+        batch_sampler=keys,
+        collate_fn=collate,
+        num_workers=optim.workers,
+        pin_memory=device.type == "cuda",
+    )
+    if chief:
+        out.mkdir(parents=True, exist_ok=True)
+        log = Log(out / "metrics.jsonl", start)
+        parameters = sum(p.numel() for p in model.parameters())
+        tqdm.write(
+            f"{settings_.preset}: {len(training)} training frames, {len(validation)} validation frames, "
+            f"{parameters / 1e6:.1f} M parameters, {device}, steps {start} to {optim.steps}, run folder {out}"
+        )
+
+    stop = StopRequest()
+    model.train()
+    batches = iter(loader)
+    bar = tqdm(
+        range(start, optim.steps),
+        initial=start,
+        total=optim.steps,
+        disable=not chief,
+        dynamic_ncols=True,
+    )
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(optim, group["base"], step)
+        model.set_progress(step)
+        optimizer.zero_grad(set_to_none=True)
+        for part in range(optim.accumulate):
+            batch = next(batches).to(device)
+            forward = step * optim.accumulate + part
+            torch.manual_seed((optim.seed * 1_000_003 + forward) * world + rank)  # dropout
+            noise = draw_noise(settings_, batch.target.images.shape[1], forward, rank, world)
+            pixels = cellular_pixels(
+                settings_.render.rays, batch.target.images.shape[-2:], noise.pixels
+            )
+            noise = Noise(
+                noise.pixels, *(t.to(device) for t in (noise.jitter, noise.background, noise.shift))
+            )
+            volume, view = parallel(batch, pixels.to(device), noise)
+            losses = objective(settings_, batch, volume, view, noise.shift)
+            total = sum(losses.values()) / optim.accumulate
+            total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip)
+        if not torch.isfinite(norm):
+            raise InputError(
+                f"step {step}: the gradient is not finite, so training cannot go on; the last checkpoint in {out} is "
+                "intact. Lower optim.lr or optim.clip, and look at the data of this step"
+            )
+        optimizer.step()
+
+        done = step + 1
+        if not chief:
+            continue
+        if done % 10 == 0 or done == optim.steps:
+            scalars = {name: float(value.detach()) for name, value in losses.items()}
+            error = evaluation.ray_depth_error(batch, view)
+            log.write(
+                step=done,
+                loss=sum(scalars.values()),
+                **scalars,
+                abs_rel=error,
+                lr=optimizer.param_groups[0]["lr"],
+            )
+            bar.set_postfix_str(
+                f"loss {sum(scalars.values()):.3f}" + (f", AbsRel {error:.3f}" if error else "")
+            )
+        stopping = stop.requested
+        if done % optim.picture_every == 0 or done == optim.steps:
+            picture = evaluation.panel(
+                model, validation, (done // optim.picture_every) % len(validation), device
+            )
+            pictures.write_picture(out / f"panel_{done:06d}.png", picture)
+        if done % optim.save_every == 0 or done == optim.steps or stopping:
+            checkpoint.save(file, settings_, done, model, optimizer)
+        if done % optim.validate_every == 0 or done == optim.steps:
+            scores = evaluation.validate(model, validation, optim.validate_frames, device)
+            log.write(step=done, **{f"val_{name}": value for name, value in scores.items()})
+            tqdm.write(
+                f"step {done}: "
+                + ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+            )
+        if stopping:
+            raise Stopped(f"stopped; saved step {done} in {file}, --resume continues")
+    if chief:
+        tqdm.write(f"trained; evaluate with: python eval.py --ckpt {out}")
+
+
+class Stopped(Exception):
+    """The user asked to stop, and the run is saved."""
+
+
+class StopRequest:
+    """The first Ctrl-C (or SIGTERM) lets the running step finish and save; the second one stops at once."""
+
+    def __init__(self):
+        self.requested = False
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self._ask)
+
+    def _ask(self, number, _):
+        self.requested = True
+        signal.signal(number, signal.default_int_handler)
+
+
+class Log:
+    """metrics.jsonl, appended; on resume the lines of steps that will be repeated are dropped."""
+
+    def __init__(self, path: Path, start: int):
+        self.path = path
+        self.begun = time.time()
+        lines = path.read_text().splitlines() if start and path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
+        self.path.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, **values):
+        values["seconds"] = round(time.time() - self.begun, 1)
+        with self.path.open("a") as file:
+            file.write(
+                json.dumps(
+                    {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
+                )
+                + "\n"
+            )
+
+
+def main():
+    try:
+        train(parse_arguments())
+    except InputError as error:
+        sys.exit(error.report())
+    except Stopped as note:
+        print(note, file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
