@@ -1,15 +1,17 @@
 """Multi-scale deformable sampling (Zhu et al. 2021, eq. 3; spec section 4).
 
-    a          = softmax(logits over levels and points)
-    (x, y)     = reference * (w_l, h_l) + offset - 1/2                  pixels of level l
-    out[q, k]  = sum_{l, p} a[q, k, l, p] * bilinear(value_l[k], x, y)  zero outside the level, k the head
+    a         = softmax(logits)                          over the levels l and points p
+    (x, y)    = reference * (w_l, h_l) + offset - 1/2    pixels of level l
+    out[q, k] = sum_lp a * bilinear(value_l[k], x, y)    head k; zero outside the level
 
-With pairs, a query is sampled once in every value map it is paired with, and its result is the mean over those pairs.
+With pairs, a query is sampled once in every value map it is paired with, and its result is the mean
+over those pairs.
 
-The computation walks over the heads, so that sampling locations and weights exist for one head at a time, and backward
-computes them again. All levels of a head lie in one table of rows, an atlas with two zeros around every level: a location
-clamped into that border reads zeros, hence neither the samples nor their derivatives need a mask. What remains are sums of
-weighted table rows (`embedding_bag`), in backward the same sums over the transposed indices, found by a sort.
+The computation walks over the heads, so that sampling locations and weights exist for one head at a
+time, and backward computes them again. All levels of a head lie in one table of rows, an atlas with
+two zeros around every level: a location clamped into that border reads zeros, hence neither the
+samples nor their derivatives need a mask. What remains are sums of weighted table rows
+(`embedding_bag`), in backward the same sums over the transposed indices, found by a sort.
 """
 
 import warnings
@@ -20,22 +22,25 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _BORDER = 2  # zeros around a level: a sample reads two pixels along each axis
-_CHUNK = 1 << 22  # samples of one head at a time; bounds the temporaries to about 200 MB
+_CHUNK = 1 << 19  # samples of a head at a time: temporaries of 2 MB stay in the cache
 
 
 class _Atlas:
-    """Where each level lies in the table: M images of `rows` x `pitch` cells, the levels below each other."""
+    """Where the levels lie in the table: below each other in M images of `rows` x `pitch` cells."""
 
     def __init__(self, maps: int, level_shapes: list[tuple[int, int]]):
         self.maps, self.shapes = maps, level_shapes
-        self.pitch = max(w for _, w in level_shapes) + _BORDER  # a row's right border is the next row's left border
-        self.tops = [_BORDER]
+        # the border on the right of a row is the one on the left of the next row
+        self.pitch = max(w for _, w in level_shapes) + _BORDER
+        self.tops, bottom = [], _BORDER
         for h, _ in level_shapes:
-            self.tops.append(self.tops[-1] + h + _BORDER)
-        self.rows = self.tops[-1] + 1  # the last corner of a location clamped to the lower right may wrap into one more row
+            self.tops.append(bottom)
+            bottom += h + _BORDER
+        # the corners of a location clamped to the lower right wrap into one more row
+        self.rows = bottom + 1
         self.cells = maps * self.rows * self.pitch
-        self.index_dtype = torch.int32 if self.cells < 2**31 else torch.int64
-        self.shifts = (0, 1, self.pitch, self.pitch + 1)  # cells from the upper left corner to (x+1, y), (x, y+1), both
+        # cells from the upper left corner of a sample to itself, (x+1, y), (x, y+1), (x+1, y+1)
+        self.shifts = (0, 1, self.pitch, self.pitch + 1)
 
     def table(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         """[M, V, heads, dh] -> [heads, cells, dh]."""
@@ -48,7 +53,8 @@ class _Atlas:
     def value(self, table: Tensor, dtype: torch.dtype) -> Tensor:
         """The inverse of `table`."""
         heads, _, width = table.shape
-        value = table.new_empty(self.maps, sum(h * w for h, w in self.shapes), heads, width, dtype=dtype)
+        tokens = sum(h * w for h, w in self.shapes)
+        value = table.new_empty(self.maps, tokens, heads, width, dtype=dtype)
         table = table.view(heads, self.maps, self.rows, self.pitch, width)
         for level, tokens in zip(self.levels(table), self.split(value), strict=True):
             tokens.copy_(level)
@@ -58,55 +64,55 @@ class _Atlas:
         """Views [heads, M, h, w, dh] of the levels in a table [heads, M, rows, pitch, dh]."""
         return [
             table[:, :, top : top + h, _BORDER : _BORDER + w]
-            for top, (h, w) in zip(self.tops, self.shapes, strict=False)
+            for top, (h, w) in zip(self.tops, self.shapes, strict=True)
         ]
 
     def split(self, value: Tensor) -> list[Tensor]:
         """Views [heads, M, h, w, dh] of the levels in the tokens [M, V, heads, dh]."""
         parts = value.split([h * w for h, w in self.shapes], dim=1)
         return [
-            part.unflatten(1, shape).permute(3, 0, 1, 2, 4) for part, shape in zip(parts, self.shapes, strict=True)
+            part.unflatten(1, shape).permute(3, 0, 1, 2, 4)
+            for part, shape in zip(parts, self.shapes, strict=True)
         ]
 
 
 class _Sampler:
-    """Everything forward and backward share: K rows (queries or pairs), each with L*P samples a head."""
+    """What forward and backward share: K rows (queries or pairs) of S = L * P samples a head."""
 
     def __init__(self, value, level_shapes, reference_points, offsets, logits, pairs):
         batch, queries, self.heads, levels, points, _ = offsets.shape
-        self.dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-        self.atlas = atlas = _Atlas(value.shape[0], level_shapes)
-        self.offsets = offsets.flatten(0, 1)  # [B*Q, heads, L, P, 2]
-        self.logits = logits.flatten(0, 1)  # [B*Q, heads, L*P]
-        self.queries = batch * queries
-        self.samples = levels * points
         device = value.device
+        self.dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+        self.queries, self.samples = batch * queries, levels * points
+        self.offsets = offsets.reshape(self.queries, self.heads, self.samples, 2)
+        self.logits = logits.flatten(0, 1)  # [B*Q, heads, S]
         if pairs is None:
             self.query = None
-            self.rows = self.queries
             image = torch.arange(batch, device=device).repeat_interleave(queries)
             reference = reference_points.expand(batch, -1, -1, -1, -1).flatten(0, 1)  # [K, L, P, 2]
         else:
-            self.query = pairs[:, 1]
-            self.rows = len(pairs)
-            image = pairs[:, 0]
-            reference = reference_points[:, None].expand(-1, levels, -1, -1)
-            self.by_query = self.query.argsort()  # pairs of query i: by_query[first[i] : first[i + 1]]
-            self.first = torch.searchsorted(
-                self.query[self.by_query], torch.arange(self.queries + 1, device=device)
-            )
+            image, self.query = pairs.unbind(1)
+            reference = reference_points[:, None]  # [K, 1, P, 2]
+            # the pairs of query i are by_query[first[i] : first[i + 1]]
+            ordered, self.by_query = self.query.sort()
+            self.first = torch.searchsorted(ordered, torch.arange(self.queries + 1, device=device))
+        self.rows = len(image)
+        self.atlas = atlas = _Atlas(value.shape[0], level_shapes)
+        index = torch.int32 if max(atlas.cells, self.rows * self.samples) < 2**31 else torch.int64
         sizes = torch.tensor([(w, h) for h, w in level_shapes], dtype=self.dtype, device=device)
         pixel = reference.to(self.dtype) * sizes[:, None] - 0.5
-        self.x, self.y = pixel[..., 0].contiguous(), pixel[..., 1].contiguous()  # [K, L, P]
-        self.limits = sizes.mT.repeat_interleave(points, dim=1)  # [2, L*P] largest x, y
-        tops = torch.tensor(atlas.tops[:levels], device=device)
-        cell = (tops * atlas.pitch + _BORDER).repeat_interleave(points)
-        self.level_cell = cell.to(atlas.index_dtype)  # [L*P] cell of a level's pixel (0, 0)
-        self.image_cell = (image * (atlas.rows * atlas.pitch)).to(atlas.index_dtype)[:, None]  # [K, 1]
+        self.reference = pixel.reshape(self.rows, self.samples, 2)
+        self.limits = sizes.repeat_interleave(points, dim=0)  # [S, 2] largest x, y
+        corners = torch.tensor(atlas.tops, device=device) * atlas.pitch + _BORDER
+        self.level_cell = corners.repeat_interleave(points).to(
+            index
+        )  # [S] of a level's first pixel
+        self.image_cell = (image * (atlas.rows * atlas.pitch)).to(index)[:, None]  # [K, 1]
+        self.starts = torch.arange(self.rows + 1, device=device, dtype=index) * self.samples
 
     def chunks(self) -> list[slice]:
-        step = max(1, _CHUNK // self.samples)
-        return [slice(start, start + step) for start in range(0, self.rows, step)]
+        step = max(1, _CHUNK // max(1, self.samples))
+        return [slice(start, min(start + step, self.rows)) for start in range(0, self.rows, step)]
 
     def pick(self, rows: slice, head: int, per_query: Tensor) -> Tensor:
         """[B*Q, heads, ...] -> [k, ...] of the rows."""
@@ -117,29 +123,42 @@ class _Sampler:
         """Sum or mean over the pairs of each query: [K, n] -> [B*Q, n]."""
         if self.query is None:
             return per_row
-        return F.embedding_bag(self.by_query, per_row, self.first, mode=mode, include_last_offset=True)
+        return F.embedding_bag(
+            self.by_query, per_row, self.first, mode=mode, include_last_offset=True
+        )
 
     def locate(self, rows: slice, head: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """[k, L*P] each: cell of the upper left corner, fractions towards the right and below, softmaxed weight."""
-        offsets = self.pick(rows, head, self.offsets)
-        cells, fractions = [], []
-        for axis, reference in enumerate((self.x, self.y)):
-            position = (reference[rows] + offsets[..., axis]).flatten(1)
-            # NaN must read the border like everything else outside: it may not point outside the table
-            position = position.clamp_min_(-_BORDER).minimum(self.limits[axis]).nan_to_num_(nan=-_BORDER)
-            corner = position.floor()
-            cells.append(corner.to(self.atlas.index_dtype))
-            fractions.append(position.sub_(corner))
-        cell = cells[0].add_(cells[1], alpha=self.atlas.pitch).add_(self.level_cell).add_(self.image_cell[rows])
-        return cell, *fractions, self.pick(rows, head, self.logits).softmax(dim=-1)
+        """[k, S] each: cell of the upper left corner, fractions to the right and below, weight."""
+        position = self.pick(rows, head, self.offsets) + self.reference[rows]
+        position = torch.minimum(position.clamp_min_(-_BORDER), self.limits)
+        position.nan_to_num_(nan=-_BORDER)  # NaN too reads the border, never outside the table
+        corner = position.floor()
+        fx, fy = position.sub_(corner).unbind(-1)
+        x, y = corner.to(self.starts.dtype).unbind(-1)
+        cell = torch.add(x, y, alpha=self.atlas.pitch)
+        cell.add_(self.level_cell).add_(self.image_cell[rows])
+        attention = self.pick(rows, head, self.logits).softmax(dim=-1)
+        return cell, fx.contiguous(), fy.contiguous(), attention
 
 
-def _corner_weights(fx: Tensor, fy: Tensor, attention: Tensor) -> list[Tensor]:
+def _corner_weights(fx: Tensor, fy: Tensor, attention: Tensor) -> tuple[Tensor, ...]:
     """Bilinear weights of the corners, in the order of `_Atlas.shifts`, times the attention."""
     below = attention * fy
     above = attention - below
-    right_above, right_below = above * fx, below * fx
-    return [above - right_above, right_above, below - right_below, right_below]
+    above_right, below_right = above * fx, below * fx
+    return above.sub_(above_right), above_right, below.sub_(below_right), below_right
+
+
+def _bilinear_derivatives(
+    corners: list[Tensor], fx: Tensor, fy: Tensor, attention: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Derivatives by attention, x and y from the gradient's dot products with the corners."""
+    above, above_right, below, below_right = corners
+    slope_above, slope_below = above_right - above, below_right - below
+    above, below = above + slope_above * fx, below + slope_below * fx
+    by_y = below - above
+    by_x = slope_above + (slope_below - slope_above) * fy
+    return above + by_y * fy, attention * by_x, attention * by_y
 
 
 class _DeformableSampling(torch.autograd.Function):
@@ -150,17 +169,20 @@ class _DeformableSampling(torch.autograd.Function):
         sampler = _Sampler(value, level_shapes, reference_points, offsets, logits, pairs)
         table = sampler.atlas.table(value, sampler.dtype)
         batch, queries, heads = offsets.shape[:3]
-        out = value.new_empty(batch * queries, heads, value.shape[3])
+        width = value.shape[3]
+        out = value.new_empty(batch * queries, heads, width)
         for head in range(heads):
-            per_row = table.new_empty(sampler.rows, value.shape[3])
+            per_row = table.new_empty(sampler.rows, width)
             for rows in sampler.chunks():
                 cell, *geometry = sampler.locate(rows, head)
+                starts = sampler.starts[: len(cell) + 1]
+                corners = zip(sampler.atlas.shifts, _corner_weights(*geometry), strict=True)
                 per_row[rows] = sum(
-                    F.embedding_bag(cell, table[head, shift:], per_sample_weights=weight, mode="sum")
-                    for shift, weight in zip(sampler.atlas.shifts, _corner_weights(*geometry), strict=True)
+                    _sum_rows(table[head, shift:], cell, weight, starts)
+                    for shift, weight in corners
                 )
             out[:, head] = sampler.reduce(per_row, "mean")
-        return out.view(batch, queries, heads * value.shape[3])
+        return out.view(batch, queries, heads * width)
 
     @staticmethod
     @once_differentiable
@@ -168,68 +190,83 @@ class _DeformableSampling(torch.autograd.Function):
         value, reference_points, offsets, logits, pairs = ctx.saved_tensors
         sampler = _Sampler(value, ctx.level_shapes, reference_points, offsets, logits, pairs)
         table = sampler.atlas.table(value, sampler.dtype)
+        shifts, samples = sampler.atlas.shifts, sampler.samples
         grad_table = torch.zeros_like(table)
-        grad_offsets, grad_logits = torch.empty_like(sampler.offsets), torch.empty_like(sampler.logits)
+        grad_offsets = torch.empty_like(sampler.offsets)
+        grad_logits = torch.empty_like(sampler.logits)
         grad_out = grad_out.reshape(sampler.queries, sampler.heads, value.shape[3])
         if pairs is not None:
             grad_out = grad_out / sampler.first.diff().clamp_min(1)[:, None, None]
+        cells = sampler.starts.new_empty(sampler.rows, samples)
+        weights = table.new_empty(4, sampler.rows, samples)
+        grad_offset = table.new_empty(sampler.rows, samples, 2)
+        grad_logit = table.new_empty(sampler.rows, samples)
         for head in range(sampler.heads):
-            grad_x, grad_y, grad_logit = table.new_empty(3, sampler.rows, sampler.samples)
+            grad = sampler.pick(slice(None), head, grad_out).contiguous()  # [K, dh]
             for rows in sampler.chunks():
                 cell, fx, fy, attention = sampler.locate(rows, head)
-                grad = sampler.pick(rows, head, grad_out).contiguous()  # [k, dh]
-                _scatter(grad_table[head], sampler.atlas.shifts, cell, _corner_weights(fx, fy, attention), grad)
-                corners = _gather_dots(table[head], sampler.atlas.shifts, cell, grad)
-                grad_attention, grad_x[rows], grad_y[rows] = _bilinear_derivatives(corners, fx, fy, attention)
-                mean = (attention * grad_attention).sum(dim=-1, keepdim=True)
-                grad_logit[rows] = attention * (grad_attention - mean)
-            for axis, per_row in enumerate((grad_x, grad_y)):
-                grad_offsets[:, head, ..., axis] = sampler.reduce(per_row, "sum").unflatten(1, offsets.shape[3:5])
+                cells[rows] = cell
+                for corner, weight in zip(weights, _corner_weights(fx, fy, attention), strict=True):
+                    corner[rows] = weight
+                starts = sampler.starts[: len(cell) + 1]
+                dots = _gather_dots(table[head], shifts, cell, grad[rows], starts)
+                by_attention, by_x, by_y = _bilinear_derivatives(dots, fx, fy, attention)
+                grad_offset[rows, :, 0], grad_offset[rows, :, 1] = by_x, by_y
+                mean = torch.linalg.vecdot(attention, by_attention)[:, None]
+                grad_logit[rows] = by_attention.sub_(mean).mul_(attention)
+            by_offset = sampler.reduce(grad_offset.flatten(1), "sum")
+            grad_offsets[:, head] = by_offset.view(sampler.queries, samples, 2)
             grad_logits[:, head] = sampler.reduce(grad_logit, "sum")
+            _scatter_rows(grad_table[head], shifts, cells, weights, grad)
         grad_value = sampler.atlas.value(grad_table, value.dtype)
-        return grad_value, None, None, grad_offsets.view_as(offsets), grad_logits.view_as(logits), None
+        grad_offsets, grad_logits = grad_offsets.view_as(offsets), grad_logits.view_as(logits)
+        return grad_value, None, None, grad_offsets, grad_logits, None
 
 
-def _bilinear_derivatives(corners: list[Tensor], fx, fy, attention) -> tuple[Tensor, Tensor, Tensor]:
-    """From the dot products of the gradient with the four corners: derivatives by attention weight, x and y."""
-    above, above_right, below, below_right = corners
-    slope_above, slope_below = above_right - above, below_right - below
-    above, below = above + slope_above * fx, below + slope_below * fx
-    by_y = below - above
-    by_x = slope_above + (slope_below - slope_above) * fy
-    return above + by_y * fy, attention * by_x, attention * by_y
-
-
-def _scatter(table: Tensor, shifts, cell: Tensor, weights: list[Tensor], grad: Tensor) -> None:
-    """table[cell + shift] += weight * grad, in place: a sum over the samples of each cell, once these are sorted by cell."""
-    count, order = cell.flatten().sort()
-    first = torch.searchsorted(
-        count, torch.arange(len(table) + 1, device=cell.device, dtype=cell.dtype), out_int32=cell.dtype == torch.int32
+def _sum_rows(table: Tensor, rows: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
+    """out[i] = sum of weights[j] * table[rows[j]] for j in [starts[i], starts[i + 1])."""
+    return F.embedding_bag(
+        rows.flatten(),
+        table,
+        starts,
+        per_sample_weights=weights.flatten(),
+        mode="sum",
+        include_last_offset=True,
     )
-    row = order.to(cell.dtype).div_(cell.shape[1], rounding_mode="floor")
+
+
+def _scatter_rows(
+    table: Tensor, shifts: tuple[int, ...], cells: Tensor, weights: Tensor, grad: Tensor
+) -> None:
+    """table[cells + shift] += weight * grad, in place, as sums over the samples sorted by cell."""
+    ordered, order = cells.flatten().sort()
+    all_cells = torch.arange(len(table) + 1, device=cells.device, dtype=cells.dtype)
+    starts = torch.searchsorted(ordered, all_cells, out_int32=cells.dtype == torch.int32)
+    row = order.to(cells.dtype).div_(max(1, cells.shape[1]), rounding_mode="floor")
     for shift, weight in zip(shifts, weights, strict=True):
-        weight = weight.flatten()[order]
-        sums = F.embedding_bag(row, grad, first, per_sample_weights=weight, mode="sum", include_last_offset=True)
+        sums = _sum_rows(grad, row, weight.flatten()[order], starts)
         table[shift:] += sums[: len(table) - shift]
 
 
-def _gather_dots(table: Tensor, shifts, cell: Tensor, grad: Tensor) -> list[Tensor]:
-    """[k, L*P] for each corner: dot product of grad[k] with table[cell + shift].
+def _gather_dots(
+    table: Tensor, shifts: tuple[int, ...], cells: Tensor, grad: Tensor, starts: Tensor
+) -> list[Tensor]:
+    """[k, S] for each shift: dot products of grad[i] with table[cells[i] + shift].
 
-    A sampled dense-dense product: the cells are the pattern of a sparse matrix whose rows are the queries.
+    A sampled dense-dense product: the cells are the pattern of a sparse matrix.
     """
-    rows, samples = cell.shape
-    starts = torch.arange(0, cell.numel() + 1, samples, device=cell.device, dtype=cell.dtype)
-    zeros = grad.new_zeros(cell.numel())
+    rows, samples = cells.shape
+    zeros = grad.new_zeros(rows * samples)
     dots = []
     for shift in shifts:
         corner = table[shift:]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
-            pattern = torch.sparse_csr_tensor(
-                starts, cell.flatten(), zeros, size=(rows, len(corner)), check_invariants=False
+            product = torch.sparse_csr_tensor(
+                starts, cells.flatten(), zeros.clone(), (rows, len(corner)), check_invariants=False
             )
-        dots.append(torch.sparse.sampled_addmm(pattern, grad, corner.t(), beta=0.0).values().view(rows, samples))
+        torch.sparse.sampled_addmm(product, grad, corner.mT, beta=0.0, out=product)
+        dots.append(product.values().view(rows, samples))
     return dots
 
 
@@ -241,38 +278,49 @@ def deformable_sampling(
     logits: Tensor,
     pairs: Tensor | None = None,
 ) -> Tensor:
-    """Attention-weighted bilinear samples of multi-level feature maps; returns [B, Q, heads * dh] of value's dtype.
+    """Attention-weighted bilinear samples of multi-level feature maps.
 
     Args:
-        value: [M, V, heads, dh] tokens of M stacks of maps, levels one after another, row-major. M is B without pairs.
+        value: [M, V, heads, dh] tokens of M stacks of maps, one level after another, each row by
+            row. M is B without pairs.
         level_shapes: (h, w) of every level; V is the sum of their areas.
-        reference_points: (x, y) as fractions of the map, 0 and 1 at its outer edges. Without pairs [1 or B, Q, L, P, 2],
-            with pairs [K, P, 2], shared by the levels. They receive no gradient.
+        reference_points: (x, y) as fractions of the map, 0 and 1 at its outer edges. Without pairs
+            [1 or B, Q, L, P, 2], with pairs [K, P, 2], shared by the levels. They receive no
+            gradient.
         offsets: [B, Q, heads, L, P, 2] in pixels of the level.
         logits: [B, Q, heads, L * P] before the softmax over levels and points.
-        pairs: int64 [K, 2] (row of value, flat query b * Q + q), sorted by the first column. A query's result is the mean
-            over its pairs, zero without any; queries without pairs cost nothing.
+        pairs: int64 [K, 2] (row of value, flat query b * Q + q), sorted by the first column. A
+            query's result is the mean over its pairs; one without pairs gets zero at no cost.
 
-    Sums are in float32, or float64 for float64 values. Raises TypeError and ValueError that name the argument.
+    Returns [B, Q, heads * dh] in value's dtype; sums are in float32, or float64 for float64 values.
+    Raises TypeError and ValueError that name the argument.
     """
     _check(value, level_shapes, reference_points, offsets, logits, pairs)
     shapes = [(int(h), int(w)) for h, w in level_shapes]
-    return _DeformableSampling.apply(value, shapes, reference_points.detach(), offsets, logits, pairs)
+    return _DeformableSampling.apply(
+        value, shapes, reference_points.detach(), offsets, logits, pairs
+    )
 
 
 def _check(value, level_shapes, reference_points, offsets, logits, pairs) -> None:
     if value.ndim != 4:
         raise ValueError(f"value must be [M, V, heads, dh], got {list(value.shape)}")
     if offsets.ndim != 6 or offsets.shape[2] != value.shape[2] or offsets.shape[5] != 2:
-        raise ValueError(f"offsets must be [B, Q, {value.shape[2]} heads, L, P, 2], got {list(offsets.shape)}")
+        raise ValueError(
+            f"offsets must be [B, Q, {value.shape[2]} heads, L, P, 2], got {list(offsets.shape)}"
+        )
     batch, queries, heads, levels, points, _ = offsets.shape
     if len(level_shapes) != levels:
         raise ValueError(f"level_shapes has {len(level_shapes)} levels, offsets {levels}")
     tokens = sum(h * w for h, w in level_shapes)
     if value.shape[1] != tokens:
-        raise ValueError(f"value has {value.shape[1]} tokens, level_shapes {list(level_shapes)} make {tokens}")
+        raise ValueError(
+            f"value has {value.shape[1]} tokens, level_shapes {list(level_shapes)} make {tokens}"
+        )
     if logits.shape != (batch, queries, heads, levels * points):
-        raise ValueError(f"logits must be {[batch, queries, heads, levels * points]}, got {list(logits.shape)}")
+        raise ValueError(
+            f"logits must be {[batch, queries, heads, levels * points]}, got {list(logits.shape)}"
+        )
     for name, tensor in (("value", value), ("offsets", offsets), ("logits", logits)):
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
@@ -280,14 +328,19 @@ def _check(value, level_shapes, reference_points, offsets, logits, pairs) -> Non
     if pairs is None:
         expected = [[n, queries, levels, points, 2] for n in (1, batch)]
         if value.shape[0] != batch:
-            raise ValueError(f"value has {value.shape[0]} maps for a batch of {batch}; pairs say which map a query reads")
+            raise ValueError(
+                f"value has {value.shape[0]} maps for a batch of {batch}; "
+                "pairs say which map a query reads"
+            )
     else:
         tensors["pairs"] = pairs
         if pairs.dtype != torch.int64 or pairs.ndim != 2 or pairs.shape[1] != 2:
             raise TypeError(f"pairs must be int64 [K, 2], got {pairs.dtype} {list(pairs.shape)}")
         expected = [[len(pairs), points, 2]]
     if list(reference_points.shape) not in expected:
-        raise ValueError(f"reference_points must be {expected[-1]}, got {list(reference_points.shape)}")
+        raise ValueError(
+            f"reference_points must be {expected[-1]}, got {list(reference_points.shape)}"
+        )
     for name, tensor in tensors.items():
         if tensor.device != value.device:
             raise ValueError(f"{name} is on {tensor.device}, value on {value.device}")

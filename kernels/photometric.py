@@ -2,14 +2,16 @@
 
 For source k and a ray through pixel (u, v) with proposals t_s (z-depth) of weight w_s:
 
-    (x, y)_s = projection of (u t_s, v t_s, t_s, 1),  valid_s = in front of the source and inside its image
+    (x, y)_s = projection of (u t_s, v t_s, t_s, 1)
+    valid_s  = in front of the source and inside its image
     c_s      = source colour at (x, y)_s, bilinear
     w^_s     = w_s valid_s / max(sum w valid, eps)
-    l1       = sum_s w^_s mean_channels |target - c_s|        expected difference, not difference of the expectation
+    l1       = sum_s w^_s mean_channels |target - c_s|    (not the difference of the expectation)
     color    = sum_s w^_s c_s
 
-The combined form first averages differences and colours of a proposal over the sources that see it. Only the weights are
-differentiable, so colours and differences are constants and what autograd sees is one product of weights with them.
+The combined form first averages differences and colours of a proposal over the sources that see it.
+Only the weights are differentiable, so colours and differences are constants and what autograd sees
+is one product of weights with them.
 """
 
 import torch
@@ -20,7 +22,7 @@ CHUNK = 1 << 20  # proposals whose corners are looked up at once
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Structural dissimilarity clamp((1 - SSIM) / 2, 0, 1) over 3 x 3 windows with reflected borders.
+    """Structural dissimilarity clamp((1 - SSIM) / 2, 0, 1), 3 x 3 windows, reflected borders.
 
     Args: x, y [..., C, h, w] in [0, 1]. Returns [..., C, h, w] (Monodepth2; C1 = 1e-4, C2 = 9e-4).
     """
@@ -42,8 +44,8 @@ def ssim_l1(prediction: Tensor, target: Tensor) -> Tensor:
 def sample_image(images: Tensor, pixels: Tensor, published_pixels: bool = False) -> Tensor:
     """Colours at pixels, bilinear, border colours outside; differentiable in the pixels.
 
-    Args: images [M, C, h, w]; pixels [M or 1, R, 2] (u, v). Pixel u is read at index u, or with `published_pixels` at
-    u (w - 1) / w as the published code does. Returns [M, R, C].
+    Args: images [M, C, h, w]; pixels [M or 1, R, 2] (u, v). Pixel u is read at index u, or with
+    `published_pixels` at u (w - 1) / w as the published code does. Returns [M, R, C].
     """
     height, width = images.shape[-2:]
     size = pixels.new_tensor([width, height])
@@ -78,18 +80,25 @@ def epipolar_photometric(
 
 
 @torch.no_grad()
-def _proposals(depths, pixels, target, sources, projections, published_pixels) -> tuple[Tensor, Tensor]:
-    """Colours and visibility [B, K, N, R, S, 4], zero where invalid, and absolute differences [B, K, N, R, S]."""
+def _proposals(
+    depths, pixels, target, sources, projections, published_pixels
+) -> tuple[Tensor, Tensor]:
+    """Colours with visibility [B, K, N, R, S, 4] and absolute differences [B, K, N, R, S].
+
+    Both are zero where a proposal is invalid.
+    """
     batch, count, cameras, _, height, width = sources.shape
     samples = depths.shape[-1]
     table = sources.new_ones(batch, count, cameras, height, width, 4)
     table[..., :3] = sources.permute(0, 1, 2, 4, 5, 3)
     table = table.flatten(0, -2)
-    image = torch.arange(batch * count * cameras, dtype=torch.int32, device=depths.device) * (height * width)
-    image = image.view(batch, count, cameras, 1, 1)
+    image = torch.arange(batch * count * cameras, dtype=torch.int32, device=depths.device)
+    image = (image * (height * width)).view(batch, count, cameras, 1, 1)
 
     homogeneous = torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=-1).to(projections.dtype)
-    rays = (homogeneous @ projections[..., :3, :3].mT).to(depths.dtype)  # [B, K, N, R, 3]: one metre of target depth
+    rays = (homogeneous @ projections[..., :3, :3].mT).to(
+        depths.dtype
+    )  # [B, K, N, R, 3]: one metre of target depth
     offset = projections[..., :3, 3].to(depths.dtype)[..., None, None, :]
 
     shape = (batch, count, cameras, depths.shape[2], samples)
@@ -112,7 +121,9 @@ def _proposals(depths, pixels, target, sources, projections, published_pixels) -
     return colors, differences
 
 
-def _bilinear(table: Tensor, x: Tensor, y: Tensor, valid: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
+def _bilinear(
+    table: Tensor, x: Tensor, y: Tensor, valid: Tensor, image: Tensor, size: tuple[int, int]
+) -> Tensor:
     """Bilinear look-up of a pixel table [images * h * w, 4] times `valid`: [..., 4]."""
     height, width = size
     x, y = x.nan_to_num_(0.0).clamp_(0, width - 1), y.nan_to_num_(0.0).clamp_(0, height - 1)

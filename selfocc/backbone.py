@@ -1,8 +1,10 @@
 """Image features: ResNet (He et al. 2016) and a feature pyramid (Lin et al. 2017), spec section 3.
 
-Parameters of the ResNet carry torchvision's names, those of the pyramid mmsegmentation's, so that published weights fit.
+Parameters of the ResNet carry torchvision's names, those of the pyramid mmsegmentation's, so that
+published weights fit.
 """
 
+from collections import OrderedDict
 from pathlib import Path
 from urllib.error import URLError
 
@@ -72,10 +74,11 @@ def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 
 class Backbone(nn.Module):
-    """ResNet without its classifier: images [n, 3, h, w] -> four maps at strides 4, 8, 16, 32 with `channels`.
+    """ResNet without its classifier: images [n, 3, h, w] -> four maps at strides 4, 8, 16, 32 with
+    `channels`.
 
-    With `frozen_stem`, conv1 and bn1 keep their weights and bn1 its statistics, also in training; that makes sense only
-    for weights that were learnt, which is for the caller to see to.
+    With `frozen_stem`, conv1 and bn1 keep their weights and bn1 its statistics, also in training;
+    that makes sense only for weights that were learnt, which is for the caller to see to.
 
     Raises InputError if the weights cannot be found, read or do not fit.
     """
@@ -83,7 +86,9 @@ class Backbone(nn.Module):
     def __init__(self, config: BackboneConfig):
         super().__init__()
         if config.depth not in _BLOCKS:
-            raise InputError(f"backbone.depth {config.depth}: choose one of {', '.join(map(str, _BLOCKS))}")
+            raise InputError(
+                f"backbone.depth {config.depth}: choose one of {', '.join(map(str, _BLOCKS))}"
+            )
         block = BasicBlock if config.depth < 50 else Bottleneck
         width = config.width
         self.frozen_stem = config.frozen_stem
@@ -112,24 +117,31 @@ class Backbone(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, (BasicBlock, Bottleneck)):  # a block starts as its shortcut
-                nn.init.zeros_((module.bn2 if isinstance(module, BasicBlock) else module.bn3).weight)
+                nn.init.zeros_(
+                    (module.bn2 if isinstance(module, BasicBlock) else module.bn3).weight
+                )
 
     def _load(self, weights: dict, source: str) -> None:
         own = self.state_dict()
         weights = {k: v for k, v in weights.items() if not k.startswith("fc.")}
         for key, tensor in own.items():
             if key not in weights:
-                if key.endswith("num_batches_tracked"):  # files older than torch 0.4.1 lack the counters
+                if key.endswith(
+                    "num_batches_tracked"
+                ):  # files older than torch 0.4.1 lack the counters
                     continue
                 raise InputError(f"{source}: no {key} for this backbone; check backbone.depth")
             if weights[key].shape != tensor.shape:
                 raise InputError(
-                    f"{source}: {key} is {list(weights[key].shape)}, the backbone has {list(tensor.shape)}; "
+                    f"{source}: {key} is {list(weights[key].shape)}, "
+                    f"the backbone has {list(tensor.shape)}; "
                     "check backbone.depth and backbone.width"
                 )
         unknown = weights.keys() - own.keys()
         if unknown:
-            raise InputError(f"{source}: {min(unknown)} has no place in this backbone; check backbone.depth")
+            raise InputError(
+                f"{source}: {min(unknown)} has no place in this backbone; check backbone.depth"
+            )
         self.load_state_dict(weights, strict=False)
 
     def train(self, mode: bool = True) -> "Backbone":
@@ -151,7 +163,9 @@ class Backbone(nn.Module):
 def _download(depth: int) -> dict:
     url = _IMAGENET[depth]
     try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False, check_hash=True)
+        return torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", progress=False, check_hash=True
+        )
     except (URLError, OSError, RuntimeError) as error:
         raise InputError(
             f"cannot fetch {url} ({error}); fetch it elsewhere and use --backbone-weights FILE, "
@@ -161,41 +175,42 @@ def _download(depth: int) -> dict:
 
 def _read(path: str) -> dict:
     if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; --backbone-weights takes none, imagenet or a torchvision ResNet file")
+        raise InputError(
+            f"{path}: no such file; "
+            "--backbone-weights takes none, imagenet or a torchvision ResNet file"
+        )
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the broken byte leads to
         reason = str(error).partition("\n")[0]
         raise InputError(f"{path}: not a readable torch file ({reason}); fetch it again") from None
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise InputError(f"{path}: not a state dict; --backbone-weights takes a torchvision ResNet file")
+        raise InputError(
+            f"{path}: not a state dict; --backbone-weights takes a torchvision ResNet file"
+        )
     return weights
 
 
-class _Conv(nn.Module):
-    """A convolution under the name `conv`, as in mmsegmentation."""
-
-    def __init__(self, inputs: int, outputs: int, size: int):
-        super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, size, padding=size // 2)
-        nn.init.xavier_uniform_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+def _conv(inputs: int, outputs: int, size: int) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, size, padding=size // 2)
+    nn.init.xavier_uniform_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    return nn.Sequential(OrderedDict(conv=conv))  # published under the name `conv`
 
 
 class FPN(nn.Module):
-    """Feature pyramid: the backbone's stages [n, c_l, h_l, w_l] -> as many maps [n, dim, h_l, w_l]."""
+    """Feature pyramid: stages [n, c_l, h_l, w_l] -> as many maps [n, dim, h_l, w_l]."""
 
     def __init__(self, channels: list[int], dim: int):
         super().__init__()
-        self.lateral_convs = nn.ModuleList(_Conv(c, dim, 1) for c in channels)
-        self.fpn_convs = nn.ModuleList(_Conv(dim, dim, 3) for _ in channels)
+        self.lateral_convs = nn.ModuleList(_conv(c, dim, 1) for c in channels)
+        self.fpn_convs = nn.ModuleList(_conv(dim, dim, 3) for _ in channels)
 
     def forward(self, stages: list[Tensor]) -> list[Tensor]:
         maps = [conv(stage) for conv, stage in zip(self.lateral_convs, stages, strict=True)]
         for level in range(len(maps) - 1, 0, -1):
             size = maps[level - 1].shape[2:]
-            maps[level - 1] = maps[level - 1] + F.interpolate(maps[level], size=size, mode="nearest")
+            maps[level - 1] = maps[level - 1] + F.interpolate(
+                maps[level], size=size, mode="nearest"
+            )
         return [conv(m) for conv, m in zip(self.fpn_convs, maps, strict=True)]

@@ -1,7 +1,8 @@
-"""Images to planes: learnt plane queries that attend to each other and to the image features (spec sections 4 and 5).
+"""Images to planes: learnt queries attend to each other and to image features (spec 4 and 5).
 
-TPV (tri-perspective view) has the three planes hw, zh and wz through the volume; BEV (bird's-eye view) has hw alone.
-A plane `ab` has a on its rows and b on its columns; axes are h (metric y), w (x) and z.
+TPV (tri-perspective view) has the three planes hw, zh and wz through the volume; BEV (bird's-eye
+view) has hw alone. A plane `ab` has a on its rows and b on its columns; axes are h (metric y), w
+(x) and z.
 """
 
 import math
@@ -20,7 +21,8 @@ _METRIC = {"w": 0, "h": 1, "z": 2}  # grid axis -> index of x, y, z
 class Encoder(nn.Module):
     """Camera features and poses -> plane features.
 
-    The cameras of a rig keep their order (each has an embedding), but every batch item has its own matrices.
+    The cameras of a rig keep their order (each has an embedding), but every batch item has its own
+    matrices.
     """
 
     def __init__(self, config: EncoderConfig, volume: VolumeConfig, cameras: int, levels: int = 4):
@@ -30,22 +32,33 @@ class Encoder(nn.Module):
         self.nodes = dict(zip("hwz", volume.nodes, strict=True))
         self.plane_shapes = [(self.nodes[rows], self.nodes[cols]) for rows, cols in self.planes]
         self.queries = nn.ParameterDict(
-            {p: nn.Parameter(torch.randn(rows * cols, dim)) for p, (rows, cols) in zip(self.planes, self.plane_shapes, strict=True)}
+            {
+                p: nn.Parameter(torch.randn(rows * cols, dim))
+                for p, (rows, cols) in zip(self.planes, self.plane_shapes, strict=True)
+            }
         )
-        self.position = nn.ModuleDict({plane: nn.Linear(4 * config.frequencies, dim) for plane in self.planes})
+        self.position = nn.ModuleDict(
+            {plane: nn.Linear(4 * config.frequencies, dim) for plane in self.planes}
+        )
         for linear in self.position.values():
             nn.init.xavier_uniform_(linear.weight)
         self.camera_embedding = nn.Parameter(torch.randn(cameras, dim))
         self.level_embedding = nn.Parameter(torch.randn(levels, dim))
         points_cross = dict(zip(self.planes, config.points_cross, strict=False))
         self.layers = nn.ModuleList(
-            EncoderLayer(dim, config.heads, levels, points_cross, config.points_self, config.dropout)
+            EncoderLayer(
+                dim, config.heads, levels, points_cross, config.points_self, config.dropout
+            )
             for _ in range(config.layers)
         )
         for axis, nodes in self.nodes.items():
-            self.register_buffer(f"features_{axis}", fourier_features(nodes, config.frequencies), persistent=False)
+            self.register_buffer(
+                f"features_{axis}", fourier_features(nodes, config.frequencies), persistent=False
+            )
         for plane, points in points_cross.items():
-            self.register_buffer(f"pillars_{plane}", self._pillars(plane, points, volume.box), persistent=False)
+            self.register_buffer(
+                f"pillars_{plane}", self._pillars(plane, points, volume.box), persistent=False
+            )
         reference = (
             self._cross_view_reference(config.points_self)
             if config.kind == "tpv"
@@ -65,8 +78,10 @@ class Encoder(nn.Module):
 
         Args:
             features: image levels [B, N, dim, h_l, w_l], finest first.
-            intrinsics [B, N, 3, 3] in pixels of the network's images, camera_to_volume [B, N, 4, 4].
-            image_size: (h, w) of the network's images; valid_size: the part of it, from the top left, that is not padding.
+            intrinsics: [B, N, 3, 3] in pixels of the network's images.
+            camera_to_volume: [B, N, 4, 4].
+            image_size: (h, w) of the network's images.
+            valid_size: the part of it, from the top left, that is not padding.
         """
         batch = len(intrinsics)
         image_shapes = [tuple(level.shape[3:]) for level in features]
@@ -76,29 +91,29 @@ class Encoder(nn.Module):
             visible_pairs(getattr(self, f"pillars_{plane}"), projection, image_size, valid_size)
             for plane in self.planes
         ]
-        position = self.positional_encoding()
+        shared = (self.positional_encoding(), self.plane_shapes, self.self_reference)
         x = torch.cat([self.queries[plane] for plane in self.planes]).expand(batch, -1, -1)
         for layer in self.layers:
-            x = layer(x, position, self.plane_shapes, self.self_reference, image_tokens, image_shapes, visible)
+            x = layer(x, *shared, image_tokens, image_shapes, visible)
         planes = x.split([rows * cols for rows, cols in self.plane_shapes], dim=1)
-        return [plane.unflatten(1, shape) for plane, shape in zip(planes, self.plane_shapes, strict=True)]
+        shapes = self.plane_shapes
+        return [plane.unflatten(1, shape) for plane, shape in zip(planes, shapes, strict=True)]
 
     def positional_encoding(self) -> Tensor:
-        """[T, dim] of all planes: a linear layer on the Fourier features of a node's two coordinates, x before y before z.
+        """[T, dim] of all planes, linear in the Fourier features of a node's two coordinates.
 
-        The features of a coordinate are the same along a whole row or column, so the layer is applied to those.
+        Of x, y and z the earlier comes first. A coordinate is the same along a whole row or column,
+        so the linear layer is applied to those instead of to every node.
         """
         out = []
         for plane in self.planes:
             linear = self.position[plane]
-            first, second = sorted(plane, key=_METRIC.get)
-            weights = linear.weight.chunk(2, dim=1)
-            parts = {
-                axis: getattr(self, f"features_{axis}") @ weight.mT
-                for axis, weight in zip((first, second), weights, strict=True)
-            }
+            weights = zip(
+                sorted(plane, key=_METRIC.get), linear.weight.chunk(2, dim=1), strict=True
+            )
+            part = {axis: getattr(self, f"features_{axis}") @ weight.mT for axis, weight in weights}
             rows, cols = plane
-            out.append((parts[rows][:, None] + parts[cols] + linear.bias).flatten(0, 1))
+            out.append((part[rows][:, None] + part[cols] + linear.bias).flatten(0, 1))
         return torch.cat(out)
 
     def _image_tokens(self, features: list[Tensor]) -> Tensor:
@@ -110,7 +125,7 @@ class Encoder(nn.Module):
         return torch.cat(tokens, dim=2).flatten(0, 1)
 
     def _pillars(self, plane: str, points: int, box) -> Tensor:
-        """[Q, P, 3] metric points along the axis that the plane lacks, from one end of the box to the other."""
+        """[Q, P, 3] metric points of each node along the axis that the plane lacks, end to end."""
         counts = [self.nodes[axis] for axis in plane] + [points]
         fractions = torch.meshgrid(*(torch.linspace(0, 1, n) for n in counts), indexing="ij")
         (other,) = set("hwz") - set(plane)
@@ -123,37 +138,41 @@ class Encoder(nn.Module):
     def _cross_view_reference(self, points: int) -> Tensor:
         """[1, T, planes, P, 2]: where the nodes of each plane read each plane.
 
-        A coordinate that the two planes share is the node's own; along the other axis the points cover the whole plane.
-        Node i of n sits at i / n as published, half a cell before its centre.
+        A coordinate that the two planes share is the node's own; along the other axis the points
+        cover the whole plane. Node i of n sits at i / n as published, half a cell before its
+        centre.
         """
         spread = {axis: torch.linspace(0, n - 1, points) / n for axis, n in self.nodes.items()}
         planes = []
         for plane, shape in zip(self.planes, self.plane_shapes, strict=True):
             grid = torch.meshgrid(*(torch.arange(n) / n for n in shape), indexing="ij")
-            own = {axis: g.flatten()[:, None].expand(-1, points) for axis, g in zip(plane, grid, strict=True)}
+            grid = [fraction.flatten()[:, None].expand(-1, points) for fraction in grid]
+            own = dict(zip(plane, grid, strict=True))  # [Q, P]
             levels = []
             for rows, cols in self.planes:
-                x, y = (own.get(axis, spread[axis].expand(math.prod(shape), -1)) for axis in (cols, rows))
-                levels.append(torch.stack([x, y], dim=-1))
+                xy = [
+                    own.get(axis, spread[axis].expand(own[plane[0]].shape)) for axis in cols + rows
+                ]
+                levels.append(torch.stack(xy, dim=-1))
             planes.append(torch.stack(levels, dim=1))
         return torch.cat(planes)[None]
 
     def _bev_reference(self, points: int, transposed: bool) -> Tensor:
-        """[1, T, 1, P, 2]: every node reads around its own cell; transposed reproduces the published grid (spec 13.1)."""
-        rows, cols = self.plane_shapes[0]
+        """[1, T, 1, P, 2]: a node reads around its own cell, or where published (spec 13.1)."""
         if transposed:
-            x, y = torch.meshgrid(torch.linspace(0, 1, rows), torch.linspace(0, 1, cols), indexing="ij")
+            x, y = (torch.linspace(0, 1, n) for n in self.plane_shapes[0])
+            x, y = torch.meshgrid(x, y, indexing="ij")
         else:
-            y, x = torch.meshgrid(
-                (torch.arange(rows) + 0.5) / rows, (torch.arange(cols) + 0.5) / cols, indexing="ij"
-            )
+            y, x = ((torch.arange(n) + 0.5) / n for n in self.plane_shapes[0])
+            y, x = torch.meshgrid(y, x, indexing="ij")
         grid = torch.stack([x, y], dim=-1).view(1, -1, 1, 1, 2)
         return grid.repeat(1, 1, 1, points, 1)
 
 
 def fourier_features(nodes: int, frequencies: int) -> Tensor:
-    """[nodes, 2 F]: sin and cos of a pi 2^(k - 1), k = 0 .. F - 1, for a from 0 at the first node to 1 at the last."""
-    coordinate = torch.linspace(0, 1, nodes, dtype=torch.float64)  # the largest argument, pi 2^10, needs the digits
+    """[nodes, 2 F]: sin, cos of a pi 2^(k - 1), k < F; a is 0 at the first node, 1 at the last."""
+    # arguments up to pi 2^10 would lose four digits in float32
+    coordinate = torch.linspace(0, 1, nodes, dtype=torch.float64)
     angles = coordinate[:, None] * math.pi * 2.0 ** (torch.arange(frequencies) - 1)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1).float()
 
@@ -161,12 +180,14 @@ def fourier_features(nodes: int, frequencies: int) -> Tensor:
 def project_points(
     points: Tensor, projection: Tensor, image_size: tuple[int, int], valid_size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Metric points [..., 3] in cameras [*, 4, 4] -> fractions of the image (x, y) [*, ..., 2] and visibility [*, ...].
+    """Metric points [..., 3] -> fractions (x, y) [B, N, ..., 2] of the images, visible [B, N, ...].
 
-    A point is visible if it lies in front of the camera and inside the valid part of the image.
+    `projection` [B, N, 4, 4] takes homogeneous points to (u d, v d, d, 1), d the z-depth. A point
+    is visible if it lies in front of the camera and inside the valid part of the image.
     """
-    matrix = projection.to(points).flatten(0, -3)  # the projection itself is float32, as published
-    projected = points.flatten(0, -2) @ matrix[:, :3, :3].mT + matrix[:, None, :3, 3]
+    matrix = projection.to(points).flatten(0, -3)  # float32 as published, and under autocast too
+    with torch.autocast(points.device.type, enabled=False):
+        projected = points.flatten(0, -2) @ matrix[:, :3, :3].mT + matrix[:, None, :3, 3]
     depth = projected[..., 2:]
     pixel = projected[..., :2] / depth.clamp_min(1e-5)
     valid = pixel / pixel.new_tensor((valid_size[1], valid_size[0]))
@@ -179,12 +200,12 @@ def project_points(
 def visible_pairs(
     pillars: Tensor, projection: Tensor, image_size: tuple[int, int], valid_size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Pairs [K, 2] of camera b * N + n and query b * Q + q that sees it, and the query's points [K, P, 2] in that camera.
+    """Pairs [K, 2] of camera b * N + n and query b * Q + q in view, and fractions [K, P, 2] there.
 
     A query takes part if any of its points [Q, P, 3] is visible; its invisible points come along.
     """
     fractions, visible = project_points(pillars, projection, image_size, valid_size)
     item, camera, query = visible.any(dim=-1).nonzero(as_tuple=True)  # sorted by camera
-    batch, cameras, queries = visible.shape[:3]
+    _, cameras, queries = visible.shape[:3]
     pairs = torch.stack([item * cameras + camera, item * queries + query], dim=-1)
     return pairs, fractions[item, camera, query]

@@ -1,0 +1,58 @@
+"""Arrays kept on disk by content: written whole or not at all, checked when opened, made again when damaged."""
+
+import hashlib
+import os
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from selfocc import InputError
+
+
+def key(*parts):
+    """A name that depends on everything given (through its repr)."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+def load_or_make(path, dtype, shape, make):
+    """The read-only memory map of an array; `make()` is called and stored if the file is missing or damaged.
+
+    The last 4 bytes of the file are the CRC-32 of the rest. Raises InputError if the folder cannot be written."""
+    array = _load(path, dtype, shape)
+    if array is None:
+        _store(path, make())
+        array = _load(path, dtype, shape)
+    if array is None:
+        raise InputError(f"{path}: what was just written does not read back; check the disk or set SELFOCC_CACHE")
+    return array
+
+
+def _load(path, dtype, shape):
+    try:
+        raw = np.memmap(path, np.uint8, "r")
+        if len(raw) < 4 or zlib.crc32(raw[:-4]) != int.from_bytes(raw[-4:].tobytes(), "little"):
+            return None
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+    return array if (array.dtype, array.shape) == (dtype, shape) else None
+
+
+def _store(path, array):
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        with os.fdopen(handle, "r+b") as file:
+            np.save(file, array)
+            file.flush()
+            crc = zlib.crc32(np.memmap(temporary, np.uint8, "r"))
+            file.write(crc.to_bytes(4, "little"))
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        raise InputError(f"{path.parent}: cannot keep rendered frames ({error.strerror}); free some space or set "
+                         "SELFOCC_CACHE to another folder") from error

@@ -1,0 +1,152 @@
+"""From planes to the volume, and the volume read at points and on grids (spec 2, 6 and 10)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from selfocc.config import EncoderConfig, FieldConfig, VolumeConfig
+from selfocc.geometry import Box, node_positions
+
+SLAB = 1 << 23  # features decoded at once; where there are more, backward computes them again
+
+
+class FieldDecoder(nn.Module):
+    """An MLP from plane features to SDF, colour features and semantic logits at every node.
+
+    With `FieldConfig.ground` the SDF is the height above the plane z = ground plus what the network
+    says, which is zero at the start, so that training starts from a road instead of from nothing.
+    """
+
+    def __init__(self, field: FieldConfig, encoder: EncoderConfig, volume: VolumeConfig):
+        super().__init__()
+        self.kind, self.nodes = encoder.kind, volume.nodes
+        self.channels = 1 + field.colors + field.classes
+        outputs = self.channels * (volume.nodes[2] if self.kind == "bev" else 1)
+        self.net = nn.Sequential(
+            nn.Softplus(),
+            nn.Linear(encoder.dim, field.hidden),
+            nn.Softplus(),
+            nn.Linear(field.hidden, outputs),
+        )
+        height = None
+        if field.ground is not None:
+            height = torch.linspace(volume.box[2], volume.box[5], volume.nodes[2]) - field.ground
+            with torch.no_grad():
+                self.net[3].weight[:: self.channels] = 0.0
+                self.net[3].bias[:: self.channels] = 0.0
+        self.register_buffer("height", height, persistent=False)  # [Z] above the ground, metres
+
+    def forward(self, planes: list[Tensor]) -> Tensor:
+        """Volume [B, C, H, W, Z], channel 0 the SDF in metres.
+
+        planes: TPV [hw [B, H, W, D], zh [B, Z, H, D], wz [B, W, Z, D]], or BEV [[B, H, W, D]].
+        """
+        if self.kind == "tpv":
+            hw, zh, wz = planes
+            parts = (hw, zh.transpose(1, 2), wz)
+            total = math.prod(self.nodes) * hw.shape[0] * hw.shape[-1]
+        else:
+            parts = (planes[0],)
+            total = planes[0].numel()
+        slabs = math.ceil(total / SLAB)
+        if slabs == 1:
+            rows = self._decode(*parts)
+        else:
+            step = math.ceil(self.nodes[0] / slabs)
+            along_height = zip(*(part.split(step, dim=1) for part in parts[:2]), strict=True)
+            keep = torch.is_grad_enabled()
+            rows = torch.cat(
+                [
+                    checkpoint(self._decode, *slab, *parts[2:], use_reentrant=False)
+                    if keep
+                    else self._decode(*slab, *parts[2:])
+                    for slab in along_height
+                ],
+                dim=1,
+            )
+        if self.height is not None:
+            rows = torch.cat([rows[..., :1] + self.height[:, None], rows[..., 1:]], dim=-1)
+        return rows.permute(0, 4, 1, 2, 3)
+
+    def _decode(self, hw: Tensor, hz: Tensor | None = None, wz: Tensor | None = None) -> Tensor:
+        """Nodes [B, h, W, Z, C] from hw [B, h, W, D], hz [B, h, Z, D] and wz [B, W, Z, D]."""
+        if hz is None:
+            return self.net(hw).unflatten(-1, (self.nodes[2], self.channels))
+        return self.net(hw[:, :, :, None] + hz[:, :, None] + wz[:, None])
+
+
+def sample_sdf(volume: Tensor, box: Box, points: Tensor) -> Tensor:
+    """SDF [B, ...] in metres at points [B or 1, ..., 3] (x, y, z) of the volume frame, trilinear.
+
+    Outside the box the value at its border counts.
+    """
+    batch, *shape = torch.broadcast_shapes(
+        points.shape[:-1], (volume.shape[0], *[1] * (points.ndim - 2))
+    )
+    bounds = points.new_tensor(box)
+    grid = 2 * (points - bounds[:3]) / (bounds[3:] - bounds[:3]) - 1
+    grid = grid[..., [2, 0, 1]].to(volume.dtype)  # z, x, y: the fastest axis comes first
+    grid = grid.reshape(points.shape[0], -1, 1, 1, 3).expand(batch, -1, -1, -1, -1)
+    sdf = F.grid_sample(volume[:, :1], grid, padding_mode="border", align_corners=True)
+    return sdf.reshape(batch, *shape)
+
+
+def shifted_grid_sdf(
+    volume: Tensor, box: Box, shape: tuple[int, int, int], shift: Tensor
+) -> Tensor:
+    """SDF [B, ny, nx, nz] on a grid from one end of the box to the other, moved by shift [B, 3].
+
+    The shift along x, y, z is in voxels of the box divided by `shape`.
+    """
+    counts = (shape[1], shape[0], shape[2])
+    pitch = volume.new_tensor([(box[a + 3] - box[a]) / n for a, n in enumerate(counts)])
+    grid = node_positions(box, shape, device=volume.device).to(volume.dtype)
+    return sample_sdf(volume, box, grid + (shift.to(volume) * pitch)[:, None, None, None])
+
+
+def occupancy_grid(
+    volume: Tensor,
+    box: Box,
+    shape: tuple[int, int, int],
+    published: bool = False,
+    extent: Box | None = None,
+) -> Tensor:
+    """SDF [B, ny, nx, nz] in metres at voxel centres; at most the threshold means occupied.
+
+    Args:
+        volume: [B, C, H, W, Z] over `box`.
+        shape: (ny, nx, nz) voxels.
+        published: points that include both ends instead of voxel centres (spec section 10).
+        extent: the box that is divided into voxels, `box` unless given.
+    """
+    return _resample(volume[:, :1], box, shape, published, extent or box)[:, 0]
+
+
+def semantic_grid(
+    volume: Tensor,
+    classes: int,
+    box: Box,
+    shape: tuple[int, int, int],
+    published: bool = False,
+    extent: Box | None = None,
+) -> Tensor:
+    """Class ids [B, ny, nx, nz] where `occupancy_grid` evaluates: the largest of the logits."""
+    return _resample(volume[:, -classes:], box, shape, published, extent or box).argmax(1)
+
+
+def _resample(volume: Tensor, box: Box, shape, published: bool, extent: Box) -> Tensor:
+    """The volume on a regular grid [B, C, ny, nx, nz], trilinear: one axis after the other."""
+    for dim, axis, n in zip((4, 3, 2), (2, 0, 1), (shape[2], shape[1], shape[0]), strict=True):
+        steps = torch.arange(n, dtype=volume.dtype, device=volume.device)
+        share = steps / max(1, n - 1) if published else (steps + 0.5) / n
+        metres = extent[axis] + share * (extent[axis + 3] - extent[axis])
+        nodes = volume.shape[dim]
+        place = (metres - box[axis]) / (box[axis + 3] - box[axis]) * (nodes - 1)
+        place = place.clamp(0, nodes - 1)
+        lower = place.long().clamp(max=nodes - 2)
+        fraction = (place - lower).view(-1, *[1] * (4 - dim))
+        volume = volume.index_select(dim, lower).lerp(volume.index_select(dim, lower + 1), fraction)
+    return volume

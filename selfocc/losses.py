@@ -1,0 +1,259 @@
+"""Every loss (spec section 11), a small function each, and `objective`, the sum that is minimised.
+
+Rays lie on a grid of rows x cols, row by row, so that 3 x 3 windows over neighbouring rays make
+sense. B samples, N cameras, K source frames, R = rows * cols rays, S samples a ray.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels
+from selfocc import InputError
+from selfocc.config import Config
+from selfocc.field import shifted_grid_sdf
+from selfocc.geometry import image_to_image, node_spacing
+
+if TYPE_CHECKING:
+    from selfocc.datasets.video import Batch
+    from selfocc.model import View
+
+UNSEEN = 1e3  # error of a ray that no source sees, larger than any other
+
+
+def objective(
+    config: Config, batch: Batch, volume: Tensor, view: View, shift: Tensor
+) -> dict[str, Tensor]:
+    """The weighted losses of a training step by name, 0-d. A loss of weight 0 is left out.
+
+    shift: [B, 3] uniform random numbers that move the grid on which sparsity is measured.
+    Raises InputError where the data lacks what a loss needs.
+    """
+    weights = config.loss
+    target, sources = batch.target, batch.sources
+    colors = ray_colors(target.images, view.pixels)
+    losses = {}
+    if weights.weight_photometric:
+        seen = dict(
+            pixels=view.pixels,
+            rays=config.render.rays,
+            target=colors,
+            sources=sources.images,
+            projections=image_to_image(
+                target.intrinsics[:, None],
+                target.camera_to_volume[:, None],
+                sources.intrinsics,
+                sources.camera_to_volume,
+            ),
+            automask=weights.automask,
+        )
+        if weights.photometric == "reprojection":
+            error = reprojection_error(view.depth, **seen)
+        else:
+            combine = weights.photometric == "mvs_combined"
+            error = photometric_error(view.weights, view.proposals, combine=combine, **seen)
+        losses["photometric"] = weights.weight_photometric * error.mean()
+    if weights.weight_color:
+        losses["color"] = weights.weight_color * color_loss(view.color, colors, config.render.rays)
+    if weights.weight_eikonal or weights.weight_hessian:
+        spacing = node_spacing(config.volume.box, config.volume.nodes)
+        sdf = volume[:, 0]
+        nodes, hessian = kernels.node_losses(sdf, spacing, weights.compact_hessian)
+        count = sdf.numel() + view.sdf.numel()
+        losses["eikonal"] = weights.weight_eikonal * (nodes + view.eikonal.sum()) / count
+        losses["hessian"] = weights.weight_hessian * hessian
+    if weights.weight_sparsity:
+        losses["sparsity"] = weights.weight_sparsity * _sparsity(config, volume, view, shift)
+    if weights.weight_edge:
+        losses["edge"] = weights.weight_edge * edge_loss(view.depth, colors, config.render.rays)
+    if weights.weight_semantic:
+        if batch.semantics is None or view.semantics is None:
+            raise InputError(
+                "the semantic loss needs 2-D labels and field.classes; set loss.weight_semantic=0"
+            )
+        labels = ray_labels(batch.semantics, view.pixels)
+        semantic = {"ce": semantic_ce, "bce": semantic_bce}[weights.semantic]
+        losses["semantic"] = weights.weight_semantic * semantic(view.semantics, labels)
+    return losses
+
+
+def _sparsity(config: Config, volume: Tensor, view: View, shift: Tensor) -> Tensor:
+    if config.loss.sparsity == "adaptive":
+        return adaptive_sparsity(view.sdf, view.proposals, view.depth)
+    shape = tuple(n - 1 for n in config.volume.nodes)
+    sdf = shifted_grid_sdf(volume, config.volume.box, shape, shift)
+    kinds = {"soft": soft_sparsity, "smooth": smooth_sparsity, "hard": hard_sparsity}
+    return kinds[config.loss.sparsity](sdf)
+
+
+# Photometric
+
+
+def ray_colors(images: Tensor, pixels: Tensor, published_pixels: bool = False) -> Tensor:
+    """Colours [..., R, C] of images [..., C, h, w] at pixels [R, 2]."""
+    flat = kernels.sample_image(images.flatten(0, -4), pixels[None], published_pixels)
+    return flat.unflatten(0, images.shape[:-3])
+
+
+def ray_grid(values: Tensor, rays: tuple[int, int]) -> Tensor:
+    """[..., R, C] of rays as images [..., C, rows, cols]."""
+    return values.unflatten(-2, rays).movedim(-1, -3)
+
+
+def photometric_error(
+    weights: Tensor,
+    depths: Tensor,
+    *,
+    pixels: Tensor,
+    rays: tuple[int, int],
+    target: Tensor,
+    sources: Tensor,
+    projections: Tensor,
+    automask: bool = True,
+    combine: bool = False,
+    published_pixels: bool = False,
+) -> Tensor:
+    """Error [B, N, R] of all depth proposals, the least over sources and identity (paper, 3.3).
+
+    Args: weights, depths [B, N, R, S] of the proposals; pixels [R, 2]; target [B, N, R, 3] colours
+    at the rays; sources [B, K, N, 3, h, w]; projections [B, K, N, 4, 4] as in
+    `kernels.epipolar_photometric`; automask compares with the sources at the same pixel, so that
+    what does not move teaches nothing; combine averages the sources proposal by proposal.
+    """
+    l1, color, valid = kernels.epipolar_photometric(
+        weights,
+        depths,
+        pixels,
+        target,
+        sources,
+        projections,
+        combine=combine,
+        published_pixels=published_pixels,
+    )
+    goal = ray_grid(target, rays)[:, None]
+    similarity = kernels.ssim(
+        ray_grid(color, rays), goal.expand(-1, color.shape[1], -1, -1, -1, -1)
+    )
+    error = 0.85 * similarity.mean(-3).flatten(-2) + 0.15 * l1
+    if automask or not combine:  # the published combined form has no such override without masking
+        error = torch.where(valid, error, UNSEEN)
+    identity = ray_colors(sources, pixels, published_pixels) if automask else None
+    return least_error(error, identity, target, rays)
+
+
+def reprojection_error(
+    depth: Tensor,
+    *,
+    pixels: Tensor,
+    rays: tuple[int, int],
+    target: Tensor,
+    sources: Tensor,
+    projections: Tensor,
+    automask: bool = True,
+) -> Tensor:
+    """Error [B, N, R] of one expected depth [B, N, R], warped into the sources (Monodepth2).
+
+    The arm without depth proposals: the gradient flows through the place where the source is read.
+    Other arguments as in `photometric_error`.
+    """
+    height, width = sources.shape[-2:]
+    homogeneous = F.pad(pixels, (0, 1), value=1.0).to(projections.dtype)
+    ray = (homogeneous @ projections[..., :3, :3].mT).to(depth.dtype)
+    points = ray * depth[:, None, ..., None] + projections[..., None, :3, 3].to(depth.dtype)
+    place = points[..., :2] / points[..., 2:].clamp_min(1e-5)
+    x, y = place.unbind(-1)
+    valid = (points[..., 2] > 0) & (x > 0) & (x < width) & (y > 0) & (y < height)
+    color = kernels.sample_image(sources.flatten(0, 2), place.flatten(0, 2))
+    color = ray_grid(color.unflatten(0, sources.shape[:3]), rays)
+    error = kernels.ssim_l1(color, ray_grid(target, rays)[:, None].expand_as(color)).flatten(-2)
+    error = torch.where(valid, error, UNSEEN)
+    return least_error(error, ray_colors(sources, pixels) if automask else None, target, rays)
+
+
+def least_error(
+    error: Tensor, identity: Tensor | None, target: Tensor, rays: tuple[int, int]
+) -> Tensor:
+    """The least over k [B, N, R] of error [B, K, N, R] and of what not moving would cost.
+
+    identity: [B, K, N, R, 3] colours of the sources at the target's pixels, or None.
+    """
+    if identity is not None:
+        identity = ray_grid(identity, rays)
+        still = kernels.ssim_l1(identity, ray_grid(target, rays)[:, None].expand_as(identity))
+        error = torch.cat([error, still.flatten(-2)], dim=1)
+    return error.min(dim=1).values
+
+
+def color_loss(color: Tensor, target: Tensor, rays: tuple[int, int]) -> Tensor:
+    """SSIM + L1 between rendered and true colours [..., R, 3] (RGBLossMS)."""
+    return kernels.ssim_l1(ray_grid(color, rays), ray_grid(target, rays)).mean()
+
+
+def edge_loss(depth: Tensor, target: Tensor, rays: tuple[int, int]) -> Tensor:
+    """Steps of depth [..., R] over its mean where colours [..., R, 3] are smooth (EdgeLoss3DMS)."""
+    depth = depth.unflatten(-1, rays)
+    depth = depth / (depth.mean((-2, -1), keepdim=True) + 1e-6)
+    image = ray_grid(target, rays)
+    loss = 0.0
+    for dim in (-1, -2):
+        edges = image.diff(dim=dim).abs().mean(-3)
+        loss = loss + (depth.diff(dim=dim).abs() * torch.exp(-edges)).mean()
+    return loss
+
+
+# Geometry
+
+
+def eikonal_loss(gradients: Tensor) -> Tensor:
+    """Mean of (|g| - 1)^2 over gradients [..., 3]."""
+    return (torch.linalg.vector_norm(gradients, dim=-1) - 1).square().mean()
+
+
+def soft_sparsity(sdf: Tensor) -> Tensor:
+    """Mean depth below the surface: what is not needed becomes free (SoftSparsityLoss)."""
+    return F.relu(-sdf).mean()
+
+
+def smooth_sparsity(sdf: Tensor, scale: float = 1.0) -> Tensor:
+    """Mean sech^2(sdf / (2 scale)): surfaces are rare (SparsityLoss)."""
+    return 4 * (torch.sigmoid(sdf / scale) * torch.sigmoid(-sdf / scale)).mean()
+
+
+def hard_sparsity(sdf: Tensor, scale: float = 1.0, threshold: float = 0.2) -> Tensor:
+    """What the mean occupancy, sigmoid(-scale sdf), exceeds the threshold by (HardSparsityLoss)."""
+    return F.relu(torch.sigmoid(-scale * sdf).mean() - threshold)
+
+
+def adaptive_sparsity(sdf: Tensor, depths: Tensor, depth: Tensor, slack: float = 4.0) -> Tensor:
+    """Mean of relu(-sdf) over samples more than `slack` metres behind the surface, 0 without any.
+
+    sdf, depths: [..., S] of the samples, z-depth in metres; depth: [...] of the surface, without
+    gradient (AdaptiveSparsityLoss).
+    """
+    behind = depths > depth.detach()[..., None] + slack
+    return (F.relu(-sdf) * behind).sum() / behind.sum().clamp_min(1)
+
+
+# Semantics
+
+
+def ray_labels(labels: Tensor, pixels: Tensor) -> Tensor:
+    """Class ids [..., R] of label images [..., h, w] at pixels [R, 2], truncated to integers."""
+    u, v = pixels.long().unbind(-1)
+    return labels[..., v, u].long()
+
+
+def semantic_ce(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Mean -log of the composited probability [..., classes] of the label [...] (SemCELossMS)."""
+    chosen = probabilities.gather(-1, labels[..., None])
+    return -chosen.clamp(1e-6, 1.0).log().mean()
+
+
+def semantic_bce(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy of every class against the one-hot label (SemLossMS)."""
+    onehot = F.one_hot(labels, probabilities.shape[-1]).to(probabilities.dtype)
+    return F.binary_cross_entropy(probabilities.clamp(0, 1), onehot)
