@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.differences import Spacing, axes, difference, difference_adjoint
 
-CHUNK = 1 << 19  # samples worked on at once
+CHUNK = 1 << 20  # samples worked on at once
 EPSILON = 1e-4  # keeps transmittance positive; published value
 SH0 = 0.28209479177387814  # spherical harmonic of degree 0, from features to colour
 

@@ -185,7 +185,7 @@ _synthetic = _preset(
     Config(),
     volume=dict(nodes=(65, 65, 17), voxel=2, crop_margins=False, threshold=0.2),
     backbone=dict(depth=18, width=32, weights="none", frozen_stem=False),
-    encoder=dict(dim=48, layers=2, points_cross=(4, 8, 8), points_self=4, dropout=0.0),
+    encoder=dict(dim=32, heads=2, layers=2, points_cross=(4, 8, 8), points_self=2, dropout=0.0),
     field=dict(hidden=48, ground=-1.73),
     render=dict(
         rays=(24, 80),

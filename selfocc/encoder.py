@@ -108,10 +108,9 @@ class Encoder(nn.Module):
         out = []
         for plane in self.planes:
             linear = self.position[plane]
-            weights = zip(
-                sorted(plane, key=_METRIC.get), linear.weight.chunk(2, dim=1), strict=True
-            )
-            part = {axis: getattr(self, f"features_{axis}") @ weight.mT for axis, weight in weights}
+            axes = sorted(plane, key=_METRIC.get)
+            halves = zip(axes, linear.weight.chunk(2, dim=1), strict=True)
+            part = {axis: getattr(self, f"features_{axis}") @ half.mT for axis, half in halves}
             rows, cols = plane
             out.append((part[rows][:, None] + part[cols] + linear.bias).flatten(0, 1))
         return torch.cat(out)
@@ -148,12 +147,8 @@ class Encoder(nn.Module):
             grid = torch.meshgrid(*(torch.arange(n) / n for n in shape), indexing="ij")
             grid = [fraction.flatten()[:, None].expand(-1, points) for fraction in grid]
             own = dict(zip(plane, grid, strict=True))  # [Q, P]
-            levels = []
-            for rows, cols in self.planes:
-                xy = [
-                    own.get(axis, spread[axis].expand(own[plane[0]].shape)) for axis in cols + rows
-                ]
-                levels.append(torch.stack(xy, dim=-1))
+            at = {axis: own.get(axis, spread[axis].expand_as(grid[0])) for axis in self.nodes}
+            levels = [torch.stack([at[cols], at[rows]], dim=-1) for rows, cols in self.planes]
             planes.append(torch.stack(levels, dim=1))
         return torch.cat(planes)[None]
 

@@ -25,18 +25,13 @@ def expected(value, level_shapes, reference_points, offsets, logits, pairs=None)
     for (m, query), reference in zip(pairs.tolist(), reference_points, strict=True):
         start, total = 0, 0
         for level, (h, w) in enumerate(level_shapes):
-            image = (
-                value[m, start : start + h * w].permute(1, 2, 0).unflatten(2, (h, w))
-            )  # [heads, dh, h, w]
+            image = value[m, start : start + h * w].unflatten(0, (h, w)).permute(2, 3, 0, 1)
             start += h * w
-            size = torch.tensor([w, h], dtype=value.dtype)
-            location = (
-                reference[level] + offsets.flatten(0, 1)[query, :, level] / size
-            )  # [heads, P, 2]
-            samples = F.grid_sample(image, 2 * location[:, None] - 1, align_corners=False)[
-                :, :, 0
-            ]  # [heads, dh, P]
-            total = total + (samples * weights.flatten(0, 1)[query, :, level, None]).sum(-1)
+            offset = offsets.flatten(0, 1)[query, :, level] / value.new_tensor([w, h])
+            grid = 2 * (reference[level] + offset)[:, None] - 1  # [heads, 1, P, 2]
+            samples = F.grid_sample(image, grid, align_corners=False)  # [heads, dh, 1, P]
+            weight = weights.flatten(0, 1)[query, :, level, None, None]
+            total = total + (samples * weight).sum(dim=(-2, -1))
         out = out.index_add(0, torch.tensor([query]), total[None] / counts[query])
     return out.view(batch, queries, -1)
 

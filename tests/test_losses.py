@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import kernels
-from selfocc import losses
+from selfocc import InputError, config, losses
+from selfocc.datasets.video import Batch, Frames
+from selfocc.model import View
 from tests.test_field import recorded
 
 TIGHT = dict(rtol=1e-10, atol=1e-12)
@@ -246,3 +248,85 @@ def test_smooth_sparsity_far_from_surfaces_has_a_gradient():
     sdf = torch.tensor([100.0, -100.0, 0.5], requires_grad=True)
     (grad,) = torch.autograd.grad(losses.smooth_sparsity(sdf, 0.1), sdf)
     assert grad.isfinite().all() and grad[2] < 0
+
+
+def step(overrides=(), semantics=True):
+    """`objective` of random images, volume and rendering: two samples, three cameras."""
+    torch.manual_seed(0)
+    small = ["volume.nodes=6,5,4", "render.rays=3,4", "field.classes=5"]
+    settings = config.build("synthetic", [*small, *overrides])
+    batch, cameras, rays, samples = 2, 3, 12, 6
+    intrinsics = torch.tensor([[20.0, 0, 10], [0, 20, 6], [0, 0, 1]]).double()
+    pose = torch.eye(4, dtype=torch.float64)[[0, 2, 1, 3]].repeat(batch, 3, cameras, 1, 1)
+    pose[:, 1, :, 1, 3], pose[:, 2, :, 1, 3] = 0.3, -0.3
+
+    def frames(times):
+        shape = (*pose[:, times].shape[:-2],)
+        images = torch.rand(*shape, 3, 12, 20)
+        return Frames(images, intrinsics.expand(*shape, 3, 3), pose[:, times])
+
+    target, labels = frames(0), torch.randint(0, 5, (batch, cameras, 12, 20))
+    data = Batch(
+        ["a", "b"],
+        target.images,
+        target.intrinsics,
+        target.camera_to_volume,
+        target,
+        frames(slice(1, 3)),
+        semantics=labels if semantics else None,
+    )
+    shape = (batch, cameras, rays)
+    leaf = dict(
+        depth=1 + torch.rand(shape),
+        color=torch.rand(*shape, 3),
+        semantics=torch.rand(*shape, 5).softmax(-1),
+        weights=torch.rand(*shape, samples),
+        sdf=torch.randn(*shape, samples),
+        eikonal=torch.rand(shape),
+        volume=torch.randn(batch, 9, 6, 5, 4),
+    )
+    leaf = {name: value.requires_grad_() for name, value in leaf.items()}
+    volume = leaf.pop("volume")
+    pixels = torch.rand(rays, 2) * torch.tensor([19.0, 11.0])
+    proposals = 1 + 20 * torch.rand(*shape, samples).sort(-1).values
+    view = View(pixels=pixels, opacity=torch.ones(shape), proposals=proposals, **leaf)
+    result = losses.objective(settings, data, volume, view, torch.rand(batch, 3))
+    return result, dict(leaf, volume=volume)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reached"),
+    [
+        (["loss.weight_eikonal=0", "loss.weight_hessian=0"], {"weights", "color", "volume"}),
+        (["loss.photometric=mvs_combined"], {"weights", "color", "eikonal", "volume"}),
+        (["loss.photometric=reprojection"], {"depth", "color", "eikonal", "volume"}),
+        (["loss.sparsity=smooth", "loss.weight_color=0"], {"weights", "eikonal", "volume"}),
+        (["loss.sparsity=adaptive"], {"weights", "color", "eikonal", "sdf", "volume"}),
+        (["loss.weight_edge=1"], {"weights", "color", "eikonal", "depth", "volume"}),
+        (["loss.weight_semantic=1"], {"weights", "color", "eikonal", "semantics", "volume"}),
+        (
+            ["loss.weight_semantic=1", "loss.semantic=bce"],
+            {"weights", "color", "eikonal", "semantics", "volume"},
+        ),
+    ],
+)
+def test_objective_reaches_what_its_losses_are_about(overrides, reached):
+    result, leaves = step(["loss.automask=false", *overrides])
+    total = sum(result.values())
+    assert total.isfinite() and total.ndim == 0
+    grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    assert {n for n, g in zip(leaves, grads, strict=True) if g is not None and g.any()} == reached
+    assert all(g.isfinite().all() for g in grads if g is not None)
+
+
+def test_objective_pools_the_eikonal_over_samples_and_nodes():
+    result, leaves = step(["loss.weight_eikonal=2", "loss.weight_hessian=0"])
+    spacing = losses.node_spacing(config.build("synthetic").volume.box, (6, 5, 4))
+    nodes, _ = kernels.node_losses(leaves["volume"][:, 0], spacing, True)
+    expected = 2 * (nodes + leaves["eikonal"].sum()) / (2 * 6 * 5 * 4 + 2 * 3 * 12 * 6)
+    torch.testing.assert_close(result["eikonal"], expected)
+
+
+def test_semantic_loss_without_labels_says_so():
+    with pytest.raises(InputError, match="weight_semantic"):
+        step(["loss.weight_semantic=1"], semantics=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 from selfocc import InputError
 from selfocc.config import Config, DataConfig
 from selfocc.datasets.kitti import TRAIN_SEQUENCES, VAL_SEQUENCES, kitti_sequences
-from selfocc.datasets.synthetic import SyntheticConfig, synthetic_sequences
+from selfocc.datasets.synthetic import SyntheticConfig, prerender, synthetic_sequences
 from selfocc.datasets.video import Sequence, VideoDataset
 
 
@@ -22,9 +22,10 @@ def open_dataset(config: Config, split: str, data: Path | None) -> VideoDataset:
 def open_sequences(config: DataConfig, split: str, data: Path | None) -> list[Sequence]:
     if config.dataset == "synthetic":
         world = SyntheticConfig(rig=config.rig, image_size=config.crop, frames=config.frames)
-        return synthetic_sequences(
-            world, split, config.scenes if split == "train" else config.scenes_val
-        )
+        scenes = config.scenes if split == "train" else config.scenes_val
+        sequences = synthetic_sequences(world, split, scenes)
+        prerender(sequences)
+        return sequences
     if config.dataset == "kitti":
         if data is None:
             raise InputError(

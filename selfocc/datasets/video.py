@@ -203,6 +203,7 @@ class VideoDataset(torch.utils.data.Dataset):
         network_intrinsics[:, :2] *= self.config.scale
         target = self._frames(sequence, anchor, world_to_volume)
         pairs = [self._frames(sequence, source, world_to_volume) for source in sources]
+        depth = self._label_map(sequence.depth(anchor))
         return Batch(
             name=[f"{sequence.name}/{sequence.frame_id(frame)}"],
             images=self._network_images(sequence, frame, rng),
@@ -215,8 +216,9 @@ class VideoDataset(torch.utils.data.Dataset):
                     for f in dataclasses.fields(Frames)
                 )
             ),
-            depth=self._label_map(sequence.depth(anchor)),
-            lidar=self._lidar_map(sequence, anchor, target),
+            depth=depth,
+            # exact depth is truth enough while training; scans are for judging
+            lidar=None if self.train and depth is not None else self._lidar_map(sequence, anchor, target),
             semantics=self._label_map(sequence.semantics(anchor)),
         )
 
