@@ -4,31 +4,34 @@ python eval.py --ckpt runs/synthetic
 python eval.py --ckpt FILE --dataset kitti --data DIR --task all --video
 """
 
+import os
+
+# waiting threads must not spin: data workers share the cores
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import argparse
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from selfocc import InputError, checkpoint, config, distributed, evaluation, pictures
+from selfocc import InputError, checkpoint, config, distributed, evaluation, files, pictures
+from selfocc.commandline import Parser, run
 from selfocc.datasets import open_sequences
 from selfocc.datasets.video import VideoDataset
 from selfocc.model import SelfOcc
 
 COLUMNS = {
-    "iou": "IoU", "iou_above": "IoU>0.3m", "precision": "precision", "recall": "recall", "threshold": "threshold",
-    "abs_rel": "AbsRel", "sq_rel": "SqRel", "rmse": "RMSE", "rmse_log": "RMSElog", "a1": "a1", "a2": "a2", "a3": "a3",
-    "scale": "scale", "error": "SSIM+L1",
+    "iou": "IoU", "iou_above": "IoU>0.3m", "precision": "precision", "recall": "recall",
+    "threshold": "threshold", "abs_rel": "AbsRel", "sq_rel": "SqRel", "rmse": "RMSE",
+    "rmse_log": "RMSElog", "a1": "a1", "a2": "a2", "a3": "a3", "scale": "scale", "error": "SSIM+L1",
 }  # fmt: skip
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_arguments(words: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--ckpt", type=Path, required=True, metavar="FILE", help="checkpoint or run folder"
     )
@@ -64,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change a setting"
     )
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -77,12 +80,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
     }
     overrides = [f"{path}={value}" for path, value in named.items() if value is not None]
     settings = config.override(saved.config, overrides + arguments.set)
-    model = (
-        SelfOcc(replace(settings, backbone=replace(settings.backbone, weights="none")))
-        .to(device)
-        .eval()
-    )
+    untrained = replace(settings, backbone=replace(settings.backbone, weights="none"))
+    model = SelfOcc(untrained).to(device).eval()
     checkpoint.restore(saved, model)
+    folder = arguments.ckpt if arguments.ckpt.is_dir() else arguments.ckpt.parent
+    out = files.make_folder(arguments.out or folder / "eval")
 
     dataset = VideoDataset(
         open_sequences(settings.data, "val", arguments.data), settings.data, train=False
@@ -92,33 +94,26 @@ def evaluate(arguments: argparse.Namespace) -> None:
     )
     for line in dict.fromkeys(line for s in dataset.sequences for line in s.missing):
         print(f"note: {line}")
-    folder = arguments.ckpt if arguments.ckpt.is_dir() else arguments.ckpt.parent
-    out = arguments.out or folder / "eval"
 
     tasks = ("occupancy", "depth", "novel_depth") if arguments.task == "all" else (arguments.task,)
     priors = evaluation.gather_priors(model, training, arguments.prior_frames)
     tables = evaluation.evaluate(model, dataset, device, tasks, priors, arguments.frames)
     if not tables:
         raise InputError(
-            f"nothing to score: the data has no truth for --task {arguments.task} (see the notes above)"
+            f"nothing to score: the data has no truth for --task {arguments.task} (see the notes)"
         )
     print(f"{settings.preset} at step {saved.step}, {settings.data.dataset}, {len(dataset)} frames")
     for name, table in tables.items():
         print(f"\n{format_table(name, table)}")
-    summary = {
-        "preset": settings.preset,
-        "step": saved.step,
-        "dataset": settings.data.dataset,
-        **tables,
-    }
-    pictures.write_file(out / "metrics.json", json.dumps(summary, indent=1).encode())
+    summary = {"preset": settings.preset, "step": saved.step, "dataset": settings.data.dataset}
+    summary |= tables
+    files.write_file(out / "metrics.json", json.dumps(summary, indent=1).encode())
 
     count = min(arguments.pictures, len(dataset))
     for number in tqdm(range(count), desc="pictures"):
         index = number * len(dataset) // count
-        pictures.write_picture(
-            out / f"frame_{index:04d}.png", evaluation.panel(model, dataset, index, device)
-        )
+        panel = evaluation.panel(model, dataset, index, device)
+        pictures.write_picture(out / f"frame_{index:04d}.png", panel)
     if arguments.video:
         frames = evaluation.fly_through(model, dataset, device)
         print(f"video: {pictures.write_video(out / 'video', tqdm(frames, desc='video'))}")
@@ -135,8 +130,10 @@ def format_table(name: str, table: evaluation.Table) -> str:
     return "\n".join(lines)
 
 
+def main(words: list[str] | None = None) -> int:
+    """The command line (or `words` instead of it); returns the exit code."""
+    return run(lambda: evaluate(parse_arguments(words)))
+
+
 if __name__ == "__main__":
-    try:
-        evaluate(parse_arguments())
-    except InputError as error:
-        sys.exit(error.report())
+    sys.exit(main())

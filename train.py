@@ -1,12 +1,17 @@
 """Train SelfOcc.
 
-    python train.py                                              # embedded street, ten minutes on two CPU cores
-    python train.py --dataset kitti --data DIR                   # SemanticKITTI as published
+    python train.py                              # embedded street, ten minutes on two CPU cores
+    python train.py --dataset kitti --data DIR   # SemanticKITTI as published
+    python train.py --resume                     # go on where runs/synthetic stopped
     torchrun --nproc-per-node 8 train.py --dataset kitti --data DIR
-    python train.py --preset synthetic --resume                  # go on where runs/synthetic stopped
 
 The run folder receives checkpoint.safetensors, metrics.jsonl (one JSON a line) and panel pictures.
 """
+
+import os
+
+# waiting threads must not spin: data workers share the cores
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
 import json
@@ -14,6 +19,7 @@ import math
 import signal
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -21,22 +27,19 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from selfocc import InputError, checkpoint, config, distributed, evaluation, pictures
+from selfocc import InputError, checkpoint, config, distributed, evaluation, files, pictures
+from selfocc.commandline import Parser, Stopped, run
 from selfocc.config import Config, OptimConfig
 from selfocc.datasets import open_dataset
-from selfocc.datasets.video import VideoDataset, collate
+from selfocc.datasets.video import collate, start_worker
 from selfocc.geometry import cellular_pixels
 from selfocc.losses import objective
 from selfocc.model import Noise, SelfOcc
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     presets = "\n".join(f"  {name:18s} {summary}" for name, (summary, _) in config.PRESETS.items())
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=f"presets:\n{presets}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(description=__doc__, epilog=f"presets:\n{presets}")
     parser.add_argument("--dataset", choices=["synthetic", "kitti"], help="default: the preset's")
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set")
     parser.add_argument("--preset", metavar="NAME", help="default: the data set's name")
@@ -60,10 +63,10 @@ def parse_arguments() -> argparse.Namespace:
         metavar="SECTION.FIELD=VALUE",
         help="change any setting of config.py",
     )
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
-def settings(arguments: argparse.Namespace) -> Config:
+def choose_settings(arguments: argparse.Namespace) -> Config:
     preset = arguments.preset or arguments.dataset or "synthetic"
     named = {
         "data.dataset": arguments.dataset,
@@ -77,7 +80,7 @@ def settings(arguments: argparse.Namespace) -> Config:
 
 
 def learning_rate(optim: OptimConfig, base: float, step: int) -> float:
-    """Linear warm-up, then cosine or one drop (spec section 12; the published schedule lags one step)."""
+    """Linear warm-up, then cosine or one drop; the published schedule lags one step (spec 12)."""
     step = max(step - 1, 0)
     if step < optim.warmup:
         return optim.warmup_lr + (base - optim.warmup_lr) * step / optim.warmup
@@ -102,17 +105,12 @@ def make_optimizer(model: SelfOcc, optim: OptimConfig) -> torch.optim.AdamW:
 class Keys:
     """For every forward pass from `start` on, the (index, seed) keys of this process's samples.
 
-    Every pass takes the next samples of a shuffled data set; ranks share each global batch between them.
+    Every pass takes the next samples of a shuffled data set; ranks share each global batch.
     """
 
     def __init__(self, length: int, optim: OptimConfig, start: int, rank: int, world: int):
-        self.length, self.optim, self.start, self.rank, self.world = (
-            length,
-            optim,
-            start,
-            rank,
-            world,
-        )
+        self.length, self.optim, self.start = length, optim, start
+        self.rank, self.world = rank, world
 
     def __len__(self) -> int:
         return self.optim.steps * self.optim.accumulate - self.start
@@ -126,48 +124,63 @@ class Keys:
     def _key(self, number: int) -> tuple[int, int]:
         epoch, place = divmod(number, self.length)
         order = np.random.default_rng((self.optim.seed, epoch)).permutation(self.length)
-        return int(order[place]), int(
-            np.random.SeedSequence((self.optim.seed, number)).generate_state(1)[0]
-        )
+        seed = np.random.SeedSequence((self.optim.seed, number)).generate_state(1)
+        return int(order[place]), int(seed[0])
 
 
-def draw_noise(model_config: Config, cameras: int, forward: int, rank: int, world: int) -> Noise:
-    """The random numbers of one forward pass: drawn for the global batch, then this rank's share is taken."""
-    generator = torch.Generator().manual_seed(model_config.optim.seed * 1_000_003 + forward)
-    rays = math.prod(model_config.render.rays)
-    batch = model_config.optim.batch
+def draw_noise(settings: Config, cameras: int, forward: int, rank: int, world: int) -> Noise:
+    """The random numbers of one forward pass: drawn for the global batch, this rank's share."""
+    generator = torch.Generator().manual_seed(settings.optim.seed * 1_000_003 + forward)
+    batch, rays = settings.optim.batch, math.prod(settings.render.rays)
+    mine = slice(rank * batch, (rank + 1) * batch)
     pixels = torch.rand(4, generator=generator)
-    numbers = torch.rand(world * batch, cameras, rays, 4, generator=generator)[
-        rank * batch : (rank + 1) * batch
-    ]
-    shift = torch.rand(world * batch, 3, generator=generator)[rank * batch : (rank + 1) * batch]
+    numbers = torch.rand(world * batch, cameras, rays, 4, generator=generator)[mine]
+    shift = torch.rand(world * batch, 3, generator=generator)[mine]
     return Noise(pixels, numbers[..., 0], numbers[..., 1:], shift)
 
 
+def resume(file: Path, settings: Config) -> checkpoint.Checkpoint:
+    """The checkpoint of an interrupted run. Raises InputError if it is of another preset."""
+    saved = checkpoint.load(file)
+    if saved.config.preset != settings.preset:
+        raise InputError(
+            f"{file} is of preset {saved.config.preset}, not {settings.preset}; give --preset "
+            f"{saved.config.preset}, or --out DIR to start another run"
+        )
+    return saved
+
+
+def changes(before: Config, now: Config) -> list[str]:
+    """A line for every setting that a resumed run changes."""
+    before, now = config.to_dict(before), config.to_dict(now)
+    return [
+        f"{section}.{name} is now {value}, was {before[section][name]}"
+        for section, values in now.items()
+        if section != "preset"
+        for name, value in values.items()
+        if value != before[section][name]
+    ]
+
+
 def train(arguments: argparse.Namespace) -> None:
-    settings_ = settings(arguments)
-    optim = settings_.optim
+    settings = choose_settings(arguments)
+    optim = settings.optim
     device = distributed.choose_device(arguments.device)
     rank, world = distributed.start(device)
     chief = rank == 0
-    out = arguments.out or Path("runs") / settings_.preset
+    out = arguments.out or Path("runs") / settings.preset
     file = out / checkpoint.FILE_NAME
     if file.exists() and not arguments.resume:
         raise InputError(
             f"{out} already holds a run; --resume continues it, --out DIR starts another"
         )
-    resumed = checkpoint.load(file) if arguments.resume else None
+    resumed = resume(file, settings) if arguments.resume else None
 
-    training = open_dataset(settings_, "train", arguments.data)
-    validation = open_dataset(settings_, "val", arguments.data)
-    if chief:
-        for line in dict.fromkeys(
-            line for d in (training, validation) for s in d.sequences for line in s.missing
-        ):
-            tqdm.write(f"note: {line}")
-
+    with distributed.chief_first():  # it fills the cache of the synthetic data
+        training = open_dataset(settings, "train", arguments.data)
+        validation = open_dataset(settings, "val", arguments.data)
     torch.manual_seed(optim.seed)
-    model = SelfOcc(settings_).to(device)
+    model = SelfOcc(settings).to(device)
     optimizer = make_optimizer(model, optim)
     start = 0
     if resumed:
@@ -176,34 +189,35 @@ def train(arguments: argparse.Namespace) -> None:
     parallel = model
     if world > 1:
         distributed.synchronise_batch_norm(model, device)
-        parallel = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
     keys = Keys(len(training), optim, start * optim.accumulate, rank, world)
     loader = DataLoader(
         training,
         batch_sampler=keys,
         collate_fn=collate,
         num_workers=optim.workers,
+        worker_init_fn=start_worker,
         pin_memory=device.type == "cuda",
     )
     if chief:
-        out.mkdir(parents=True, exist_ok=True)
-        log = Log(out / "metrics.jsonl", start)
+        log = Log(files.make_folder(out) / "metrics.jsonl", start)
+        notes = [line for d in (training, validation) for s in d.sequences for line in s.missing]
+        if resumed:
+            notes += changes(resumed.config, settings)
+        for line in dict.fromkeys(notes):
+            tqdm.write(f"note: {line}")
         parameters = sum(p.numel() for p in model.parameters())
         tqdm.write(
-            f"{settings_.preset}: {len(training)} training frames, {len(validation)} validation frames, "
-            f"{parameters / 1e6:.1f} M parameters, {device}, steps {start} to {optim.steps}, run folder {out}"
+            f"{settings.preset}: {len(training)} training and {len(validation)} validation frames, "
+            f"{parameters / 1e6:.1f} M parameters, {device}, steps {start} to {optim.steps}, "
+            f"run folder {out}"
         )
 
     stop = StopRequest()
     model.train()
     batches = iter(loader)
-    bar = tqdm(
-        range(start, optim.steps),
-        initial=start,
-        total=optim.steps,
-        disable=not chief,
-        dynamic_ncols=True,
-    )
+    steps = range(start, optim.steps)
+    bar = tqdm(steps, initial=start, total=optim.steps, disable=not chief, dynamic_ncols=True)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(optim, group["base"], step)
@@ -213,68 +227,56 @@ def train(arguments: argparse.Namespace) -> None:
             batch = next(batches).to(device)
             forward = step * optim.accumulate + part
             torch.manual_seed((optim.seed * 1_000_003 + forward) * world + rank)  # dropout
-            noise = draw_noise(settings_, batch.target.images.shape[1], forward, rank, world)
-            pixels = cellular_pixels(
-                settings_.render.rays, batch.target.images.shape[-2:], noise.pixels
-            )
-            noise = Noise(
-                noise.pixels, *(t.to(device) for t in (noise.jitter, noise.background, noise.shift))
-            )
-            volume, view = parallel(batch, pixels.to(device), noise)
-            losses = objective(settings_, batch, volume, view, noise.shift)
-            total = sum(losses.values()) / optim.accumulate
-            total.backward()
+            noise = draw_noise(settings, batch.target.images.shape[1], forward, rank, world)
+            size = batch.target.images.shape[-2:]
+            pixels = cellular_pixels(settings.render.rays, size, noise.pixels).to(device)
+            noise = Noise(*(getattr(noise, f.name).to(device) for f in fields(noise)))
+            volume, view = parallel(batch, pixels, noise)
+            losses = objective(settings, batch, volume, view, noise.shift)
+            (sum(losses.values()) / optim.accumulate).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip)
         if not torch.isfinite(norm):
             raise InputError(
-                f"step {step}: the gradient is not finite, so training cannot go on; the last checkpoint in {out} is "
-                "intact. Lower optim.lr or optim.clip, and look at the data of this step"
+                f"step {step}: the gradient is not finite, so training cannot go on; the last "
+                f"checkpoint in {out} is intact. Lower optim.lr or optim.clip, and look at the data"
             )
         optimizer.step()
 
         done = step + 1
-        if not chief:
-            continue
-        if done % 10 == 0 or done == optim.steps:
-            scalars = {name: float(value.detach()) for name, value in losses.items()}
-            error = evaluation.ray_depth_error(batch, view)
-            log.write(
-                step=done,
-                loss=sum(scalars.values()),
-                **scalars,
-                abs_rel=error,
-                lr=optimizer.param_groups[0]["lr"],
-            )
-            bar.set_postfix_str(
-                f"loss {sum(scalars.values()):.3f}" + (f", AbsRel {error:.3f}" if error else "")
-            )
-        stopping = stop.requested
-        if done % optim.picture_every == 0 or done == optim.steps:
-            picture = evaluation.panel(
-                model, validation, (done // optim.picture_every) % len(validation), device
-            )
-            pictures.write_picture(out / f"panel_{done:06d}.png", picture)
-        if done % optim.save_every == 0 or done == optim.steps or stopping:
-            checkpoint.save(file, settings_, done, model, optimizer)
-        if done % optim.validate_every == 0 or done == optim.steps:
-            scores = evaluation.validate(model, validation, optim.validate_frames, device)
-            log.write(step=done, **{f"val_{name}": value for name, value in scores.items()})
-            tqdm.write(
-                f"step {done}: "
-                + ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
-            )
+        last = done == optim.steps
+        stopping = distributed.mean(torch.tensor(float(stop.requested), device=device)) > 0
+        if done % 10 == 0 or last:
+            names = list(losses)
+            means = distributed.mean(torch.stack([losses[name].detach() for name in names]))
+            scalars = dict(zip(names, means.tolist(), strict=True))
+        if chief:
+            if done % 10 == 0 or last:
+                error = evaluation.ray_depth_error(batch, view)
+                total, lr = sum(scalars.values()), optimizer.param_groups[0]["lr"]
+                log.write(step=done, loss=total, **scalars, abs_rel=error, lr=lr)
+                shown = "" if error is None else f", AbsRel {error:.3f}"
+                bar.set_postfix_str(f"loss {total:.3f}{shown}")
+            if done % optim.picture_every == 0 or last:
+                index = (done // optim.picture_every) % len(validation)
+                picture = evaluation.panel(model, validation, index, device)
+                pictures.write_picture(out / f"panel_{done:06d}.png", picture)
+            if done % optim.save_every == 0 or last or stopping:
+                checkpoint.save(file, settings, done, model, optimizer)
+            if done % optim.validate_every == 0 or last:
+                scores = evaluation.validate(model, validation, optim.validate_frames, device)
+                log.write(step=done, **{f"val_{name}": value for name, value in scores.items()})
+                line = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+                tqdm.write(f"step {done}: {line}")
         if stopping:
-            raise Stopped(f"stopped; saved step {done} in {file}, --resume continues")
+            bar.close()
+            said = f"stopped; saved step {done} in {file}, --resume continues" if chief else ""
+            raise Stopped(said)
     if chief:
         tqdm.write(f"trained; evaluate with: python eval.py --ckpt {out}")
 
 
-class Stopped(Exception):
-    """The user asked to stop, and the run is saved."""
-
-
 class StopRequest:
-    """The first Ctrl-C (or SIGTERM) lets the running step finish and save; the second one stops at once."""
+    """The first Ctrl-C (or SIGTERM) lets the running step finish and save; the second stops."""
 
     def __init__(self):
         self.requested = False
@@ -294,28 +296,22 @@ class Log:
         self.begun = time.time()
         lines = path.read_text().splitlines() if start and path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        files.write_file(path, "".join(line + "\n" for line in kept).encode())
 
     def write(self, **values):
         values["seconds"] = round(time.time() - self.begun, 1)
-        with self.path.open("a") as file:
-            file.write(
-                json.dumps(
-                    {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
-                )
-                + "\n"
-            )
+        values = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror}") from None
 
 
-def main():
-    try:
-        train(parse_arguments())
-    except InputError as error:
-        sys.exit(error.report())
-    except Stopped as note:
-        print(note, file=sys.stderr)
-        sys.exit(130)
+def main(words: list[str] | None = None) -> int:
+    """The command line (or `words` instead of it); returns the exit code."""
+    return run(lambda: train(parse_arguments(words)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

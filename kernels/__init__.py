@@ -64,6 +64,7 @@ def render_rays(
     anneal: float = 1.0,
     alpha: str = "neus",
     classes: int = 0,
+    backdrop: bool = False,
     keep_samples: bool = False,
     normals: bool = False,
 ) -> Rendering:
@@ -79,6 +80,7 @@ def render_rays(
         jitter: [B, R] in [0, 1), moves all samples of a ray; None leaves the intervals equal.
         anneal: share of the full cosine in NeuS alpha, 0 to 1.
         alpha: a name in `ALPHAS`.
+        backdrop: the last interval is opaque: what nothing stops is seen at the far end.
         keep_samples: also return weights, mids, deltas, sdf and the eikonal sums.
         normals: also return composited normals.
 
@@ -123,6 +125,7 @@ def render_rays(
         anneal=anneal,
         alpha=alpha,
         classes=classes,
+        backdrop=backdrop,
         keep_samples=keep_samples,
         normals=normals,
     )

@@ -62,6 +62,7 @@ def render_rays(
     anneal: float = 1.0,
     alpha: str = "neus",
     classes: int = 0,
+    backdrop: bool = False,
     keep_samples: bool = False,
     normals: bool = False,
 ) -> Rendering:
@@ -70,7 +71,15 @@ def render_rays(
     colors = channels - 1 - classes
     table = _NodeTable.apply(volume, _spacing(box, nodes), colors)
     march = _March(
-        tuple(nodes), box, samples, anneal, ALPHAS[alpha], (colors, classes), keep_samples, normals
+        tuple(nodes),
+        box,
+        samples,
+        anneal,
+        ALPHAS[alpha],
+        (colors, classes),
+        backdrop,
+        keep_samples,
+        normals,
     )
 
     item = torch.arange(batch, dtype=torch.int32, device=volume.device) * (table.shape[0] // batch)
@@ -188,6 +197,7 @@ class _March:
     anneal: float
     alpha: Callable[..., Tensor]
     widths: tuple[int, int]  # colours, classes
+    backdrop: bool
     keep_samples: bool
     normals: bool
 
@@ -202,6 +212,8 @@ class _March:
         x, y, z = directions.unsqueeze(-1).unbind(-2)
         cosine = torch.addcmul(torch.addcmul(gradient[0] * x, gradient[1], y), gradient[2], z)
         alpha = self.alpha(sdf, cosine, delta, inv_s, self.anneal)
+        if self.backdrop:
+            alpha = torch.cat([alpha[..., :-1], torch.ones_like(alpha[..., :1])], dim=-1)
         weights, _, color = composite(alpha, F.relu(color))
 
         opacity = weights.sum(-1)

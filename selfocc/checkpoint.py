@@ -1,11 +1,10 @@
 """Checkpoints: one safetensors file with weights, optimiser moments, configuration and step.
 
-There is no random state to store: every random number of a training step is a function of (seed, step), so that step k of a
-resumed run is step k of the uninterrupted one.
+There is no random state to store: every random number of a training step is a function of
+(seed, step), so that step k of a resumed run is step k of the uninterrupted one.
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from selfocc import InputError
 from selfocc.config import Config, from_dict, to_dict
+from selfocc.files import replacing
 
 FILE_NAME = "checkpoint.safetensors"
 _FORMAT = "selfocc-1"
@@ -30,7 +30,7 @@ class Checkpoint:
 
 
 def save(path: Path, config: Config, step: int, model: nn.Module, optimizer: torch.optim.Optimizer):
-    """Write a checkpoint so that `path` is always a whole file: the new one, or the old one if this fails.
+    """Write a checkpoint; `path` is always a whole file, the old one if this fails.
 
     Raises InputError if it cannot be written (full disk, no permission).
     """
@@ -40,16 +40,11 @@ def save(path: Path, config: Config, step: int, model: nn.Module, optimizer: tor
             tensors[f"optimizer/{name}/{key}"] = value
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": _FORMAT, "step": str(step), "config": json.dumps(to_dict(config))}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(tensors, temporary, metadata)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        kept = " (the previous one is kept)" if path.exists() else ""
-        raise InputError(f"cannot write checkpoint {path}: {error}{kept}") from None
+    with replacing(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
 
 
 def load(path: Path) -> Checkpoint:
@@ -62,14 +57,14 @@ def load(path: Path) -> Checkpoint:
         path = path / FILE_NAME
     if not path.is_file():
         raise InputError(
-            f"no checkpoint at {path}; train one with `python train.py`, or give another --ckpt"
+            f"no checkpoint at {path}; train one with `python train.py`, or name another"
         )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise InputError(f"{path} is a safetensors file, but not a SelfOcc checkpoint")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a readable checkpoint (truncated?): {error}") from None
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
@@ -92,8 +87,8 @@ def restore(
         if ours is None or theirs is None or ours.shape != theirs.shape:
             shapes = ["absent" if t is None else str(tuple(t.shape)) for t in (ours, theirs)]
             raise InputError(
-                f"the checkpoint is of another model: {name} is {shapes[1]} there and {shapes[0]} in preset "
-                f"{checkpoint.config.preset!r} with the options given"
+                f"the checkpoint is of another model: {name} is {shapes[1]} there and {shapes[0]} "
+                f"here, in preset {checkpoint.config.preset!r} with the options given"
             )
     model.load_state_dict(checkpoint.model)
     if optimizer is None:

@@ -1,4 +1,7 @@
-"""Every setting, its default and the presets. `--preset NAME` picks one, `--set section.field=value` changes any field."""
+"""Every setting, its default and the presets.
+
+`--preset NAME` picks a preset, `--set section.field=value` changes any field.
+"""
 
 import dataclasses
 import difflib
@@ -76,6 +79,10 @@ class EncoderConfig:
     points_self: int = 12
     frequencies: int = 12  # of the positional encoding
     dropout: float = 0.1
+    lift: bool = (
+        False  # nodes also read the image features at their projection (see lift.py; tpv only)
+    )
+    plane_scale: float = 1.0  # of the last LayerNorm at the start; small lets the lift speak first
     transposed_bev_grid: bool = (
         False  # the published BEV self-attention reads a transposed reference grid
     )
@@ -86,9 +93,8 @@ class FieldConfig:
     hidden: int = 96  # width of the MLP from planes to volume
     colors: int = 3
     classes: int = 0  # semantic classes, 0 for none
-    ground: float | None = (
-        None  # start from the plane z = ground (metres); None is the published random start
-    )
+    ground: float | None = None  # height in metres of the road to start from; None: random start
+    rise: float = 1.0  # metres to which the SDF of that start is limited
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,9 @@ class RenderConfig:
         None  # inv_s at the first and last step instead of learning it
     )
     anneal_steps: int = 5000  # steps until the cosine in NeuS alpha is fully used
+    backdrop: bool = (
+        False  # rays that hit nothing see the far end of the volume, instead of no depth
+    )
     background: str = "random"  # random | black
 
 
@@ -183,45 +192,82 @@ _synthetic = _preset(
     "synthetic",
     "embedded street, occupancy: ten minutes on two CPU cores",
     Config(),
+    data=dict(anchor_input=0.5, source=(0.8, 10.0)),
     volume=dict(nodes=(65, 65, 17), voxel=2, crop_margins=False, threshold=0.2),
     backbone=dict(depth=18, width=32, weights="none", frozen_stem=False),
-    encoder=dict(dim=32, heads=2, layers=2, points_cross=(4, 8, 8), points_self=2, dropout=0.0),
-    field=dict(hidden=48, ground=-1.73),
+    encoder=dict(
+        dim=32,
+        heads=2,
+        layers=1,
+        points_cross=(4, 4, 4),
+        points_self=2,
+        dropout=0.0,
+        lift=True,
+        plane_scale=0.1,
+    ),
+    field=dict(hidden=64, ground=-1.73, rise=0.5),
     render=dict(
         rays=(24, 80),
         samples=80,
         eval_rays=(48, 160),
         eval_samples=160,
-        sharpen=(4.0, 20.0),
-        anneal_steps=400,
+        sharpen=(4.0, 40.0),
+        anneal_steps=600,
+        backdrop=True,
     ),
-    loss=dict(weight_hessian=0.01),
+    loss=dict(automask=False, weight_eikonal=0.001, weight_hessian=0.003),
     optim=dict(
-        steps=1800,
-        batch=2,
-        lr=1e-3,
+        steps=1500,
+        batch=1,
+        lr=3e-3,
         backbone_factor=1.0,
         warmup=50,
         workers=1,
         clip=5.0,
-        validate_every=900,
+        validate_every=100_000,
         picture_every=300,
         save_every=300,
     ),
 )
 
-_preset(
+_depth = _preset(
     "synthetic_depth",
     "embedded street, tuned for depth: ten minutes on two CPU cores",
     _synthetic,
     data=dict(anchor_input=1.0),
 )
 
+_preset(
+    "synthetic_surround",
+    "embedded street seen by six cameras",
+    _synthetic,
+    data=dict(rig="surround", scenes=16, scenes_val=4, crop=(96, 160), pad=(96, 160)),
+    volume=dict(box=(-40.0, -40.0, -1.0, 40.0, 40.0, 5.4), nodes=(81, 81, 17), voxel=1, ground=0.0),
+    field=dict(ground=0.0),
+    render=dict(rays=(16, 26), eval_rays=(48, 80)),
+)
+
+_preset(
+    "kitti_small",
+    "KITTI at a quarter of its resolution, for short sequences and CPUs",
+    _depth,
+    data=dict(
+        dataset="kitti",
+        crop=(352, 1216),
+        scale=0.25,
+        pad=(96, 320),
+        target_scale=0.25,
+    ),
+    render=dict(rays=(22, 76), eval_rays=(44, 152)),
+    optim=dict(steps=800),
+)
+
 
 def build(preset: str, overrides: list[str] = ()) -> Config:
     """The preset's configuration with `section.field=value` overrides applied.
 
-    Raises InputError for an unknown preset, section or field (naming the nearest) and for a value of the wrong type.
+    Raises InputError for an unknown preset, section or field (naming the nearest), or for a value
+    of the wrong type.
     """
     if preset not in PRESETS:
         raise InputError(
@@ -231,7 +277,7 @@ def build(preset: str, overrides: list[str] = ()) -> Config:
 
 
 def override(config: Config, overrides: list[str]) -> Config:
-    """The configuration with `section.field=value` changes applied; raises InputError as `build` does."""
+    """The configuration with `section.field=value` changes; raises InputError as `build` does."""
     for change in overrides:
         config = _change(config, change)
     return config
@@ -269,7 +315,7 @@ def _nearest(word: str, known) -> str:
 
 
 def _parse(text: str, kind):
-    """A value of the annotated type from text; tuples are comma separated, an optional field takes `none`."""
+    """A value of the annotated type; tuples are comma separated, optional fields take `none`."""
     if isinstance(kind, types.UnionType):
         options = typing.get_args(kind)
         if text.lower() == "none" and types.NoneType in options:
@@ -300,7 +346,10 @@ def to_dict(config: Config) -> dict:
 
 
 def from_dict(values: dict) -> Config:
-    """The inverse of `to_dict`, also after a trip through JSON. Raises InputError for fields this version lacks."""
+    """The inverse of `to_dict`, also after a trip through JSON.
+
+    Raises InputError for fields this version lacks.
+    """
     sections = {}
     for entry in dataclasses.fields(Config):
         if entry.name == "preset":
@@ -310,7 +359,8 @@ def from_dict(values: dict) -> Config:
         unknown = set(given) - {f.name for f in dataclasses.fields(kind)}
         if unknown:
             raise InputError(
-                f"this version does not know {entry.name}.{sorted(unknown)[0]} of the saved configuration"
+                f"the saved configuration has {entry.name}.{sorted(unknown)[0]}, which this "
+                "version does not know"
             )
         sections[entry.name] = kind(
             **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}

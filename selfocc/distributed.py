@@ -1,10 +1,12 @@
-"""Devices and data parallelism with torch's own tools: one process a GPU under torchrun, gloo where there is none."""
+"""Devices and data parallelism: one process a GPU under torchrun, gloo where there is none."""
 
+import contextlib
 import os
+from collections.abc import Iterator
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_functional
 from torch import Tensor, nn
 
 from selfocc import InputError
@@ -27,30 +29,70 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def start(device: torch.device) -> tuple[int, int]:
-    """Join the process group that torchrun prepared; returns (rank, world size), (0, 1) without torchrun."""
+    """Join the processes of torchrun; returns (rank, world size), (0, 1) without torchrun."""
     if "WORLD_SIZE" not in os.environ:
         return 0, 1
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
 
+def first_to_fail() -> bool:
+    """Whether no other process has called this before; always true without torchrun."""
+    if "WORLD_SIZE" not in os.environ:
+        return True
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=10))
+        return store.add("selfocc failures", 1) == 1
+    except dist.DistError:
+        return True
+
+
+@contextlib.contextmanager
+def chief_first() -> Iterator[None]:
+    """The block runs in rank 0 before the others, which then find what it left on disk."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and dist.get_rank() == 0:
+        dist.barrier()
+
+
+def mean(value: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, differentiable."""
+    return _Mean.apply(value) if dist.is_initialized() else value
+
+
+class _Mean(torch.autograd.Function):
+    """Its gradient is the mean of the gradients, as each process's loss is a share of the whole."""
+
+    @staticmethod
+    def forward(_, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total / dist.get_world_size()
+
+    @staticmethod
+    def backward(_, gradient: Tensor) -> Tensor:
+        return _Mean.forward(_, gradient.contiguous())
+
+
 class SyncBatchNorm(nn.BatchNorm2d):
-    """Batch norm over the batches of all processes. torch's own runs on GPUs only; this one also on gloo."""
+    """Batch norm over all processes. torch's own runs on GPUs only; this one also on gloo."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        count = x.numel() // x.shape[1]
-        moments = torch.cat([x.sum((0, 2, 3)), (x * x).sum((0, 2, 3))])
-        total = count * dist.get_world_size()
-        mean, square = (dist_functional.all_reduce(moments) / total).chunk(2)
-        variance = square - mean * mean
+        average = mean(x.mean((0, 2, 3)))
+        centred = x - average[:, None, None]
+        variance = mean(centred.square().mean((0, 2, 3)))
         with torch.no_grad():
+            count = x.numel() // x.shape[1] * dist.get_world_size()
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * total / (total - 1), self.momentum)
+            self.running_mean.lerp_(average, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = (torch.rsqrt(variance + self.eps) * self.weight)[:, None, None]
-        return (x - mean[:, None, None]) * scale + self.bias[:, None, None]
+        return centred * scale + self.bias[:, None, None]
 
 
 def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:

@@ -51,6 +51,7 @@ class Encoder(nn.Module):
             )
             for _ in range(config.layers)
         )
+        nn.init.constant_(self.layers[-1].norms[-1].weight, config.plane_scale)
         for axis, nodes in self.nodes.items():
             self.register_buffer(
                 f"features_{axis}", fourier_features(nodes, config.frequencies), persistent=False

@@ -1,5 +1,6 @@
-"""A model against the truth: rendered depth, occupancy and photometric error, frame by frame, and pictures of them."""
+"""A model against the truth, frame by frame: depth, occupancy, photometric error, pictures."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 import kernels
 from selfocc import metrics, pictures
-from selfocc.datasets.video import Batch, Frames, VideoDataset, collate
+from selfocc.datasets.video import Batch, Frames, VideoDataset, collate, start_worker
 from selfocc.field import occupancy_grid
 from selfocc.geometry import fixed_pixels, image_to_image
 from selfocc.model import SelfOcc, View
@@ -36,7 +37,10 @@ def rendered_maps(model: SelfOcc, volume: Tensor, frames: Frames) -> tuple[Tenso
 
 
 def _interpolate_grid(grid: Tensor, size: tuple[int, int]) -> Tensor:
-    """[M, C, rows, cols] at pixels (j w / cols, i h / rows) -> [M, C, h, w], bilinear; the border is extended."""
+    """[M, C, rows, cols] at pixels (j w / cols, i h / rows) -> [M, C, h, w], bilinear.
+
+    Beyond the last row and column the border is extended.
+    """
     coordinates = []
     for n, rays in zip(size, grid.shape[-2:], strict=True):
         index = torch.arange(n, device=grid.device) * (rays / n)
@@ -64,15 +68,20 @@ def ray_depth_error(batch: Batch, view: View) -> float | None:
     return None
 
 
-def loader(dataset: VideoDataset, frames: int | None, workers: int = 2) -> DataLoader:
+def loader(dataset: VideoDataset, frames: int | None, workers: int) -> DataLoader:
     """Single evaluation samples in order; at most `frames` of them, evenly spread."""
     count = len(dataset) if frames is None else min(frames, len(dataset))
     chosen = np.unique(np.linspace(0, len(dataset) - 1, count).round().astype(int))
-    return DataLoader(Subset(dataset, chosen.tolist()), collate_fn=collate, num_workers=workers)
+    return DataLoader(
+        Subset(dataset, chosen.tolist()),
+        collate_fn=collate,
+        num_workers=workers,
+        worker_init_fn=start_worker,
+    )
 
 
 class Priors:
-    """What can be guessed without looking at the image: learnt from training truth, for the baselines."""
+    """What can be guessed without looking at the image, learnt from training truth."""
 
     def __init__(self):
         self.occupancy = metrics.ConstantPrior()
@@ -89,8 +98,9 @@ class Priors:
 class Evaluation:
     """Scores of a model over frames, beside the baselines on the same frames.
 
-    `tables()` gives {task: {method: {metric: value}}}: occupancy of all scored voxels and of those more than 0.3 m above
-    the ground; depth against each truth there is; photometric error of the views warped by the rendered depth.
+    `tables()` gives {task: {method: {metric: value}}}: occupancy of all scored voxels and of those
+    more than 0.3 m above the ground; depth against each truth there is; photometric error of the
+    views warped by the rendered depth.
     """
 
     def __init__(self, model: SelfOcc, priors: Priors | None = None):
@@ -151,7 +161,7 @@ class Evaluation:
                 scores.setdefault(method, metrics.DepthMetrics()).update(prediction, truth[0].cpu())
 
     def add_photometric(self, depth: Tensor, batch: Batch) -> None:
-        """Mean SSIM + L1 error of the nearer source warped to the target by `depth`, and unwarped."""
+        """Mean over pixels of the sources' least SSIM + L1, warped by `depth` and unwarped."""
         errors = _photometric_errors(depth, batch)
         if errors is not None:
             self.photometric.append(errors)
@@ -194,20 +204,20 @@ def _occupancy_row(whole: metrics.ThresholdCurve, high: metrics.ThresholdCurve) 
 
 
 def _photometric_errors(depth: Tensor, batch: Batch) -> tuple[float, float] | None:
-    target, sources = batch.target, batch.sources
+    target, sources = batch.target, _other_frames(batch)
     height, width = depth.shape[-2:]
-    if torch.equal(sources.camera_to_volume[:, 0], sources.camera_to_volume[:, 1]):
-        return None  # the frame has no neighbours
+    if not sources.images.shape[1]:
+        return None
     v, u = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     pixels = torch.stack([u, v, torch.ones_like(u)]).to(depth).flatten(1)  # [3, h w]
-    points = F.pad(pixels * depth.flatten(2)[:, :, None], (0, 0, 0, 1), value=1.0)  # [1, N, 4, h w]
+    points = F.pad(pixels * depth.flatten(2)[:, :, None], (0, 0, 0, 1), value=1.0)
     matrix = image_to_image(
         target.intrinsics[:, None],
         target.camera_to_volume[:, None],
         sources.intrinsics,
         sources.camera_to_volume,
     )
-    projected = matrix.to(depth) @ points[:, None]  # [1, 2, N, 4, h w]
+    projected = matrix.to(depth) @ points[:, None]  # [1, K, N, 4, h w]
     z = projected[..., 2, :].clamp_min(1e-5)
     x, y = projected[..., 0, :] / z, projected[..., 1, :] / z
     seen = (projected[..., 2, :] > 0) & (x > 0) & (x < width - 1) & (y > 0) & (y < height - 1)
@@ -217,13 +227,23 @@ def _photometric_errors(depth: Tensor, batch: Batch) -> tuple[float, float] | No
         images, grid.flatten(0, 2).unflatten(1, (height, width)), align_corners=True
     )
     goal = target.images[:, None].expand_as(sources.images).flatten(0, 2)
-    error = torch.where(
-        seen.flatten(0, 2).view(-1, height, width), kernels.ssim_l1(warped, goal), torch.inf
-    ).unflatten(0, (2, -1))
-    identity = kernels.ssim_l1(images, goal).unflatten(0, (2, -1)).amin(0)
-    error = error.amin(0)
+    seen = seen.flatten(0, 2).unflatten(1, (height, width))
+    error = torch.where(seen, kernels.ssim_l1(warped, goal), torch.inf)
+    error, identity = (
+        e.unflatten(0, (sources.images.shape[1], -1)).amin(0)
+        for e in (error, kernels.ssim_l1(images, goal))
+    )
     seen = error.isfinite()
     return error[seen].mean().item(), identity[seen].mean().item()
+
+
+def _other_frames(batch: Batch) -> Frames:
+    """The sources of a single sample that are not the target itself, as at the ends of a drive."""
+    sources, here = batch.sources, batch.target.camera_to_volume
+    other = [
+        k for k, pose in enumerate(sources.camera_to_volume[0]) if not torch.equal(pose, here[0])
+    ]
+    return Frames(*(getattr(sources, f.name)[:, other] for f in dataclasses.fields(Frames)))
 
 
 @torch.no_grad()
@@ -236,14 +256,13 @@ def evaluate(
     frames: int | None = None,
     progress: bool = True,
 ) -> dict[str, Table]:
-    """Evaluate on at most `frames` frames, evenly spread; see `Evaluation.tables` for what comes back."""
+    """Tables (see `Evaluation.tables`) of at most `frames` frames, evenly spread; None is all."""
     training = model.training
     model.eval()
     scores = Evaluation(model, priors)
-    batches = loader(dataset, frames)
-    for index, batch in zip(
-        batches.dataset.indices, tqdm(batches, desc="evaluating", disable=not progress)
-    ):
+    batches = loader(dataset, frames, model.config.optim.workers)
+    bar = tqdm(batches, desc="evaluating", disable=not progress)
+    for index, batch in zip(batches.dataset.indices, bar, strict=True):
         batch = batch.to(device)
         volume = model.volume(batch)
         if "occupancy" in tasks:
@@ -283,30 +302,26 @@ def validate(
 def gather_priors(model: SelfOcc, training: VideoDataset, frames: int) -> Priors:
     """Priors from at most `frames` training frames (a data set opened with train=False)."""
     priors = Priors()
-    for batch in tqdm(loader(training, frames), desc="priors from training truth"):
+    batches = loader(training, frames, model.config.optim.workers)
+    for batch in tqdm(batches, desc="priors from training truth"):
         priors.add(model, batch)
     return priors
 
 
 @torch.no_grad()
 def panel(model: SelfOcc, dataset: VideoDataset, index: int, device: torch.device):
-    """A picture of one frame: image and rendered colour, depth and its error, occupancy from above and behind."""
+    """A picture of one frame: image, rendered colour, depth and its error, occupancy."""
     training = model.training
     model.eval()
     batch = collate([dataset[index]]).to(device)
     volume = model.volume(batch)
     depth, color = rendered_maps(model, volume, batch.target)
-    image, color = (
-        pictures.rgb_picture(batch.target.images[0, 0]),
-        pictures.rgb_picture(color[0, 0]),
-    )
-    rows = [
-        [
-            pictures.caption(image, f"image {batch.name[0]}"),
-            pictures.caption(color, "rendered colour"),
-        ],
-        [pictures.caption(pictures.depth_picture(depth[0, 0]), "rendered depth")],
+    image, color = (pictures.rgb_picture(p[0, 0]) for p in (batch.target.images, color))
+    shown = [
+        pictures.caption(image, f"image {batch.name[0]}"),
+        pictures.caption(color, "rendered colour"),
     ]
+    rows = [shown, [pictures.caption(pictures.depth_picture(depth[0, 0]), "rendered depth")]]
     for name, truth in truth_maps(batch).items():
         error = pictures.error_picture(depth[0, 0], truth[0, 0])
         rows[1].append(pictures.caption(error, f"relative error against {name}, red is 50 %"))
@@ -337,7 +352,7 @@ def _occupancy_rows(model: SelfOcc, volume: Tensor, batch: Batch) -> list[list]:
 
 
 def scored_labels(model: SelfOcc, batch: Batch) -> tuple[tuple[int, int, int], Tensor | None]:
-    """Shape [ny, nx, nz] of the voxel grid that is scored, and the batch's labels on it where it has some."""
+    """Shape [ny, nx, nz] of the voxel grid that is scored, and the labels on it if known."""
     if batch.voxels is not None:
         labels = torch.stack(
             [metrics.pool_voxels(v, model.config.volume.voxel) for v in batch.voxels]

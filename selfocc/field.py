@@ -34,48 +34,48 @@ class FieldDecoder(nn.Module):
         height = None
         if field.ground is not None:
             height = torch.linspace(volume.box[2], volume.box[5], volume.nodes[2]) - field.ground
+            # limited, since alpha has no gradient far from a surface
+            height = field.rise * torch.tanh(height / field.rise)
             with torch.no_grad():
                 self.net[3].weight[:: self.channels] = 0.0
                 self.net[3].bias[:: self.channels] = 0.0
         self.register_buffer("height", height, persistent=False)  # [Z] above the ground, metres
 
-    def forward(self, planes: list[Tensor]) -> Tensor:
+    def forward(self, planes: list[Tensor], lifted: Tensor | None = None) -> Tensor:
         """Volume [B, C, H, W, Z], channel 0 the SDF in metres.
 
-        planes: TPV [hw [B, H, W, D], zh [B, Z, H, D], wz [B, W, Z, D]], or BEV [[B, H, W, D]].
+        planes: TPV [hw [B, H, W, D], zh [B, Z, H, D], wz [B, W, Z, D]], or BEV [[B, H, W, D]];
+        lifted: features [B, H, W, Z, D] that are added to those of TPV planes.
         """
-        if self.kind == "tpv":
-            hw, zh, wz = planes
-            parts = (hw, zh.transpose(1, 2), wz)
-            total = math.prod(self.nodes) * hw.shape[0] * hw.shape[-1]
-        else:
-            parts = (planes[0],)
-            total = planes[0].numel()
-        slabs = math.ceil(total / SLAB)
+        hw = planes[0]
+        split = [hw] if self.kind == "bev" else [hw, planes[1].transpose(1, 2)]  # all have h first
+        split += [] if lifted is None else [lifted]
+        whole = planes[2:]
+        total = math.prod(self.nodes) * hw.shape[0] * hw.shape[-1]
+        slabs = math.ceil((hw.numel() if self.kind == "bev" else total) / SLAB)
         if slabs == 1:
-            rows = self._decode(*parts)
+            rows = self._decode(whole, *split)
         else:
             step = math.ceil(self.nodes[0] / slabs)
-            along_height = zip(*(part.split(step, dim=1) for part in parts[:2]), strict=True)
-            keep = torch.is_grad_enabled()
-            rows = torch.cat(
-                [
-                    checkpoint(self._decode, *slab, *parts[2:], use_reentrant=False)
-                    if keep
-                    else self._decode(*slab, *parts[2:])
-                    for slab in along_height
-                ],
-                dim=1,
-            )
+            pieces = zip(*(part.split(step, dim=1) for part in split), strict=True)
+            if torch.is_grad_enabled():
+                decoded = [
+                    checkpoint(self._decode, whole, *piece, use_reentrant=False) for piece in pieces
+                ]
+            else:
+                decoded = [self._decode(whole, *piece) for piece in pieces]
+            rows = torch.cat(decoded, dim=1)
         if self.height is not None:
             rows = torch.cat([rows[..., :1] + self.height[:, None], rows[..., 1:]], dim=-1)
         return rows.permute(0, 4, 1, 2, 3)
 
-    def _decode(self, hw: Tensor, hz: Tensor | None = None, wz: Tensor | None = None) -> Tensor:
-        """Nodes [B, h, W, Z, C] from hw [B, h, W, D], hz [B, h, Z, D] and wz [B, W, Z, D]."""
-        if hz is None:
+    def _decode(self, whole: list[Tensor], hw: Tensor, *more: Tensor) -> Tensor:
+        """Nodes [B, h, W, Z, C] from hw [B, h, W, D]; TPV adds hz [B, h, Z, D], wz [B, W, Z, D]."""
+        if self.kind == "bev":
             return self.net(hw).unflatten(-1, (self.nodes[2], self.channels))
-        return self.net(hw[:, :, :, None] + hz[:, :, None] + wz[:, None])
+        hz, *lifted = more
+        features = hw[:, :, :, None] + hz[:, :, None] + whole[0][:, None]
+        return self.net(sum(lifted, start=features))
 
 
 def sample_sdf(volume: Tensor, box: Box, points: Tensor) -> Tensor:

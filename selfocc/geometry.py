@@ -2,11 +2,12 @@
 
 Conventions used everywhere:
 
-- Camera axes: x right, y down, z forward. Pixel (u, v) has u to the right, v down, and integer coordinates at pixel centres.
-- `intrinsics` [..., 3, 3] are in pixels of the image they belong to; `camera_to_volume` [..., 4, 4] maps camera points to the
-  volume frame, in metres.
-- A volume has nodes at both ends of its box: node i of n sits at `lo + i / (n - 1) * (hi - lo)`. Grid axes are (H, W, Z) for
-  metric axes (y, x, z).
+- Camera axes: x right, y down, z forward. Pixel (u, v) has u to the right, v down, and integer
+  coordinates at pixel centres.
+- `intrinsics` [..., 3, 3] are in pixels of the image they belong to; `camera_to_volume`
+  [..., 4, 4] maps camera points to the volume frame, in metres.
+- A volume has nodes at both ends of its box: node i of n sits at `lo + i / (n - 1) * (hi - lo)`.
+  Grid axes are (H, W, Z) for metric axes (y, x, z).
 - Depth is z-depth in the camera; a length along the ray is called distance.
 """
 
@@ -43,8 +44,9 @@ def cellular_pixels(
 ) -> Tensor:
     """Pixels [rows * cols, 2] (u, v) of a grid with random stride and offset (spec section 7).
 
-    `uniform` holds four numbers in [0, 1): horizontal and vertical stride, horizontal and vertical offset.
-    The grid stays regular, so that 3x3 windows over neighbouring rays (SSIM) mean the same everywhere.
+    `uniform` holds four numbers in [0, 1): horizontal and vertical stride, horizontal and vertical
+    offset. The grid stays regular, so that 3x3 windows over neighbouring rays (SSIM) mean the same
+    everywhere.
     """
     height, width = image_size
     rows, cols = rays
@@ -68,8 +70,8 @@ def pixel_rays(
     """Rays through pixels (spec section 7).
 
     Args: pixels [R, 2] (u, v); intrinsics [..., 3, 3]; camera_to_volume [..., 4, 4].
-    Returns float32: origins [..., R, 3] and unit directions [..., R, 3] in the volume frame, and stretch [..., R], the
-    distance along the ray that makes one metre of z-depth.
+    Returns float32: origins [..., R, 3] and unit directions [..., R, 3] in the volume frame, and
+    stretch [..., R], the distance along the ray that makes one metre of z-depth.
     """
     rays_to_volume = camera_to_volume[..., :3, :3] @ torch.linalg.inv(intrinsics)
     homogeneous = torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1).to(rays_to_volume)
@@ -80,10 +82,10 @@ def pixel_rays(
 
 
 def ray_box(origins: Tensor, directions: Tensor, box: Box) -> tuple[Tensor, Tensor]:
-    """Distances [...] at which rays enter and leave the box; never behind the camera (spec section 7).
+    """Distances [...] at which rays enter and leave the box; never behind the camera (spec 7).
 
-    A ray that misses the box gets an interval of 1e-6 m. The published code adds 1e-6 to every direction component to
-    avoid division by zero; so do we, since all published depths contain it.
+    A ray that misses the box gets an interval of 1e-6 m. The published code adds 1e-6 to every
+    direction component to avoid division by zero; so do we, since all published depths contain it.
     """
     bounds = torch.tensor(box, dtype=origins.dtype, device=origins.device)
     inverse = 1.0 / (directions + 1e-6)
@@ -103,7 +105,7 @@ def image_projection(intrinsics: Tensor, camera_to_volume: Tensor) -> Tensor:
 def image_to_image(
     intrinsics: Tensor, camera_to_volume: Tensor, other_intrinsics: Tensor, other_to_volume: Tensor
 ) -> Tensor:
-    """[..., 4, 4] that takes (u d, v d, d, 1) of one camera to the same of another (spec section 1)."""
+    """[..., 4, 4] that takes (u d, v d, d, 1) of one camera to the same of another (spec 1)."""
     back = camera_to_volume @ torch.linalg.inv(_homogeneous(intrinsics))
     return image_projection(other_intrinsics, other_to_volume) @ back
 

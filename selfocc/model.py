@@ -1,4 +1,4 @@
-"""SelfOcc: images and cameras in, a signed-distance volume out; rendering and occupancy on top of it."""
+"""SelfOcc: images and cameras in, a signed-distance volume out, and views rendered from it."""
 
 import math
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from selfocc.datasets.video import Batch, Frames
 from selfocc.encoder import Encoder
 from selfocc.field import FieldDecoder
 from selfocc.geometry import pixel_rays, ray_box
+from selfocc.lift import PixelLift
 
 
 @dataclass
@@ -33,7 +34,7 @@ class View:
 
 @dataclass
 class Noise:
-    """The random numbers of a training step, uniform in [0, 1), drawn per sample of the global batch."""
+    """The random numbers of a training step, uniform in [0, 1)."""
 
     pixels: Tensor  # [4] stride and offset of the ray grid, one for the whole batch
     jitter: Tensor  # [B, N, R] shift of a ray's samples
@@ -42,7 +43,7 @@ class Noise:
 
 
 class SelfOcc(nn.Module):
-    """The whole network (paper section 3). `forward` gives volume and target view, for training and data parallelism."""
+    """The whole network (paper section 3); `forward` gives volume and target view, for training."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -51,6 +52,7 @@ class SelfOcc(nn.Module):
         self.backbone = Backbone(config.backbone)
         self.fpn = FPN(self.backbone.channels, config.encoder.dim)
         self.encoder = Encoder(config.encoder, config.volume, cameras)
+        self.lift = PixelLift(config.encoder, config.volume) if config.encoder.lift else None
         self.decoder = FieldDecoder(config.field, config.encoder, config.volume)
         render = config.render
         if render.sharpen is None:
@@ -75,7 +77,7 @@ class SelfOcc(nn.Module):
         return torch.exp(10 * self.variance).clamp(1e-6, 1e6)
 
     def volume(self, batch: Batch) -> Tensor:
-        """The field of a batch: [B, 1 + colours + classes, H, W, Z], channel 0 the SDF in metres."""
+        """The field of a batch [B, 1 + colours + classes, H, W, Z], channel 0 the SDF in metres."""
         with torch.autocast(
             batch.images.device.type, torch.bfloat16, enabled=self.config.optim.bf16
         ):
@@ -87,7 +89,12 @@ class SelfOcc(nn.Module):
             planes = self.encoder(
                 features, batch.intrinsics, batch.camera_to_volume, image_size, valid_size
             )
-        return self.decoder([plane.float() for plane in planes])
+        lifted = None
+        if self.lift is not None:
+            lifted = self.lift(
+                features[0].float(), batch.intrinsics, batch.camera_to_volume, image_size
+            )
+        return self.decoder([plane.float() for plane in planes], lifted)
 
     def render(
         self,
@@ -99,9 +106,10 @@ class SelfOcc(nn.Module):
         background: Tensor | None = None,
         keep_samples: bool = False,
     ) -> View:
-        """See the volume through the cameras of `frames` along the rays of `pixels` [R, 2] (spec sections 7 to 9).
+        """See the volume through the cameras of `frames` (spec sections 7 to 9).
 
-        jitter [B, N, R] and background [B, N, R, 3] are uniform random numbers; without them samples are centred and the
+        pixels [R, 2] of the rays, the same for all cameras; jitter [B, N, R] and background
+        [B, N, R, 3] are uniform random numbers, without which samples are centred and the
         background is black. `keep_samples` also returns what the losses need of every sample.
         """
         origins, directions, stretch = pixel_rays(
@@ -129,6 +137,7 @@ class SelfOcc(nn.Module):
             anneal=self.anneal if self.training else 1.0,
             alpha=self.config.render.alpha,
             classes=self.config.field.classes,
+            backdrop=self.config.render.backdrop,
             keep_samples=keep_samples,
         )
         distance, opacity, color = split(out.distance), split(out.opacity), split(out.color)

@@ -1,6 +1,8 @@
-"""Pictures without a plotting library: depth maps, occupancy views, panels, video. All images are uint8 [h, w, 3]."""
+"""Pictures without a plotting library: depth maps, occupancy views, panels, video.
 
-import os
+All images are uint8 [h, w, 3].
+"""
+
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,14 +12,17 @@ import torch
 from PIL import Image, ImageDraw  # pillow comes with imageio
 from torch import Tensor
 
-from selfocc import InputError
+from selfocc.files import write_file
 from selfocc.geometry import Box
 
 BACKGROUND = np.array([236, 240, 244], np.float32)
 
 
 def turbo(values: np.ndarray) -> np.ndarray:
-    """Turbo colours [..., 3] uint8 of values in [0, 1] (polynomial fit by A. Mikhailov and R. Reid, Google, Apache-2.0)."""
+    """Turbo colours [..., 3] uint8 of values in [0, 1].
+
+    The polynomial fit is by A. Mikhailov and R. Reid (Google, Apache-2.0).
+    """
     x = np.clip(values, 0, 1)[..., None]
     powers = np.concatenate([x**k for k in range(6)], axis=-1)
     red = [0.13572138, 4.61539260, -42.66032258, 132.13108234, -152.94239396, 59.28637943]
@@ -27,7 +32,7 @@ def turbo(values: np.ndarray) -> np.ndarray:
 
 
 def depth_picture(depth: Tensor, nearest: float = 3.0) -> np.ndarray:
-    """Inverse depth as colour, near is red; where depth [h, w] is 0 there is none and the picture is dark."""
+    """Inverse depth [h, w] as colour, near is red; 0 stands for none and is dark."""
     depth = depth.cpu().numpy()
     picture = turbo(nearest / np.maximum(depth, nearest))
     picture[depth <= 0] = 24
@@ -35,7 +40,7 @@ def depth_picture(depth: Tensor, nearest: float = 3.0) -> np.ndarray:
 
 
 def error_picture(depth: Tensor, truth: Tensor, worst: float = 0.5) -> np.ndarray:
-    """Relative depth error |depth - truth| / truth as colour, blue is none and red is `worst` or more."""
+    """Relative depth error as colour, blue is none and red is `worst` or more."""
     depth, truth = depth.cpu().numpy(), truth.cpu().numpy()
     picture = turbo(np.abs(depth - truth) / np.maximum(truth, 1e-3) / worst)
     picture[truth <= 0] = 24
@@ -50,9 +55,10 @@ def rgb_picture(image: Tensor) -> np.ndarray:
 def occupancy_picture(
     occupied: Tensor, box: Box, view: str, size: tuple[int, int] = (192, 320)
 ) -> np.ndarray:
-    """Occupied voxels [ny, nx, nz] coloured by height, seen from straight `above` or from `behind` the vehicle.
+    """Occupied voxels [ny, nx, nz] coloured by height, seen from `above` or from `behind`.
 
-    Voxels are drawn as cubes by walking each pixel's ray through the grid, shaded by the face it enters.
+    Voxels are drawn as cubes by walking each pixel's ray through the grid, shaded by the face it
+    enters.
     """
     lo, hi = (torch.tensor(box[i : i + 3], dtype=torch.float32) for i in (0, 3))
     origins, directions = _viewing_rays(lo, hi, view, size)
@@ -97,7 +103,10 @@ def _viewing_rays(
 
 
 def _walk(grid: Tensor, origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """First occupied cell on each ray, in cell units: (hit [R], cell [R, 3], axis of the face entered [R])."""
+    """First occupied cell on each ray: (hit [R], cell [R, 3], axis of the face entered [R]).
+
+    origins and directions [R, 3] are in units of cells.
+    """
     count = len(origins)
     cells = torch.tensor(grid.shape)
     inverse = 1 / directions
@@ -137,7 +146,7 @@ def caption(picture: np.ndarray, text: str) -> np.ndarray:
 
 
 def tile(rows: list[list[np.ndarray]], gap: int = 4) -> np.ndarray:
-    """Pictures in rows and columns, each scaled to the widest of the first row's width (nearest neighbour)."""
+    """Pictures in rows and columns, each scaled to the widest of the first row."""
     width = max(picture.shape[1] for picture in rows[0])
     lines = []
     for row in rows:
@@ -168,27 +177,17 @@ def write_picture(path: Path, picture: np.ndarray):
     write_file(path, iio.imwrite("<bytes>", picture, extension=".png"))
 
 
-def write_file(path: Path, content: bytes):
-    """Write a file whole or not at all, with its folder. Raises InputError if that is not possible."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
-
-
 def write_video(path: Path, pictures: Iterable[np.ndarray], fps: int = 8) -> Path:
-    """Write an mp4 where an ffmpeg plugin of imageio is installed, otherwise a GIF beside it; returns the file's path."""
-    pictures = [
-        p[: p.shape[0] // 2 * 2, : p.shape[1] // 2 * 2] for p in pictures
-    ]  # H.264 wants even sizes
+    """Write an mp4 where imageio has a plugin for it, otherwise a GIF; returns the file's path.
+
+    Raises InputError if the disk is full or the folder not writable.
+    """
+    pictures = [p[: p.shape[0] // 2 * 2, : p.shape[1] // 2 * 2] for p in pictures]  # for H.264
     try:
-        iio.imwrite(path.with_suffix(".mp4"), pictures, fps=fps)
-        return path.with_suffix(".mp4")
+        path = path.with_suffix(".mp4")
+        content = iio.imwrite("<bytes>", pictures, extension=".mp4", fps=fps)
     except (ImportError, OSError, ValueError):
-        path.with_suffix(".mp4").unlink(missing_ok=True)
-    iio.imwrite(path.with_suffix(".gif"), pictures, duration=1000 / fps, loop=0)
-    return path.with_suffix(".gif")
+        path = path.with_suffix(".gif")
+        content = iio.imwrite("<bytes>", pictures, extension=".gif", duration=1000 / fps, loop=0)
+    write_file(path, content)
+    return path

@@ -1,4 +1,4 @@
-"""Numbers recorded from the published implementation; tests that need them skip where they are not at hand."""
+"""Numbers recorded from the published implementation; tests skip where they are not at hand."""
 
 from pathlib import Path
 

@@ -19,7 +19,11 @@ def test_nodes_stand_at_both_ends():
 
 @pytest.mark.parametrize(
     "case, rays, size",
-    [("kitti", (55, 190), (352, 1216)), ("nus", (48, 100), (768, 1600)), ("raw", (44, 152), (370, 1216))],
+    [
+        ("kitti", (55, 190), (352, 1216)),
+        ("nus", (48, 100), (768, 1600)),
+        ("raw", (44, 152), (370, 1216)),
+    ],
 )
 def test_cellular_pixels_equal_the_published_ones(case, rays, size):
     golden = load("extra/mapping_and_rays.npz")

@@ -1,6 +1,7 @@
 """The two scripts from end to end, as a user runs them."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -12,25 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 from selfocc import checkpoint
-from tests.tiny import ROOT, environment, overrides, run
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def finished(cache, tmp_path_factory):
-    """A run of six steps."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    done = run("train.py", "--out", out, cache=cache)
-    assert done.returncode == 0, done.stderr
-    return out
+from tests.tiny import ROOT, TORCHRUN, environment, overrides, run
 
 
 def weights(out):
     return load_file(out / checkpoint.FILE_NAME)
+
+
+def metrics(out):
+    return (out / "metrics.jsonl").read_text().splitlines()
 
 
 def same(first, second):
@@ -38,7 +29,7 @@ def same(first, second):
 
 
 def test_run_folder(finished):
-    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in metrics(finished)]
     assert lines[-1]["step"] == 6 and 0 < lines[-1]["val_AbsRel_exact"] < 10
     assert {"photometric", "eikonal", "abs_rel", "lr"} <= lines[0].keys()
     assert (finished / "panel_000006.png").stat().st_size > 1000
@@ -70,87 +61,55 @@ def test_killed_run_resumes_to_the_same_weights(finished, cache, tmp_path):
     done = run("train.py", "--out", out, "--resume", cache=cache)
     assert done.returncode == 0, done.stderr
     assert same(weights(out), weights(finished))
-    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [json.loads(line)["step"] for line in metrics(out)]
     assert steps == sorted(steps)
 
 
 def test_interrupt_saves_and_says_so(cache, tmp_path):
+    """Ctrl-C in a terminal reaches every process of the group: the loader's workers too."""
     out = tmp_path / "stopped"
     command = [sys.executable, "train.py", "--out", out]
-    settings = overrides(optim__steps="100000", optim__save_every="100000")
+    settings = overrides(optim__steps="100000", optim__save_every="100000", optim__workers="1")
     command += [word for override in settings for word in ("--set", override)]
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(cache), stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        env=environment(cache),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
         assert process.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume continues" in said and "Traceback" not in said
     assert checkpoint.load(out).step == int(re.search(r"saved step (\d+)", said)[1])
 
 
 def test_two_processes_equal_one(cache, tmp_path):
-    """Same global batch of two: one process with batch 2, and two with batch 1."""
-    one = run("train.py", "--out", tmp_path / "one", cache=cache, optim__batch="2", optim__steps="2")
+    """Same global batch of two: one process with batch 2, and two with batch 1.
+
+    Adam's first steps are lr * g / (|g| + 1e-8), so that rounding in a gradient of 1e-9 becomes
+    a tenth of a step; with this lr a step is 20 times what is tolerated.
+    """
+    common = {"optim__steps": "2", "optim__warmup": "0", "optim__lr": "2e-4"}
+    one = run("train.py", "--out", tmp_path / "one", cache=cache, optim__batch="2", **common)
     assert one.returncode == 0, one.stderr
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py"]
-    command += ["--out", tmp_path / "two"]
-    command += [w for o in overrides(optim__batch="1", optim__steps="2") for w in ("--set", o)]
-    two = run(*command, cache=cache)
+    two = run(*TORCHRUN, "--out", tmp_path / "two", cache=cache, optim__batch="1", **common)
     assert two.returncode == 0, two.stderr
     ours, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert ours.keys() == theirs.keys()
     worst = max(float((ours[k].double() - theirs[k].double()).abs().max()) for k in ours)
     assert worst < 1e-5, worst
-
-
-@pytest.mark.parametrize(
-    "command, said",
-    [
-        (("train.py", "--dataset", "kitti"), "needs --data DIR"),
-        (("train.py", "--dataset", "kitti", "--data", "nowhere"), "nowhere"),
-        (("train.py", "--preset", "sinthetic"), "did you mean 'synthetic'"),
-        (("train.py", "--set", "optim.step=3"), "did you mean 'steps'"),
-        (("train.py", "--unknown"), "unrecognized arguments: --unknown"),
-        (("train.py", "--device", "cuda"), "--device cuda"),
-        (("train.py", "--backbone-weights", "nowhere.pth"), "nowhere.pth"),
-        (("train.py", "--resume"), "no checkpoint"),
-        (("eval.py", "--ckpt", "nowhere"), "no checkpoint"),
-        (("eval.py", "--ckpt", "README.md"), "not a readable checkpoint"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
-)
-def test_bad_command_line(command, said, cache, tmp_path):
-    if "--device" in command and torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    if command[0] == "train.py":
-        command = (*command, "--out", tmp_path / "run")
-    done = run(*command, cache=cache)
-    assert done.returncode == 2
-    assert said in done.stderr.strip().splitlines()[-1]
-    assert "Traceback" not in done.stderr
-
-
-def test_run_folder_is_not_overwritten(finished, cache):
-    before = (finished / checkpoint.FILE_NAME).read_bytes()
-    done = run("train.py", "--out", finished, cache=cache)
-    assert done.returncode == 2 and "already holds a run" in done.stderr
-    assert (finished / checkpoint.FILE_NAME).read_bytes() == before
-
-
-def test_checkpoint_of_another_model(finished, cache, tmp_path):
-    out = tmp_path / "other"
-    out.mkdir()
-    (out / checkpoint.FILE_NAME).write_bytes((finished / checkpoint.FILE_NAME).read_bytes())
-    done = run("train.py", "--out", out, "--resume", cache=cache, encoder__dim="16")
-    assert done.returncode == 2 and "another model" in done.stderr
-    assert same(weights(out), weights(finished))
-
-
-def test_truncated_checkpoint(finished, cache, tmp_path):
-    short = tmp_path / checkpoint.FILE_NAME
-    short.write_bytes((finished / checkpoint.FILE_NAME).read_bytes()[:-1000])
-    done = run("eval.py", "--ckpt", short, cache=cache)
-    assert done.returncode == 2 and "truncated" in done.stderr
+    gradients = [name for name in ours if name.endswith("exp_avg")]
+    difference, size = (
+        torch.stack([t.double().norm() for t in tensors]).norm()
+        for tensors in ([ours[k] - theirs[k] for k in gradients], [ours[k] for k in gradients])
+    )
+    assert difference < 1e-5 * size
+    ours, theirs = (json.loads(metrics(tmp_path / name)[0]) for name in ("one", "two"))
+    for name in ("loss", "photometric", "color", "eikonal"):
+        assert ours[name] == pytest.approx(theirs[name], abs=1e-5)
+    assert two.stdout.count("training and") == 1  # only the first process talks

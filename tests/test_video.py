@@ -16,7 +16,7 @@ from selfocc.datasets.video import (
 
 
 class Drive:
-    """A car that drives straight ahead, one metre a frame; every image holds its frame number as grey."""
+    """A car that drives straight ahead, one metre a frame; an image's grey is its frame number."""
 
     name, missing = "drive", []
 
@@ -85,7 +85,9 @@ def _anchors(config, draws=400):
 
 def test_anchor_windows_and_probabilities():
     offsets = _anchors(CONFIG)
-    assert offsets.min() >= -10 and offsets.max() == 18  # frame 29 has no successor, so 28 is the last anchor
+    assert (
+        offsets.min() >= -10 and offsets.max() == 18
+    )  # frame 29 has no successor, so 28 is the last anchor
     share = (offsets == 0).mean()
     assert abs(share - 0.333) < 0.08
     assert abs((offsets < 0).mean() / (offsets != 0).mean() - 0.2) < 0.08
@@ -118,7 +120,9 @@ def test_evaluation_uses_labelled_frames_and_falls_back_to_itself():
 
 def test_future_frames_are_spaced():
     data = VideoDataset([Drive(labelled=[3])], CONFIG, train=False)
-    found = [(distance, _frame(sample.target.images)) for distance, sample in data.future(0, 10, 1.5)]
+    found = [
+        (distance, _frame(sample.target.images)) for distance, sample in data.future(0, 10, 1.5)
+    ]
     assert found == [(2.0, 5), (4.0, 7), (6.0, 9), (8.0, 11), (10.0, 13)]
 
 
@@ -149,7 +153,9 @@ def test_scaled_targets_keep_their_rays():
     full = torch.tensor([[50.0, 0, 32], [0, 50, 16], [0, 0, 1]], dtype=torch.float64)
     # the centre of the first 2x2 block of pixels is the first small pixel
     ray = torch.linalg.inv(full) @ torch.tensor([0.5, 0.5, 1], dtype=torch.float64)
-    small = torch.linalg.inv(sample.target.intrinsics[0]) @ torch.tensor([0.0, 0, 1], dtype=torch.float64)
+    small = torch.linalg.inv(sample.target.intrinsics[0]) @ torch.tensor(
+        [0.0, 0, 1], dtype=torch.float64
+    )
     assert torch.allclose(ray, small)
 
 

@@ -1,11 +1,13 @@
 """A model and a world so small that a training run takes seconds."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py")
 SETTINGS = {
     "data.crop": "32,64",
     "data.pad": "32,64",
@@ -37,10 +39,13 @@ def overrides(**changes) -> list[str]:
     return [f"{name}={value}" for name, value in settings.items()]
 
 
-def run(*command, cache: Path, check: bool = False, **changes) -> subprocess.CompletedProcess:
-    """Run `python command...` in the repository with the tiny settings, on one thread."""
+def run(*command, cache: Path, limit: int | None = None, **changes) -> subprocess.CompletedProcess:
+    """Run `python command...` in the repository with the tiny settings, on one thread.
+
+    Files longer than `limit` bytes cannot be written then, as if the disk were full.
+    """
     arguments = [str(word) for word in command]
-    if arguments[0] == "train.py":
+    if "train.py" in arguments:
         arguments += [word for override in overrides(**changes) for word in ("--set", override)]
     return subprocess.run(
         [sys.executable, *arguments],
@@ -48,7 +53,7 @@ def run(*command, cache: Path, check: bool = False, **changes) -> subprocess.Com
         env=environment(cache),
         capture_output=True,
         text=True,
-        check=check,
+        preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),
     )
 
 

@@ -1,4 +1,4 @@
-"""Arrays kept on disk by content: written whole or not at all, checked when opened, made again when damaged."""
+"""Arrays kept on disk: written whole or not at all, checked when opened, remade when damaged."""
 
 import hashlib
 import os
@@ -17,15 +17,18 @@ def key(*parts):
 
 
 def load_or_make(path, dtype, shape, make):
-    """The read-only memory map of an array; `make()` is called and stored if the file is missing or damaged.
+    """An array as a read-only memory map; where the file is missing or damaged `make()` gives it.
 
-    The last 4 bytes of the file are the CRC-32 of the rest. Raises InputError if the folder cannot be written."""
+    A .npy file followed by 4 bytes, the CRC-32 of the rest. Any number of processes may ask for the
+    same file at once. Raises InputError if the folder cannot be written."""
     array = _load(path, dtype, shape)
     if array is None:
         _store(path, make())
         array = _load(path, dtype, shape)
     if array is None:
-        raise InputError(f"{path}: what was just written does not read back; check the disk or set SELFOCC_CACHE")
+        raise InputError(
+            f"{path}: what was just written does not read back; check the disk or set SELFOCC_CACHE"
+        )
     return array
 
 
@@ -54,5 +57,7 @@ def _store(path, array):
     except OSError as error:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
-        raise InputError(f"{path.parent}: cannot keep rendered frames ({error.strerror}); free some space or set "
-                         "SELFOCC_CACHE to another folder") from error
+        raise InputError(
+            f"{path.parent}: cannot keep what was rendered ({error.strerror}); free some space or "
+            "set SELFOCC_CACHE to another folder"
+        ) from error

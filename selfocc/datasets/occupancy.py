@@ -1,13 +1,16 @@
-"""Voxel labels in the manner of SemanticKITTI: solid matter that was seen along the path, and what nothing ever saw."""
+"""Voxel labels after SemanticKITTI: what was seen along the path, solid or free."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from selfocc.datasets.sensors import BEAMS, ELEVATIONS, STEPS, look, spin
+from selfocc.datasets.sensors import BEAMS, ELEVATIONS, LIDAR_RANGE, STEPS, look, spin
+from selfocc.datasets.world import KERB_HEIGHT
 
 UNKNOWN = 255
-TOLERANCE = 0.3  # metres a point may lie behind the surface that was measured and still count as seen
+TOLERANCE = (
+    0.3  # metres a point may lie behind the surface that was measured and still count as seen
+)
 
 
 @dataclass(frozen=True)
@@ -19,51 +22,81 @@ class View:
     cameras: list  # of (intrinsics, camera_to_world, z-depth [h, w])
 
 
-def seen_from(street, solids, volume_to_world, lidar_to_world, intrinsics, camera_to_volume, size):
-    shrink = 2  # half the resolution is enough for cells of 0.4 m
-    small = (size[0] // shrink, size[1] // shrink)
-    cameras = []
-    for k, pose in zip(intrinsics, volume_to_world @ camera_to_volume, strict=True):
-        k = k.copy()
-        k[:2] /= shrink
-        cameras.append((k, pose, look(street, solids, k, pose, small).t.reshape(small)))
-    return View(lidar_to_world, spin(street, solids, lidar_to_world).t.reshape(BEAMS, STEPS), cameras)
+def seen_from(street, solids, lidar_to_world, intrinsics, camera_to_world, size):
+    """The view of a LiDAR and of cameras [N, 3, 3], [N, 4, 4], whose images are halved in size."""
+    half = (size[0] // 2, size[1] // 2)
+    shrink = np.diag([0.5, 0.5, 1.0])
+    cameras = [
+        (shrink @ k, pose, look(street, solids, shrink @ k, pose, half).t.reshape(half))
+        for k, pose in zip(intrinsics, camera_to_world, strict=True)
+    ]
+    ranges = spin(street, solids, lidar_to_world).t.reshape(BEAMS, STEPS)
+    return View(lidar_to_world, ranges, cameras)
 
 
-def _cells(box, edge):
+def _centres(box, edge):
     """Centres [ny, nx, nz, 3] of the cells of a box."""
-    x, y, z = (np.arange(round((box[k + 3] - box[k]) / edge)) * edge + box[k] + edge / 2 for k in range(3))
+    x, y, z = (
+        np.arange(round((box[k + 3] - box[k]) / edge)) * edge + box[k] + edge / 2 for k in range(3)
+    )
     gy, gx, gz = np.meshgrid(y, x, z, indexing="ij")
     return np.stack([gx, gy, gz], -1).astype(np.float32)
 
 
 def occupancy(solids, ground, volume_to_world, box, edge, views):
-    """uint8 [ny, nx, nz]: 0 free, the class of the nearest solid where matter touches the cell, 255 never seen."""
+    """uint8 [ny, nx, nz]: 0 free, the nearest solid's class where one touches, 255 unseen."""
     distance, label = signed_distance_grid(solids, ground, volume_to_world, box, edge)
-    occupied = distance <= edge / 2
-    coarse = _visible(_cells(box, 2 * edge), volume_to_world, views)
-    # A cell of the visibility grid that holds a surface is known if it or a neighbour was seen through.
-    ny, nx, nz = coarse.shape
-    surface = occupied.reshape(ny, 2, nx, 2, nz, 2).any((1, 3, 5))
-    known = coarse | (surface & _grown(coarse))
-    known = known.repeat(2, 0).repeat(2, 1).repeat(2, 2)
-    return np.where(known, np.where(occupied, label, 0), UNKNOWN).astype(np.uint8)
+    ny, nx, nz = (n // 2 for n in distance.shape)
+    blocks = distance.reshape(ny, 2, nx, 2, nz, 2)
+    outside = blocks.max((1, 3, 5)) > -TOLERANCE  # elsewhere it is dark, inside something
+    seen = _seen_blocks(volume_to_world, box, edge, views, outside)
+    # A block that holds a surface is known if it or a neighbour was seen or seen through.
+    known = _cells_of(seen | ((blocks.min((1, 3, 5)) <= edge / 2) & _grown(seen)))
+    return np.where(known, np.where(distance <= edge / 2, label, 0), UNKNOWN).astype(np.uint8)
+
+
+def seen_cells(volume_to_world, box, edge, views):
+    """bool [ny, nx, nz]: which cells of a box some view saw or saw through."""
+    ny, nx, nz = (round((box[k + 3] - box[k]) / (2 * edge)) for k in (1, 0, 2))
+    return _cells_of(_seen_blocks(volume_to_world, box, edge, views, np.ones((ny, nx, nz), bool)))
+
+
+def _seen_blocks(volume_to_world, box, edge, views, where):
+    """Which blocks of 2x2x2 cells of the mask `where` [ny/2, nx/2, nz/2] were seen, by centre."""
+    seen = np.zeros(where.shape, bool)
+    seen[where] = _visible(_centres(box, 2 * edge)[where], volume_to_world, views)
+    return seen
+
+
+def _cells_of(blocks):
+    return blocks.repeat(2, 0).repeat(2, 1).repeat(2, 2)
 
 
 def signed_distance_grid(solids, ground, volume_to_world, box, edge):
     """Signed distance (clipped at 2 cells) and label of the nearest solid, at the cell centres."""
-    centres = _cells(box, edge)
-    rotation, origin = volume_to_world[:3, :3].astype(np.float32), volume_to_world[:3, 3].astype(np.float32)
+    centres = _centres(box, edge)
+    rotation, origin = (
+        volume_to_world[:3, :3].astype(np.float32),
+        volume_to_world[:3, 3].astype(np.float32),
+    )
     world = centres @ rotation.T + origin
-    distance = ground.signed_distance(world).astype(np.float32)
-    label = ground.label(world[..., 0], world[..., 1])
+    # One height a column is a first guess; only cells near the ground are worth the exact distance.
+    foot = world[:, :, :1]
+    guess = world[..., 2] - ground.height(foot[..., 0], foot[..., 1])
+    near = np.abs(guess) < 1.5 * edge + KERB_HEIGHT + 0.02 * (box[5] - box[2])
+    distance = guess
+    distance[near] = ground.signed_distance(world[near])
+    label = np.repeat(ground.label(foot[..., 0], foot[..., 1]), world.shape[2], 2)
+    label[near] = ground.label(world[near][:, 0], world[near][:, 1])
     lo, shape = np.array(box[:3]), centres.shape[:3]
     corners = (solids.corners() - volume_to_world[:3, 3]) @ volume_to_world[:3, :3]
     low = np.clip(np.floor((corners.min(1) - lo) / edge - 2.5), 0, None).astype(int)
     high = np.ceil((corners.max(1) - lo) / edge + 2.5).astype(int)
     inside = (high > low).all(1) & (low < np.array(shape)[[1, 0, 2]]).all(1) & (high > 0).all(1)
     for i in np.flatnonzero(inside):
-        block = tuple(slice(a, max(b, 0)) for a, b in zip(low[i][[1, 0, 2]], high[i][[1, 0, 2]], strict=True))
+        block = tuple(
+            slice(a, max(b, 0)) for a, b in zip(low[i][[1, 0, 2]], high[i][[1, 0, 2]], strict=True)
+        )
         d = solids.signed_distance(world[block], i)
         nearer = d < distance[block]
         distance[block] = np.where(nearer, d, distance[block])
@@ -83,27 +116,31 @@ def _grown(mask):
     return out
 
 
-def _visible(centres, volume_to_world, views):
-    """Which points [.., 3] (volume frame) some sensor saw through or saw."""
-    shape = centres.shape[:-1]
-    points = (centres.reshape(-1, 3) @ volume_to_world[:3, :3].T.astype(np.float32)
-              + volume_to_world[:3, 3].astype(np.float32))
+def _visible(points, volume_to_world, views):
+    """Which points [M, 3] (volume frame) some sensor saw or saw through."""
+    points = _moved(points, volume_to_world)
     seen = np.zeros(len(points), bool)
     left = np.arange(len(points))
     for view in views:
-        fresh = _seen_by_lidar(points[left], view)
-        for camera in view.cameras:
-            fresh |= _seen_by_camera(points[left], *camera)
-        seen[left[fresh]] = True
-        left = left[~fresh]
-    return seen.reshape(shape)
+        for sees, sensor in [(_camera_sees, c) for c in view.cameras] + [(_lidar_sees, view)]:
+            fresh = sees(points[left], sensor)
+            seen[left[fresh]] = True
+            left = left[~fresh]
+    return seen
 
 
-def _seen_by_camera(points, intrinsics, camera_to_world, depth):
-    local = (points - camera_to_world[:3, 3].astype(np.float32)) @ camera_to_world[:3, :3].astype(np.float32)
+def _moved(points, pose):
+    return points @ pose[:3, :3].T.astype(np.float32) + pose[:3, 3].astype(np.float32)
+
+
+def _camera_sees(points, camera):
+    intrinsics, camera_to_world, depth = camera
+    local = _moved(points, np.linalg.inv(camera_to_world))
     z = np.maximum(local[:, 2], np.float32(0.1))
-    u = np.rint(np.float32(intrinsics[0, 0]) * local[:, 0] / z + np.float32(intrinsics[0, 2]))
-    v = np.rint(np.float32(intrinsics[1, 1]) * local[:, 1] / z + np.float32(intrinsics[1, 2]))
+    u, v = (
+        np.rint(np.float32(intrinsics[k, k]) * local[:, k] / z + np.float32(intrinsics[k, 2]))
+        for k in (0, 1)
+    )
     height, width = depth.shape
     inside = np.flatnonzero((local[:, 2] > 0.1) & (u >= 0) & (u < width) & (v >= 0) & (v < height))
     seen = np.zeros(len(points), bool)
@@ -111,13 +148,18 @@ def _seen_by_camera(points, intrinsics, camera_to_world, depth):
     return seen
 
 
-def _seen_by_lidar(points, view):
-    local = (points - view.lidar_to_world[:3, 3].astype(np.float32)) @ view.lidar_to_world[:3, :3].astype(np.float32)
+def _lidar_sees(points, view):
+    local = _moved(points, np.linalg.inv(view.lidar_to_world))
     plan = np.hypot(local[:, 0], local[:, 1])
-    beam = np.rint((ELEVATIONS[0] - np.arctan2(local[:, 2], plan)) * ((BEAMS - 1) / (ELEVATIONS[0] - ELEVATIONS[-1])))
-    step = np.floor(np.arctan2(local[:, 1], local[:, 0]) * (STEPS / (2 * np.pi))).astype(int) % STEPS
+    slope = np.float32(BEAMS - 1) / np.float32(ELEVATIONS[0] - ELEVATIONS[-1])
+    beam = np.rint((np.float32(ELEVATIONS[0]) - np.arctan2(local[:, 2], plan)) * slope)
     inside = np.flatnonzero((beam >= 0) & (beam < BEAMS))
+    local, plan = local[inside], plan[inside]
+    step = (
+        np.floor(np.arctan2(local[:, 1], local[:, 0]) * np.float32(STEPS / (2 * np.pi))).astype(int)
+        % STEPS
+    )
+    reach = np.minimum(view.ranges[beam[inside].astype(int), step], LIDAR_RANGE)
     seen = np.zeros(len(points), bool)
-    reach = np.minimum(view.ranges[beam[inside].astype(int), step[inside]], 80)
-    seen[inside] = np.hypot(plan[inside], local[inside, 2]) < reach + TOLERANCE
+    seen[inside] = np.hypot(plan, local[:, 2]) < reach + TOLERANCE
     return seen

@@ -1,4 +1,4 @@
-"""Cameras and a spinning LiDAR in the analytic street: their rays, and which solids can appear in which pixels."""
+"""Cameras and a spinning LiDAR in the street: their rays, and which solids may meet which rays."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,16 +17,17 @@ LIDAR_RANGE = 80.0
 
 @dataclass(frozen=True)
 class Sight:
-    """What a sensor sees: t [R] of the first hits (inf: nothing) and the solid hit [R] (-1: ground or nothing)."""
+    """What a sensor sees along rays origin + t direction."""
 
     origin: np.ndarray  # [3] world
     directions: np.ndarray  # [R, 3] world, float32
-    t: np.ndarray
-    index: np.ndarray
+    t: np.ndarray  # [R] of the first hits; inf: nothing
+    index: np.ndarray  # [R] the solid that was hit; -1: ground or nothing
 
     def points(self):
-        """[R, 3] float64, world."""
-        return self.origin + self.t[:, None].astype(np.float64) * self.directions
+        """[R, 3] float64, world; the origin where nothing was hit."""
+        t = np.where(np.isinf(self.t), 0, self.t).astype(np.float64)
+        return self.origin + t[:, None] * self.directions
 
 
 def look(street, solids, intrinsics, camera_to_world, size):
@@ -46,10 +47,11 @@ def _pixel_rays(fx, fy, cx, cy, height, width):
 
 
 def _rectangles(solids, intrinsics, camera_to_world, size):
-    """Pixel rectangles (top, bottom, left, right), half open, around the bounding boxes of solids; empty if unseen."""
+    """Pixels [top:bottom, left:right] around the bounding boxes of solids; none where unseen."""
     rotation, origin = camera_to_world[:3, :3], camera_to_world[:3, 3]
     corners = (solids.corners() - origin) @ rotation
-    # A box that crosses the near plane is bounded by its corners before it and by where its edges cut the plane.
+    # A box that crosses the near plane is bounded by its corners before the plane and by where its
+    # edges cut it.
     a, b = corners[:, _EDGES[:, 0]], corners[:, _EDGES[:, 1]]
     za, zb = a[..., 2], b[..., 2]
     cut = (za - NEAR) * (zb - NEAR) < 0
@@ -63,30 +65,39 @@ def _rectangles(solids, intrinsics, camera_to_world, size):
         low = np.where(ahead, pixel, np.inf).min(1)
         high = np.where(ahead, pixel, -np.inf).max(1)
         seen = (low <= high) & (np.where(ahead, depth, np.inf).min(1) < FAR)
-        bounds.append(np.where(seen, np.clip(np.ceil(np.where(seen, low, 0)), 0, limit), 0).astype(np.int64))
-        bounds.append(np.where(seen, np.clip(np.floor(np.where(seen, high, 0)) + 1, 0, limit), 0).astype(np.int64))
+        bounds.append(
+            np.where(seen, np.clip(np.ceil(np.where(seen, low, 0)), 0, limit), 0).astype(np.int64)
+        )
+        bounds.append(
+            np.where(seen, np.clip(np.floor(np.where(seen, high, 0)) + 1, 0, limit), 0).astype(
+                np.int64
+            )
+        )
     return bounds
 
 
 def spin(street, solids, sensor_to_world):
-    """A LiDAR turn from the origin of a frame with z up: BEAMS x STEPS rays, beams first; t is the range in metres."""
-    directions = (_spin_rays() @ sensor_to_world[:3, :3].T).astype(np.float32)
+    """A turn of the LiDAR at the origin of a frame with z up; t is the range of `spin_rays`."""
+    directions = (spin_rays() @ sensor_to_world[:3, :3].T).astype(np.float32)
     origin = sensor_to_world[:3, 3]
     pairs = rectangle_pairs(*_sectors(solids, sensor_to_world), STEPS)
-    sight = Sight(origin, directions, *first_hits(street.ground, solids, origin, directions, *pairs))
+    sight = Sight(
+        origin, directions, *first_hits(street.ground, solids, origin, directions, *pairs)
+    )
     sight.t[sight.t > LIDAR_RANGE] = np.inf
     return sight
 
 
 @lru_cache(1)
-def _spin_rays():
+def spin_rays():
+    """Unit directions [BEAMS * STEPS, 3] of the LiDAR in its own frame, the highest beam first."""
     azimuth = 2 * np.pi * (np.arange(STEPS) + 0.5) / STEPS
     up, around = (g.ravel() for g in np.meshgrid(ELEVATIONS, azimuth, indexing="ij"))
     return np.stack([np.cos(up) * np.cos(around), np.cos(up) * np.sin(around), np.sin(up)], -1)
 
 
 def _sectors(solids, sensor_to_world):
-    """(first beam, last, first step, last) around solids as seen by `spin`; steps may run on past the last one."""
+    """Beams [first:last] and steps [left:right] around solids; steps may run on past the last."""
     corners = (solids.corners() - sensor_to_world[:3, 3]) @ sensor_to_world[:3, :3]
     centre = corners.mean(1)
     azimuth = np.arctan2(corners[..., 1], corners[..., 0])
@@ -101,7 +112,9 @@ def _sectors(solids, sensor_to_world):
     # The nearest distance in plan, with a margin for the tilt of the sensor.
     rel = sensor_to_world[:3, 3] - solids.centre
     cos, sin = np.cos(solids.yaw), np.sin(solids.yaw)
-    local = np.abs(np.stack([cos * rel[:, 0] + sin * rel[:, 1], cos * rel[:, 1] - sin * rel[:, 0]], -1))
+    local = np.abs(
+        np.stack([cos * rel[:, 0] + sin * rel[:, 1], cos * rel[:, 1] - sin * rel[:, 0]], -1)
+    )
     gap = np.linalg.norm(np.maximum(local - solids.half[:, :2], 0), axis=1)
     tilt = 0.12 * (np.abs(rel[:, 2]) + solids.half[:, 2])
     nearest = np.maximum(gap - tilt, 0.01)
@@ -109,8 +122,13 @@ def _sectors(solids, sensor_to_world):
     top, bottom = corners[..., 2].max(1), corners[..., 2].min(1)
     up = np.arctan2(top, np.where(top > 0, nearest, farthest))
     down = np.arctan2(bottom, np.where(bottom < 0, nearest, farthest))
-    beam = lambda angle: (ELEVATIONS[0] - angle) / (ELEVATIONS[0] - ELEVATIONS[-1]) * (BEAMS - 1)  # noqa: E731
-    first = np.clip(np.floor(beam(up)), 0, BEAMS).astype(np.int64)
-    last = np.clip(np.ceil(beam(down)) + 1, 0, BEAMS).astype(np.int64)
+    per_radian = (BEAMS - 1) / (ELEVATIONS[0] - ELEVATIONS[-1])
+    first = np.floor((ELEVATIONS[0] - up) * per_radian).clip(0, BEAMS).astype(np.int64)
+    last = np.ceil((ELEVATIONS[0] - down) * per_radian + 1).clip(0, BEAMS).astype(np.int64)
     seen = nearest < LIDAR_RANGE
-    return np.where(seen, first, 0), np.where(seen, last, 0), left % STEPS, left % STEPS + right - left
+    return (
+        np.where(seen, first, 0),
+        np.where(seen, last, 0),
+        left % STEPS,
+        left % STEPS + right - left,
+    )

@@ -1,17 +1,27 @@
 """The looks of the analytic street: solid textures, light and sky.
 
-Colour is a function of the place on the surface, so it is the same from every view. Texture finer than a pixel is faded
-out before it can alias: each octave of noise and each pattern by the footprint of the pixel on the surface.
+Colour is a function of the place on the surface, so it is the same from every view. Texture finer
+than a pixel is faded out before it can alias: each octave of noise and each pattern by the
+footprint of the pixel on the surface.
 """
 
 import numpy as np
 
 from selfocc.datasets import world as w
 
-# Wavelengths of the noise octaves in metres and how strong each is.
-OCTAVES = ((9.0, 0.5), (3.1, 0.7), (1.1, 0.8), (0.42, 0.8), (0.16, 0.7), (0.06, 0.6))
+# Lattice spacing of the noise octaves in metres and how strong each is.
+OCTAVES = (
+    (7.0, 0.25),
+    (3.2, 0.4),
+    (1.45, 0.6),
+    (0.66, 0.7),
+    (0.30, 0.7),
+    (0.136, 0.65),
+    (0.062, 0.6),
+    (0.028, 0.5),
+)
 # Contrast of the noise per style, in the order of world.PLAIN...CLOTH.
-GRAIN = np.array([0.35, 0.55, 0.10, 0.10, 1.3, 0.9, 0.6, 0.15, 0.6], np.float32)
+GRAIN = np.array([0.35, 0.42, 0.10, 0.10, 1.1, 0.9, 0.5, 0.15, 0.6], np.float32)
 GROUND_GRAIN = {w.ROAD: 0.55, w.SIDEWALK: 0.5, w.TERRAIN: 0.9}
 
 _SIZE = 256
@@ -21,7 +31,7 @@ _STRIDE = _SIZE + 1
 
 
 def value_noise(u, v):
-    """Smoothly interpolated random values of the integer lattice, in [-1, 1], repeating after 256."""
+    """Random values of the integer lattice, smoothly interpolated; in [-1, 1], period 256."""
     iu, iv = np.floor(u), np.floor(v)
     fu, fv = u - iu, v - iv
     fu, fv = fu * fu * (3 - 2 * fu), fv * fv * (3 - 2 * fv)
@@ -32,16 +42,21 @@ def value_noise(u, v):
 
 
 def grain(u, v, footprint):
-    """Octaves of noise, each faded out where its wavelength falls below about three pixels."""
+    """Octaves of noise, each faded in where its lattice spacing grows from 1.2 to 2.5 pixels."""
     total = np.zeros_like(u)
     for k, (wavelength, strength) in enumerate(OCTAVES):
-        fade = wavelength / footprint * np.float32(0.4) - 1  # 0 at 2.5 pixels a wave, 1 at 5
+        fade = np.float32(0.77 * wavelength) / footprint - np.float32(0.92)
         seen = np.flatnonzero(fade > 0)
         if len(seen):
             # Turned from octave to octave, so that their lattices do not line up.
-            c, s = np.float32(np.cos(k * 0.9) / wavelength), np.float32(np.sin(k * 0.9) / wavelength)
+            c, s = (
+                np.float32(np.cos(k * 0.9) / wavelength),
+                np.float32(np.sin(k * 0.9) / wavelength),
+            )
             a, b = u[seen], v[seen]
-            noise = value_noise(a * c - b * s + np.float32(17.3 * k), a * s + b * c + np.float32(5.1 * k))
+            noise = value_noise(
+                a * c - b * s + np.float32(17.3 * k), a * s + b * c + np.float32(5.1 * k)
+            )
             total[seen] += noise * np.minimum(fade[seen], 1) * np.float32(strength)
     return total
 
@@ -53,16 +68,17 @@ def band(x, half, footprint):
 
 
 def stripes(x, period, duty, footprint):
-    """Repeating bands that fill the share `duty` of a period; they blur to their mean at a distance."""
+    """Bands that fill the share `duty` of every period; they blur to their mean at a distance."""
     blur = np.clip(2 * footprint / period - 0.5, 0, 1)
     wave = np.abs(x / period - np.round(x / period)) * period
     return band(wave, duty * period / 2, footprint) * (1 - blur) + duty * blur
 
 
-def shade(street, solids, origin, directions, t, index, pixel, *, texture=1.0, view_dependence=0.0):
-    """Colours [R, 3] in [0, 1] and labels [R] of what rays hit.
+def shade(street, solids, sight, pixel, *, texture=1.0, view_dependence=0.0):
+    """Colours [R, 3] in [0, 1] and labels [R] of what was sighted.
 
-    t, index: from `world.first_hits`. pixel: the angle a pixel covers, in units of t times |direction|."""
+    pixel: width of a pixel at distance t = 1 of a ray."""
+    origin, directions, t, index = sight.origin, sight.directions, sight.t, sight.index
     colour = np.empty((len(t), 3), np.float32)
     label = np.zeros(len(t), np.uint8)
     length = np.linalg.norm(directions, axis=1)
@@ -90,7 +106,11 @@ def shade(street, solids, origin, directions, t, index, pixel, *, texture=1.0, v
         glint = np.maximum(mirror @ street.sun.astype(np.float32), 0) ** 24
         fresnel = 0.1 + 0.9 * (1 - np.minimum(slant, 1)) ** 4
         share = (view_dependence * gloss * fresnel)[:, None]
-        lit = lit * (1 - share) + share * _sky(street, mirror, 1.0) + (view_dependence * gloss * glint)[:, None]
+        lit = (
+            lit * (1 - share)
+            + share * _sky(street, mirror, 1.0)
+            + (view_dependence * gloss * glint)[:, None]
+        )
     colour[solid] = lit
     label[solid] = solids.label[which]
     return np.clip(colour, 0, 1), label
@@ -107,7 +127,9 @@ def _sky(street, view, pixel):
     colour = horizon + (zenith - horizon) * np.minimum(up * 2.2, 1)
     # Clouds lie in a plane high above, so they stay where they are when the camera moves.
     plane = view[:, :2] / (view[:, 2:3] + 0.15) * 6 + street.seed % 97
-    cloud = np.clip(grain(plane[:, 0], plane[:, 1], np.full(len(view), 12 * pixel, np.float32)), -0.3, 1)[:, None]
+    cloud = np.clip(
+        grain(plane[:, 0], plane[:, 1], np.full(len(view), 12 * pixel, np.float32)), -0.3, 1
+    )[:, None]
     return colour + (0.10 * cloud * (1 - 0.5 * up)).astype(np.float32)
 
 
@@ -116,22 +138,32 @@ def _ground(street, points, footprint, slant, texture):
     lateral = street.ground.lateral(x, y)
     label = street.ground.label(x, y)
     road, walk, grass, paint = street.tones.astype(np.float32)
-    tone = np.where((label == w.ROAD)[:, None], road, np.where((label == w.SIDEWALK)[:, None], walk, grass))
-    # A pixel is long along the line of sight; between its width and its length keeps most of the texture without flicker.
+    tone = np.where(
+        (label == w.ROAD)[:, None], road, np.where((label == w.SIDEWALK)[:, None], walk, grass)
+    )
+    # A pixel is long along the line of sight: between its width and its length lies the size that
+    # keeps most of the texture and does not flicker.
     wide = footprint / slant ** np.float32(0.75)
-    strength = np.select([label == w.ROAD, label == w.SIDEWALK], [GROUND_GRAIN[w.ROAD], GROUND_GRAIN[w.SIDEWALK]],
-                         GROUND_GRAIN[w.TERRAIN]).astype(np.float32)
+    strength = np.select(
+        [label == w.ROAD, label == w.SIDEWALK],
+        [GROUND_GRAIN[w.ROAD], GROUND_GRAIN[w.SIDEWALK]],
+        GROUND_GRAIN[w.TERRAIN],
+    ).astype(np.float32)
     tone = tone * (1 + np.float32(texture) * strength * grain(x, y, wide))[:, None]
     along = footprint / slant
     offset = np.abs(lateral)
-    slabs = np.maximum(stripes(y, 0.8, 0.06, along), stripes(lateral, 0.8, 0.06, footprint)) * (label == w.SIDEWALK)
+    slabs = np.maximum(stripes(y, 0.8, 0.06, along), stripes(lateral, 0.8, 0.06, footprint)) * (
+        label == w.SIDEWALK
+    )
     kerb = band(offset - street.ground.road - 0.08, 0.08, footprint)
     dashes = band(lateral, 0.07, footprint) * stripes(y, 7.0, 0.5, along)
     edge = band(offset - street.ground.road + 0.35, 0.06, footprint)
     worn = (0.75 + 0.25 * value_noise(x * 3, y * 3)) * np.float32(min(1, texture))
     tone = tone * (1 - 0.35 * slabs * texture)[:, None]
     tone = tone + ((walk * 1.25 - tone) * (kerb * worn)[:, None])
-    return tone + (paint - tone) * (np.minimum(dashes + edge, 1) * worn * (label == w.ROAD))[:, None], label
+    return tone + (paint - tone) * (np.minimum(dashes + edge, 1) * worn * (label == w.ROAD))[
+        :, None
+    ], label
 
 
 def _solid(solids, which, local, axis, footprint, slant, texture):
@@ -140,15 +172,15 @@ def _solid(solids, which, local, axis, footprint, slant, texture):
     main, second = solids.colour[which, 0], solids.colour[which, 1]
     half = solids.half.astype(np.float32)[which]
     kind, seed = solids.kind[which], solids.seed[which]
-    # Coordinates along the surface: along and up on upright faces, x and y on level ones, slanted through spheres.
+    # Coordinates on the surface: along and up on upright faces, x and y on level ones, round and up
+    # on cylinders; spheres count as cubes.
     u = np.where(axis == 0, local[:, 1], local[:, 0])
     v = np.where(axis == 2, local[:, 1], local[:, 2])
     turn = np.arctan2(local[:, 1], local[:, 0]) * half[:, 0]
     u = np.where((kind == w.CYLINDER) & (axis != 2), turn, u)
-    ball = kind == w.SPHERE
-    u, v = (np.where(ball, local[:, 0] + 0.8 * local[:, 2], u), np.where(ball, local[:, 1] - 0.7 * local[:, 2], v))
     wide = footprint / slant ** np.float32(0.75)
-    stretch = np.where(style == w.BARK, np.float32(0.25), np.float32(1))
+    fine = np.where(style == w.FOLIAGE, np.float32(2), np.float32(1))
+    stretch = np.where(style == w.BARK, np.float32(0.25), fine)
     amount = np.float32(texture) * GRAIN[style]
     rough = amount * grain(u + seed, v * stretch + seed * np.float32(1.7), wide)
     mix = np.zeros(len(which), np.float32)
@@ -156,12 +188,19 @@ def _solid(solids, which, local, axis, footprint, slant, texture):
 
     f = np.flatnonzero((style == w.FACADE) & (axis != 2))
     if len(f):
-        mix[f], rough[f], glass = _facade(u[f], v[f], solids.pattern[which[f]], seed[f], half[f], wide[f], rough[f], texture)
+        mix[f], rough[f], glass = _facade(
+            u[f], v[f], solids.pattern[which[f]], seed[f], half[f], wide[f], rough[f], texture
+        )
         gloss[f] = 0.6 * glass
     f = np.flatnonzero(style == w.CABIN)  # windows all round below the roof
     if len(f):
         frame = np.abs(u[f]) / np.where(axis[f] == 0, half[f, 1], half[f, 0])
-        mix[f] = band(v[f] / half[f, 2] + 0.1, 0.72, wide[f]) * (frame < 0.92) * (np.abs(frame - 0.05) > 0.06) * (axis[f] != 2)
+        mix[f] = (
+            band(v[f] / half[f, 2] + 0.1, 0.72, wide[f])
+            * (frame < 0.92)
+            * (np.abs(frame - 0.05) > 0.06)
+            * (axis[f] != 2)
+        )
     f = np.flatnonzero(style == w.PAINT)  # a dark sill, lamps and a plate at the ends
     if len(f):
         ends = axis[f] == 0
@@ -169,9 +208,13 @@ def _solid(solids, which, local, axis, footprint, slant, texture):
         lamp = ends & (np.abs(np.abs(u[f]) - 0.75 * half[f, 1]) < 0.16) & (v[f] > 0.1 * half[f, 2])
         plate = ends & (np.abs(u[f]) < 0.26) & (np.abs(v[f]) < 0.07)
         mix[f] = sill
-        lamps = np.where(local[f, :1] > 0, np.float32([0.9, 0.9, 0.8]), np.float32([0.7, 0.08, 0.05]))
+        lamps = np.where(
+            local[f, :1] > 0, np.float32([0.9, 0.9, 0.8]), np.float32([0.7, 0.08, 0.05])
+        )
         main = main.copy()
-        main[f] = np.where(lamp[:, None], lamps, np.where(plate[:, None], np.float32(0.85), main[f]))
+        main[f] = np.where(
+            lamp[:, None], lamps, np.where(plate[:, None], np.float32(0.85), main[f])
+        )
     f = np.flatnonzero(style == w.FOLIAGE)
     mix[f] = np.clip(0.4 - 0.6 * rough[f], 0, 1) * min(1, texture)
     f = np.flatnonzero(style == w.SLATS)
@@ -186,7 +229,9 @@ def _solid(solids, which, local, axis, footprint, slant, texture):
 
 
 def _facade(u, v, pattern, seed, half, footprint, rough, texture):
-    """Rows of windows with frames, some lit; a ground floor with larger panes; ledges between the floors."""
+    """Rows of framed windows in many shades, larger on the ground floor, ledges between floors.
+
+    Returns the share of the second colour, the change of brightness, and the share of glass."""
     period_u, period_v = pattern.T
     v = v + half[:, 2] - 1.5  # the wall reaches 1.5 m below the ground
     floor = np.floor(v / period_v)
@@ -199,11 +244,15 @@ def _facade(u, v, pattern, seed, half, footprint, rough, texture):
     glass = band(du, broad, footprint) * band(dv, tall, footprint)
     frame = band(du, broad + 0.1, footprint) * band(dv, tall + 0.1, footprint) - glass
     bars = glass * band(du, 0.035, footprint)
-    tint = value_noise(cell + np.floor(seed) + 0.0, floor + np.floor(seed * 3))  # lattice values: one a window
+    tint = value_noise(
+        cell + np.floor(seed) + 0.0, floor + np.floor(seed * 3)
+    )  # lattice values: one a window
     ledge = band(dv - 0.45 * period_v, 0.09, footprint)
     contrast = np.float32(min(1, texture))
     mean = 0.22 * contrast
     mix = contrast * np.clip(glass * (0.75 + 0.35 * tint) - bars, 0, 1)
     mix = mix * (1 - blur) + mean * blur
-    rough = rough * (1 - glass) + texture * (0.30 * (frame + bars + ledge) * (1 - blur) + glass * 0.35 * tint * (1 - blur))
+    rough = rough * (1 - glass) + texture * (
+        0.30 * (frame + bars + ledge) * (1 - blur) + glass * 0.35 * tint * (1 - blur)
+    )
     return mix, rough, glass * (1 - blur)

@@ -2,13 +2,16 @@
 
     python -m selfocc.datasets.synthetic --export kitti DIR --scenes 2 --frames 30 --seed 0
 
-A scene is a function of (config, seed). Frames are rendered once and cached on disk.
+A scene is a function of (config, seed). What is rendered once is cached on disk by its content.
+`street.py` invents a scene out of `objects.py`, `world.py` is its geometry, `shading.py` its looks,
+`sensors.py` casts the rays, `occupancy.py` labels voxels, `rigs.py` mounts the cameras.
 """
 
 import os
+import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +19,16 @@ from tqdm import tqdm
 
 from selfocc import InputError
 from selfocc.datasets import cache as disk
-from selfocc.datasets.occupancy import occupancy, seen_from
-from selfocc.datasets.sensors import look, spin
+from selfocc.datasets.occupancy import View, occupancy, seen_from
+from selfocc.datasets.rigs import LIDAR_HEIGHT, make_rig
+from selfocc.datasets.sensors import BEAMS, STEPS, look, spin, spin_rays
 from selfocc.datasets.shading import shade
-from selfocc.datasets.street import random_street
+from selfocc.datasets.street import Street, random_street
 
-VERSION = 1  # of the world; part of the cache key
+VERSION = 5  # of the world; part of the cache key
 SPLITS = ("train", "val", "test")  # seed = 3 * number of the scene + place in this list
+LABEL_EVERY = 5  # frames, as in SemanticKITTI
+STATION = 2.0  # metres between the places on the path from which voxels are seen
 
 
 @dataclass(frozen=True)
@@ -31,166 +37,135 @@ class SyntheticConfig:
 
     rig: str = "forward"  # forward: one KITTI-like camera; surround: a ring of six, nuScenes-like
     image_size: tuple[int, int] = (96, 320)  # height and width of every image
-    frames: int = 50  # frames a scene, about 1 m apart (0.6 to 1.6 m)
+    frames: int = 50  # frames a scene, 0.6 to 1.6 m apart
     texture: float = 1.0  # contrast of all surface texture; 0 leaves every surface plain
-    movers: float = 1.0  # how many moving vehicles, cyclists and pedestrians; 0 for none
-    mover_speed: float = 1.0  # their speed; 1 is 2 to 50 km/h
+    relief: float = 1.0  # 1: grades up to 5.5% and crossfall up to 3.5%; 0: a level street
+    movers: float = 1.0  # number of moving vehicles, cyclists and pedestrians; 0: none
+    mover_speed: float = 1.0  # their speed; 1: 3 to 50 km/h at 10 frames a second
     occluders: float = 1.0  # density of parked vehicles, trees, poles, bushes, standing people
-    view_dependence: float = 0.0  # strength of reflections of sky and sun; 0 is Lambertian
-    exposure: float = 0.0  # exposure of a frame varies by up to this share from the next
-    pose_noise: tuple[float, float] = (0.0, 0.0)  # error of the given poses, std: metres, degrees
-    label_noise: float = 0.0  # share of the pseudo segmentation that is wrong (patches, shifted edges)
+    view_dependence: float = 0.0  # strength of the reflections of sky and sun; 0: Lambertian
+    exposure: float = 0.0  # every frame is brighter or darker by up to this share
+    pose_noise: tuple[float, float] = (0.0, 0.0)  # std of the error of given poses: metres, degrees
+    label_noise: float = 0.0  # share of the pseudo segmentation that lies in wrong patches
 
 
-@dataclass(frozen=True)
-class Rig:
-    """Cameras fixed to the volume frame."""
+def synthetic_sequences(
+    config: SyntheticConfig, split: str, scenes: int, seed: int = 0, cache: Path | None = None
+) -> list["SyntheticSequence"]:
+    """Scenes number `seed` to `seed + scenes - 1` of a split: train, val or test.
 
-    intrinsics: np.ndarray  # [N, 3, 3]
-    camera_to_volume: np.ndarray  # [N, 4, 4]
-    volume_to_ego: np.ndarray  # [4, 4]; ego: x forward, y left, z up, on the ground
-    box: tuple[float, ...]  # x0 y0 z0 x1 y1 z1 of the voxels, metres, volume frame
-    voxel: float  # edge of a voxel, metres
-
-
-# Columns: where camera x (right), y (down) and z (forward) point in a frame with x forward, y left.
-_FORWARD = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])
-
-
-def _camera(size, focal, yaw, position):
-    """Intrinsics and pose in a frame with x forward, y left; yaw in degrees to the left."""
-    height, width = size
-    intrinsics = np.array([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]])
-    c, s = np.cos(np.deg2rad(yaw)), np.sin(np.deg2rad(yaw))
-    pose = np.eye(4)
-    pose[:3, :3] = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ _FORWARD
-    pose[:3, 3] = position
-    return intrinsics, pose
-
-
-def make_rig(config):
-    width = config.image_size[1]
-    if config.rig == "forward":
-        # Velodyne 1.73 m above ground; the camera 0.27 m ahead of it and 0.08 m below (KITTI).
-        intrinsics, pose = _camera(config.image_size, 0.58 * width, 0, (0.27, 0, -0.08))
-        turn = np.eye(4)
-        turn[:2, :2] = [[0, -1], [1, 0]]  # velodyne (x forward) to volume (y forward)
-        up = np.eye(4)
-        up[2, 3] = 1.73
-        return Rig(intrinsics[None], (turn @ pose)[None], up @ turn.T, (-25.6, 0, -2, 25.6, 51.2, 4.4), 0.2)
-    if config.rig == "surround":
-        ring = ((0, 70, 1.7, 0), (-55, 70, 1.55, -0.5), (55, 70, 1.55, 0.5),
-                (180, 110, 0.05, 0), (110, 70, 1.05, 0.5), (-110, 70, 1.05, -0.5))
-        cameras = [_camera(config.image_size, width / 2 / np.tan(np.deg2rad(view / 2)), yaw, (x, y, 1.5))
-                   for yaw, view, x, y in ring]
-        intrinsics, poses = (np.stack(m) for m in zip(*cameras, strict=True))
-        return Rig(intrinsics, poses, np.eye(4), (-40, -40, -1, 40, 40, 5.4), 0.4)
-    raise InputError(f"unknown rig {config.rig!r}; known: forward, surround")
-
-
-def default_cache():
-    return Path(os.environ.get("SELFOCC_CACHE") or Path.home() / ".cache" / "selfocc")
-
-
-def synthetic_sequences(config, split, scenes, seed=0, cache=None):
-    """The first `scenes` scenes of a split ("train", "val", "test"), from scene `seed` on; no seed is in two splits.
-
-    Frames are rendered when first asked for and kept in the folder `cache` ($SELFOCC_CACHE, ~/.cache/selfocc).
-    Raises InputError for a split or config that does not exist."""
+    No scene is in two splits. Frames are rendered when first asked for and kept in the folder
+    `cache` (default: $SELFOCC_CACHE or ~/.cache/selfocc). Raises InputError for a split or rig that
+    does not exist.
+    """
     if split not in SPLITS:
         raise InputError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
-    cache = default_cache() if cache is None else Path(cache)
-    numbers = range(seed, seed + scenes)
-    return [SyntheticSequence(config, f"synthetic-{split}-{n:03d}", 3 * n + SPLITS.index(split), cache) for n in numbers]
+    if config.frames < 1 or min(config.image_size) < 8 or scenes < 0:
+        raise InputError(
+            "the embedded world needs at least 1 frame and images of at least 8x8 pixels"
+        )
+    folder = cache or os.environ.get("SELFOCC_CACHE") or Path.home() / ".cache" / "selfocc"
+    return [
+        SyntheticSequence(
+            config, f"synthetic-{split}-{n:03d}", 3 * n + SPLITS.index(split), Path(folder)
+        )
+        for n in range(seed, seed + scenes)
+    ]
 
 
 class SyntheticSequence:
-    """One drive; see `datasets.video.Sequence` for the protocol. Voxels every fifth frame, as in SemanticKITTI."""
+    """One drive; the protocol of `datasets.video`, and exact flow and signed distance beside it.
 
-    missing = ()
+    Whatever is rendered raises InputError if the cache folder cannot be written.
+    """
 
-    def __init__(self, config, name, seed, cache):
+    def __init__(self, config: SyntheticConfig, name: str, seed: int, cache: Path):
         self.config, self.name, self.seed, self.cache = config, name, seed, cache
+        self.missing: list[str] = []
         self.frames = config.frames
-        self.labelled = list(range(0, config.frames, 5))
-        self.rig = make_rig(config)
-        given = np.stack([self.cameras(f)[1][0] for f in range(self.frames)])
-        self.positions = given[:, :3, 3]
+        self.labelled = list(range(0, config.frames, LABEL_EVERY))
+        self.rig = make_rig(config.rig, config.image_size)
+        first = np.stack([self.cameras(frame)[1][0] for frame in range(self.frames)])
+        self.positions = first[:, :3, 3]
         # As KITTI counts it: in the plane of x and z of the first camera.
-        steps = np.diff(self.positions, axis=0) @ given[0, :3, [0, 2]].T
+        steps = np.diff(self.positions, axis=0) @ first[0, :3, [0, 2]].T
         self.path = np.concatenate([[0.0], np.cumsum(np.linalg.norm(steps, axis=1))])
-        self._seen = {}
 
     def __getstate__(self):
-        kept = dict(self.__dict__, _seen={})
-        for name in ("street", "record"):
-            kept.pop(name, None)
-        return kept
+        # Workers open the memory map and invent the street themselves.
+        return {k: v for k, v in self.__dict__.items() if k not in ("street", "_record")}
 
     @cached_property
-    def street(self):
+    def street(self) -> Street:
         c = self.config
-        return random_street(self.seed, c.frames, movers=c.movers, mover_speed=c.mover_speed, occluders=c.occluders)
+        return random_street(
+            self.seed, c.frames, relief=c.relief, movers=c.movers, mover_speed=c.mover_speed,
+            occluders=c.occluders,
+        )  # fmt: skip
 
-    def frame_id(self, frame):
+    def frame_id(self, frame: int) -> str:
         return f"{frame:06d}"
 
-    def true_volume_to_world(self, frame):
+    def true_volume_to_world(self, frame: int) -> np.ndarray:
+        """[4, 4] float64, without pose noise: where the frame was rendered."""
         return self.street.ego(frame) @ self.rig.volume_to_ego
 
-    def volume_to_world(self, frame):
-        """[4, 4] float64, with the pose noise of the config."""
+    def volume_to_world(self, frame: int) -> np.ndarray:
+        """[4, 4] float64, as wrong as `pose_noise` makes it."""
         pose = self.true_volume_to_world(frame)
         metres, degrees = self.config.pose_noise
         if metres or degrees:
-            draw = np.random.default_rng([1, self.seed, frame]).normal(size=6)
-            pose = pose @ _small_motion(metres * draw[:3], np.deg2rad(degrees) * draw[3:])
+            error = self._random("pose", frame).normal(size=(2, 3))
+            pose = pose @ _small_motion(metres * error[0], np.deg2rad(degrees) * error[1])
         return pose
 
-    def cameras(self, frame):
-        """intrinsics [N, 3, 3], camera_to_world [N, 4, 4], float64."""
-        return self.rig.intrinsics.copy(), self.volume_to_world(frame) @ self.rig.camera_to_volume
+    def cameras(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
+        """intrinsics [N, 3, 3] in pixels, camera_to_world [N, 4, 4], float64."""
+        pose = self.volume_to_world(frame)
+        return self.rig.intrinsics.copy(), pose @ self.rig.camera_to_volume
 
-    def images(self, frame):
+    def images(self, frame: int) -> np.ndarray:
         """uint8 [N, h, w, 3] RGB."""
-        return np.array(self.record["image"][frame])
+        return np.array(self._record["image"][frame])
 
-    def depth(self, frame):
-        """float32 [N, h, w] exact z-depth, 0 where the sky is."""
-        return np.array(self.record["depth"][frame])
+    def depth(self, frame: int) -> np.ndarray:
+        """float32 [N, h, w] exact z-depth in metres, 0 where the sky is."""
+        return np.array(self._record["depth"][frame])
 
-    def semantics(self, frame):
-        """uint8 [N, h, w] labels, as wrong as `label_noise` makes them."""
-        return np.array(self.record["label"][frame])
+    def semantics(self, frame: int) -> np.ndarray:
+        """uint8 [N, h, w] class ids, as wrong as `label_noise` makes them."""
+        return np.array(self._record["label"][frame])
 
-    def stereo_pair(self, frame):
-        """None: depth is exact, there is nothing to match."""
+    def stereo_pair(self, frame: int) -> None:
+        """None: depth is exact, nothing needs matching."""
 
-    def lidar(self, frame):
-        """float32 [M, 3]: one turn of the LiDAR, in the volume frame, seen from 1.73 m above the ground."""
-        sensor = self._lidar_to_world(frame)
-        sight = spin(self.street, self.street.at(frame), sensor)
-        hit = np.isfinite(sight.t)
-        world_to_volume = np.linalg.inv(self.true_volume_to_world(frame))
-        return (sight.points()[hit] @ world_to_volume[:3, :3].T + world_to_volume[:3, 3]).astype(np.float32)
+    def lidar(self, frame: int) -> np.ndarray:
+        """float32 [M, 3]: one turn of a LiDAR 1.73 m above the ground, in the volume frame."""
 
-    def _lidar_to_world(self, frame):
-        up = np.eye(4)
-        up[2, 3] = 1.73 - self.rig.volume_to_ego[2, 3]
-        return self.true_volume_to_world(frame) @ up
+        def scan():
+            return spin(self.street, self.street.at(frame), self._lidar_to_world(frame)).t
 
-    def voxels(self, frame):
-        """uint8 [ny, nx, nz]: 0 free, 1.. class, 255 never seen along the path (SemanticKITTI protocol)."""
-        def compute():
-            return occupancy(self.street.at(frame), self.street.ground, self.true_volume_to_world(frame),
-                             self.rig.box, self.rig.voxel, self._views(frame))
+        ranges = self._stored(("lidar", frame), np.dtype(np.float32), (BEAMS * STEPS,), scan)
+        hit = np.isfinite(ranges)
+        lidar_to_volume = self._lidar_to_volume()
+        points = (ranges[hit, None] * spin_rays()[hit]) @ lidar_to_volume[:3, :3].T
+        return (points + lidar_to_volume[:3, 3]).astype(np.float32)
 
-        cells = tuple(round((self.rig.box[k + 3] - self.rig.box[k]) / self.rig.voxel) for k in (1, 0, 2))
-        key = disk.key(VERSION, self.config, self.seed, "voxels", frame)
-        return np.array(disk.load_or_make(self.cache / f"{key}.npy", np.dtype(np.uint8), cells, compute))
+    def voxels(self, frame: int) -> np.ndarray:
+        """uint8 [ny, nx, nz]: 0 free, 1.. class ids, 255 never seen along the path."""
 
-    def signed_distance(self, frame, points):
-        """Exact signed distance [M], metres, of points [M, 3] in the volume frame at the time of a frame."""
+        def label():
+            solids, pose = self.street.at(frame), self.true_volume_to_world(frame)
+            views = self._views_near(frame)
+            return occupancy(solids, self.street.ground, pose, self.rig.box, self.rig.voxel, views)
+
+        stored = self._stored(("voxels", frame), np.dtype(np.uint8), self.rig.grid, label)
+        return np.array(stored)
+
+    def signed_distance(self, frame: int, points: np.ndarray) -> np.ndarray:
+        """Metres [M] from points [M, 3] in the volume frame to the nearest surface at a frame.
+
+        Negative inside. Exact for solids, to first order in the curvature for the ground."""
         pose = self.true_volume_to_world(frame)
         world = np.asarray(points) @ pose[:3, :3].T + pose[:3, 3]
         solids = self.street.at(frame)
@@ -199,101 +174,131 @@ class SyntheticSequence:
             distance = np.minimum(distance, solids.signed_distance(world, i))
         return distance
 
-    def flow(self, frame, other):
-        """float32 [N, h, w, 2]: where each pixel of `frame` lies in `other`, minus where it is (pixels; u right, v down).
+    def flow(self, frame: int, other: int) -> np.ndarray:
+        """float32 [N, h, w, 2]: how many pixels (right, down) what `frame` shows moves in `other`.
 
-        Moving objects move; the sky is at infinity. NaN where the point is behind the camera of `other`."""
+        The sky is at infinity. NaN for what is behind the camera in `other`."""
         now, then = self.street.at(frame), self.street.at(other)
         height, width = self.config.image_size
-        flows = []
-        for n in range(len(self.rig.intrinsics)):
-            here, there = (self.true_volume_to_world(f) @ self.rig.camera_to_volume[n] for f in (frame, other))
-            sight = look(self.street, now, self.rig.intrinsics[n], here, self.config.image_size)
-            sky = np.isinf(sight.t)
-            points = np.where(sky[:, None], sight.directions, np.where(sky[:, None], 0, sight.origin + np.where(
-                sky, 0, sight.t)[:, None].astype(np.float64) * sight.directions))
-            moving = np.flatnonzero((sight.index >= 0) & (now.mover[sight.index] >= 0))
-            points[moving] = _carry(now, then, sight.index[moving], points[moving])
-            camera = (points - np.where(sky[:, None], 0, there[:3, 3])) @ there[:3, :3]
-            with np.errstate(divide="ignore", invalid="ignore"):
-                pixel = (camera @ self.rig.intrinsics[n].T)[:, :2] / np.where(camera[:, 2:] > 0, camera[:, 2:], np.nan)
-            v, u = np.mgrid[:height, :width].reshape(2, -1)
-            flows.append((pixel - np.stack([u, v], -1)).reshape(height, width, 2))
-        return np.stack(flows).astype(np.float32)
+        v, u = np.mgrid[:height, :width].reshape(2, -1)
+        flow = []
+        for intrinsics, mounted in zip(self.rig.intrinsics, self.rig.camera_to_volume, strict=True):
+            here, there = (self.true_volume_to_world(f) @ mounted for f in (frame, other))
+            sight = look(self.street, now, intrinsics, here, self.config.image_size)
+            points = now.carried(then, sight.points(), sight.index)
+            local = (points - there[:3, 3]) @ there[:3, :3]
+            local = np.where(np.isinf(sight.t)[:, None], sight.directions @ there[:3, :3], local)
+            depth = np.where(local[:, 2:] > 0, local[:, 2:], np.nan)
+            flow.append((local @ intrinsics.T / depth)[:, :2] - np.stack([u, v], -1))
+        return np.stack(flow).reshape(-1, height, width, 2).astype(np.float32)
+
+    def render(self, frame: int, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Image uint8 [N, h, w, 3], z-depth float32 [N, h, w], labels uint8 [N, h, w]; not cached.
+
+        shift: metres the cameras are moved to their right, for the other eye of a stereo pair."""
+        config, size, solids = self.config, self.config.image_size, self.street.at(frame)
+        gain = 1 + config.exposure * self._random("exposure", frame).uniform(-1, 1)
+        poses = self.true_volume_to_world(frame) @ self.rig.camera_to_volume
+        poses[:, :3, 3] += shift * poses[:, :3, 0]
+        rendered = []
+        for intrinsics, pose in zip(self.rig.intrinsics, poses, strict=True):
+            sight = look(self.street, solids, intrinsics, pose, size)
+            colour, label = shade(
+                self.street, solids, sight, 1 / intrinsics[0, 0], texture=config.texture,
+                view_dependence=config.view_dependence,
+            )  # fmt: skip
+            image = (np.clip(colour * gain, 0, 1) * 255 + 0.5).astype(np.uint8)
+            depth = np.where(np.isinf(sight.t), 0, sight.t)
+            rendered.append((image.reshape(*size, 3), depth.reshape(size), label.reshape(size)))
+        images, depths, labels = (np.stack(maps) for maps in zip(*rendered, strict=True))
+        if config.label_noise:
+            labels = _spoil(labels, config.label_noise, self._random("labels", frame))
+        return images, depths, labels
+
+    def cached(self, voxels: bool = False) -> bool:
+        """Whether the frames, and the voxels if asked for, are on disk."""
+        kept = [("frames",)] + [("voxels", frame) for frame in self.labelled if voxels]
+        return all(self._file(what).exists() for what in kept)
 
     @cached_property
-    def record(self):
-        """All rendered frames of the scene, a read-only memory map with fields image, depth and label."""
-        n, (h, w) = len(self.rig.intrinsics), self.config.image_size
-        kind = np.dtype([("depth", "<f4", (n, h, w)), ("image", "u1", (n, h, w, 3)), ("label", "u1", (n, h, w))])
-        return disk.load_or_make(self.cache_file, kind, (self.frames,), lambda: self.render_all(kind))
+    def _record(self) -> np.ndarray:
+        """All frames, a read-only memory map [frames] with fields depth, image and label."""
+        maps = (len(self.rig.intrinsics), *self.config.image_size)
+        dtype = np.dtype(
+            [("depth", "<f4", maps), ("image", "u1", (*maps, 3)), ("label", "u1", maps)]
+        )
 
-    @property
-    def cache_file(self):
-        return self.cache / f"{disk.key(VERSION, self.config, self.seed)}.npy"
+        def render():
+            frames = np.empty(self.frames, dtype)
+            for f in range(self.frames):
+                frames["image"][f], frames["depth"][f], frames["label"][f] = self.render(f)
+            return frames
 
-    def render_all(self, kind):
-        frames = np.empty(self.frames, kind)
-        for f in range(self.frames):
-            frames["image"][f], frames["depth"][f], frames["label"][f] = self.render(f)
-        return frames
+        return self._stored(("frames",), dtype, (self.frames,), render)
 
-    def render(self, frame):
-        """Image uint8 [N, h, w, 3], depth float32 [N, h, w] and labels uint8 [N, h, w] of one frame."""
-        config = self.config
-        solids, size = self.street.at(frame), config.image_size
-        pose = self.true_volume_to_world(frame)
-        gain = 1 + config.exposure * np.random.default_rng([2, self.seed, frame]).uniform(-1, 1)
-        images, depths, labels = [], [], []
-        for intrinsics, camera in zip(self.rig.intrinsics, pose @ self.rig.camera_to_volume, strict=True):
-            sight = look(self.street, solids, intrinsics, camera, size)
-            colour, label = shade(self.street, solids, sight.origin, sight.directions, sight.t, sight.index, 1 / intrinsics[0, 0],
-                                  texture=config.texture, view_dependence=config.view_dependence)
-            images.append((np.clip(colour * gain, 0, 1) * 255 + 0.5).astype(np.uint8).reshape(*size, 3))
-            depths.append(np.where(np.isinf(sight.t), 0, sight.t).reshape(size))
-            labels.append(label.reshape(size))
-        labels = np.stack(labels)
-        if config.label_noise:
-            labels = _spoil(labels, config.label_noise, np.random.default_rng([3, self.seed, frame]))
-        return np.stack(images), np.stack(depths), labels
+    def _stored(self, what, dtype, shape, make):
+        return disk.load_or_make(self._file(what), dtype, shape, make)
 
-    def _views(self, frame):
-        """What cameras and LiDAR see along the path from a few frames before on, about every 2 m: for `occupancy`."""
-        path, reach = self.street.path, self.rig.box[4] if self.config.rig == "forward" else 40.0
-        behind = 6.0 if self.config.rig == "forward" else reach
-        stations = [0]
-        for f in range(1, len(path)):
-            if path[f] - path[stations[-1]] >= 2.0:
-                stations.append(f)
-        near = [f for f in stations if -behind <= path[f] - path[frame] <= reach + 5] + [frame]
-        for f in near:
-            if f not in self._seen:
-                self._seen[f] = seen_from(self.street, self.street.at(f), self.true_volume_to_world(f), self._lidar_to_world(f),
-                                          self.rig.intrinsics, self.rig.camera_to_volume, self.config.image_size)
-        return [self._seen[f] for f in near]
+    def _file(self, what) -> Path:
+        return self.cache / f"{disk.key(VERSION, self.config, self.seed, what)}.npy"
 
+    def _random(self, what, frame):
+        place = ("pose", "exposure", "labels").index(what)
+        return np.random.default_rng([place, self.seed, frame])
 
-def prerender(sequences, workers=2, progress=True):
-    """Render the scenes that are not cached yet with `workers` processes."""
-    todo = [s for s in sequences if not s.cache_file.exists()]
-    bar = tqdm(total=len(todo), desc="rendering", unit="scene", disable=not progress or not todo)
-    with bar:
-        if workers > 1 and len(todo) > 1:
-            with ProcessPoolExecutor(workers) as pool:
-                for _ in pool.map(_render, todo):
-                    bar.update()
-        else:
-            for sequence in todo:
-                _render(sequence)
-                bar.update()
+    def _lidar_to_volume(self):
+        matrix = np.eye(4)
+        matrix[2, 3] = LIDAR_HEIGHT - self.rig.volume_to_ego[2, 3]
+        return matrix
+
+    def _lidar_to_world(self, frame):
+        return self.true_volume_to_world(frame) @ self._lidar_to_volume()
+
+    @lru_cache(128)  # noqa: B019 - on purpose one small store for all sequences, most recent views
+    def view(self, frame: int) -> View:
+        """What LiDAR and cameras see at a frame, or further along the path."""
+        poses = self.true_volume_to_world(frame) @ self.rig.camera_to_volume
+        return seen_from(
+            self.street, self.street.at(frame), self._lidar_to_world(frame), self.rig.intrinsics,
+            poses, self.config.image_size,
+        )  # fmt: skip
+
+    def _views_near(self, frame):
+        """Views from a frame and from stations along the path, wherever they may see into its box.
+
+        The path goes on beyond the last frame, so late frames are known as well as early ones."""
+        path, at = self.street.path, self.street.path[frame]
+        stations = np.unique(np.searchsorted(path, np.arange(path[0], path[-1], STATION)))
+        near = [s for s in stations if -self.rig.behind <= path[s] - at <= self.rig.ahead]
+        return [self.view(s) for s in [frame, *near]]
 
 
-def _render(sequence):
-    _ = sequence.record  # renders and stores it
+def prerender(
+    sequences: list[SyntheticSequence],
+    workers: int = 2,
+    progress: bool = True,
+    voxels: bool = False,
+):
+    """Render what is not cached yet, with voxels if asked for, in `workers` processes."""
+    todo = [(sequence, voxels) for sequence in sequences if not sequence.cached(voxels)]
+    if not todo:
+        return
+    with (
+        ProcessPoolExecutor(min(workers, len(todo))) as pool,
+        tqdm(total=len(todo), desc="rendering", unit="scene", disable=not progress) as bar,
+    ):
+        for _ in pool.map(_render, *zip(*todo, strict=True)):
+            bar.update()
+
+
+def _render(sequence, voxels):
+    sequence.images(0)
+    for frame in sequence.labelled if voxels else ():
+        sequence.voxels(frame)
 
 
 def _small_motion(shift, rotation):
-    """[4, 4] rotation vector (radians) and shift, by Rodrigues' formula."""
+    """[4, 4] from a shift and a rotation vector in radians, by Rodrigues' formula."""
     angle = max(np.linalg.norm(rotation), 1e-12)
     x, y, z = rotation / angle
     cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
@@ -303,20 +308,20 @@ def _small_motion(shift, rotation):
     return motion
 
 
-def _carry(now, then, index, points):
-    """Points on moving solids at the place their solids have `then`."""
-    turn = (then.yaw - now.yaw)[index]
-    cos, sin = np.cos(turn), np.sin(turn)
-    x, y, z = (points - now.centre[index]).T
-    return then.centre[index] + np.stack([cos * x - sin * y, sin * x + cos * y, z], -1)
-
-
 def _spoil(labels, share, rng):
-    """Pseudo labels as a network gives them: patches of a wrong class, and edges off by a pixel or two."""
+    """Pseudo labels as a network might give them: patches of a wrong class, edges a pixel off."""
     n, h, w = labels.shape
-    shift = rng.integers(-2, 3, 2)
-    coarse = rng.random((n, -(-h // 8), -(-w // 8)))
-    patch = np.kron(coarse, np.ones((1, 8, 8)))[:, :h, :w] < share
-    wrong = np.kron(rng.integers(1, 20, coarse.shape), np.ones((1, 8, 8), int))[:, :h, :w]
-    edges = np.roll(labels, shift, (1, 2)) if rng.random() < share * 5 else labels
-    return np.where(patch, wrong, edges).astype(np.uint8)
+    coarse = (n, -(-h // 8), -(-w // 8))
+
+    def spread(patches):
+        return patches.repeat(8, 1).repeat(8, 2)[:, :h, :w]
+
+    wrong = spread(rng.integers(1, 20, coarse))
+    shifted = np.roll(labels, rng.integers(-1, 2, 2), (1, 2))
+    return np.where(spread(rng.random(coarse) < share), wrong, shifted).astype(np.uint8)
+
+
+if __name__ == "__main__":
+    from selfocc.datasets.export import main
+
+    sys.exit(main())

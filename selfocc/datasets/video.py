@@ -1,10 +1,12 @@
-"""From sequences of posed frames to training samples: which frame is rendered, from which frames its colours come (spec 1.1).
+"""From sequences of posed frames to samples: which frame is rendered, and from which others.
 
-A data set is a list of sequences; `synthetic.py` and `kitti.py` each define one kind. All that SelfOcc does with video
-(choosing frames, preparing images, expressing every camera in the volume frame of the input time stamp) is here, once.
+A data set is a list of sequences; `synthetic.py` and `kitti.py` each define one kind. All that
+SelfOcc does with video (choosing frames as in spec 1.1, preparing images, expressing every camera
+in the volume frame of the input time stamp) is here, once.
 """
 
 import dataclasses
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -29,23 +31,34 @@ class Sequence(Protocol):
     missing: list[str]  # what this sequence lacks and which metrics that costs
 
     def frame_id(self, frame: int) -> str: ...
-    def cameras(
-        self, frame: int
-    ) -> tuple[np.ndarray, np.ndarray]: ...  # intrinsics, camera_to_world
-    def volume_to_world(self, frame: int) -> np.ndarray: ...  # [4, 4]
-    def images(self, frame: int) -> np.ndarray: ...  # uint8 [N, h, w, 3]
-    def depth(
-        self, frame: int
-    ) -> np.ndarray | None: ...  # float32 [N, h, w], 0 where there is none
-    def lidar(self, frame: int) -> np.ndarray | None: ...  # float32 [M, 3] in the volume frame
-    def semantics(self, frame: int) -> np.ndarray | None: ...  # uint8 [N, h, w]
-    def voxels(self, frame: int) -> np.ndarray | None: ...  # uint8 [ny, nx, nz], 255 unknown
-    def stereo_pair(self, frame: int) -> tuple | None: ...  # left, right, focal length, baseline
+    def cameras(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
+        """intrinsics [N, 3, 3] in pixels, camera_to_world [N, 4, 4]."""
+
+    def volume_to_world(self, frame: int) -> np.ndarray:
+        """[4, 4]."""
+
+    def images(self, frame: int) -> np.ndarray:
+        """uint8 [N, h, w, 3]."""
+
+    def depth(self, frame: int) -> np.ndarray | None:
+        """Dense z-depth, float32 [N, h, w], 0 where there is none; None where it is not known."""
+
+    def lidar(self, frame: int) -> np.ndarray | None:
+        """float32 [M, 3] in the volume frame of this frame."""
+
+    def semantics(self, frame: int) -> np.ndarray | None:
+        """Class ids, uint8 [N, h, w]."""
+
+    def voxels(self, frame: int) -> np.ndarray | None:
+        """Labels, uint8 [ny, nx, nz]; 0 is free, 255 unknown."""
+
+    def stereo_pair(self, frame: int) -> tuple[np.ndarray, np.ndarray, float, float] | None:
+        """Left and right image uint8 [h, w, 3], focal length in pixels, baseline in metres."""
 
 
 @dataclass
 class Frames:
-    """Images of one time stamp or several, with cameras in the volume frame of the *input* time stamp."""
+    """Images of one time stamp or several, cameras in the volume frame of the *input* frame."""
 
     images: Tensor  # [..., N, 3, h, w] RGB in [0, 1]
     intrinsics: Tensor  # [..., N, 3, 3] float64, pixels of `images`
@@ -54,7 +67,7 @@ class Frames:
 
 @dataclass
 class Batch:
-    """What the model sees and what supervises or judges it. A sample is the same without the leading B."""
+    """What the model sees and what supervises or judges it; a sample lacks the leading B."""
 
     name: list[str]
     images: Tensor  # [B, N, 3, h, w] normalised and padded, for the network
@@ -101,11 +114,18 @@ def collate(samples: list[Batch]) -> Batch:
     return Batch(*(stack([getattr(s, f.name) for s in samples]) for f in dataclasses.fields(Batch)))
 
 
+def start_worker(_: int):
+    """`worker_init_fn` of loaders: Ctrl-C is for the main process, which ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class VideoDataset(torch.utils.data.Dataset):
     """Samples from sequences.
 
-    An integer key gives the evaluation sample: the input frame is also the target. A key (index, seed) gives a training
-    sample, whose anchor and augmentation follow from the seed alone, so that a resumed run repeats them exactly.
+    An integer key gives the evaluation sample: the input frame is also the target. A key (index,
+    seed) gives a training sample, whose anchor and augmentation follow from the seed alone, so that
+    a resumed run repeats them exactly.
     """
 
     def __init__(self, sequences: list[Sequence], config: DataConfig, train: bool):
@@ -116,8 +136,8 @@ class VideoDataset(torch.utils.data.Dataset):
         if not self.index:
             need = "a frame before and after it" if train else "neighbours or labels"
             raise InputError(
-                f"no usable frame in {', '.join(s.name for s in sequences)}: none has {need} within the "
-                "data.past/future distances; widen them or give longer frame ranges"
+                f"no usable frame in {', '.join(s.name for s in sequences)}: none has {need} "
+                "within the distances of data.source; widen them or give longer frame ranges"
             )
 
     @classmethod
@@ -185,7 +205,7 @@ class VideoDataset(torch.utils.data.Dataset):
     def future(
         self, index: int, maximum: float = 10.0, step: float = 0.4
     ) -> Iterator[tuple[float, Batch]]:
-        """Later frames as targets for novel depth, at least `step` metres apart: (distance, sample)."""
+        """Later frames as targets, at least `step` metres apart: (metres ahead, sample)."""
         sequence, frame = self.locate(index)
         last = sequence.path[frame]
         for other in range(frame + 1, sequence.frames):
@@ -218,7 +238,9 @@ class VideoDataset(torch.utils.data.Dataset):
             ),
             depth=depth,
             # exact depth is truth enough while training; scans are for judging
-            lidar=None if self.train and depth is not None else self._lidar_map(sequence, anchor, target),
+            lidar=None
+            if self.train and depth is not None
+            else self._lidar_map(sequence, anchor, target),
             semantics=self._label_map(sequence.semantics(anchor)),
         )
 
@@ -227,8 +249,9 @@ class VideoDataset(torch.utils.data.Dataset):
         images = sequence.images(frame)
         if images.shape[1] < height or images.shape[2] < width:
             raise InputError(
-                f"{sequence.name} frame {sequence.frame_id(frame)} is {images.shape[1]}x{images.shape[2]}, smaller "
-                f"than the crop {height}x{width}; choose a preset for this size or --set data.crop=H,W"
+                f"{sequence.name} frame {sequence.frame_id(frame)} has {images.shape[1]}x"
+                f"{images.shape[2]} pixels, smaller than the crop {height}x{width}; choose a "
+                "preset for this size or --set data.crop=H,W"
             )
         return torch.from_numpy(images[:, :height, :width]).permute(0, 3, 1, 2).float()
 
@@ -254,7 +277,8 @@ class VideoDataset(torch.utils.data.Dataset):
         rows, cols = (p - s for p, s in zip(self.config.pad, images.shape[-2:], strict=True))
         if rows < 0 or cols < 0:
             raise InputError(
-                f"data.pad {self.config.pad} is smaller than the network image {tuple(images.shape[-2:])}"
+                f"data.pad {self.config.pad} is smaller than the network's image, "
+                f"{tuple(images.shape[-2:])}; --set data.pad=H,W"
             )
         return F.pad(images, (0, cols, 0, rows))
 
@@ -289,7 +313,7 @@ def _within(distance: np.ndarray, window: tuple[float, float]) -> np.ndarray:
 
 
 def resize(images: Tensor, scale: float) -> Tensor:
-    """Bilinear resize of [N, 3, h, w] to int(size * scale), with a wider filter where it would alias."""
+    """Bilinear resize of [N, 3, h, w] to int(size * scale), smoothed where it would alias."""
     if scale == 1:
         return images
     size = [int(n * scale) for n in images.shape[-2:]]
@@ -299,7 +323,7 @@ def resize(images: Tensor, scale: float) -> Tensor:
 def project_points(
     points: np.ndarray, to_camera: np.ndarray, intrinsics: np.ndarray, size: tuple[int, int]
 ) -> np.ndarray:
-    """z-depth map [h, w] of points [M, 3], float32 metres: the nearest point of each pixel, 0 where there is none."""
+    """z-depth map float32 [h, w] of points [M, 3] in metres: the nearest of a pixel, 0 for none."""
     camera = points.astype(np.float64) @ to_camera[:3, :3].T + to_camera[:3, 3]
     camera = camera[camera[:, 2] > 1e-3]
     u, v = np.rint((camera @ intrinsics[:2].T) / camera[:, 2:]).astype(np.int64).T
@@ -310,7 +334,7 @@ def project_points(
 
 
 def photometric_augmentation(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Brightness, contrast, saturation and hue, each with probability 1/2, without clipping (spec section 1).
+    """Brightness, contrast, saturation and hue, each with probability 1/2, unclipped (spec 1).
 
     images [N, 3, h, w] RGB in 0..255. All cameras of a sample get the same change.
     """
@@ -340,7 +364,7 @@ def _shift_hsv(images: Tensor, hue: float, saturation: float) -> Tensor:
         value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
     )
     sector = (sector + hue / 60) % 6
-    # colour channel n of HSV -> RGB falls off with the distance of the hue from that channel's own sector
+    # a channel of HSV -> RGB falls off with the distance of the hue from its own sector
     offsets = torch.tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)
     k = (offsets + sector) % 6
     fall = torch.minimum(k, 4 - k).clamp(0, 1)

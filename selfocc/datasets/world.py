@@ -1,7 +1,8 @@
 """An analytic street: its ground, its solids, where rays hit them and how far points are from them.
 
-World frame: metres, x east, y north (the street runs towards +y), z up. Everything is the ground (a height field), boxes
-turned about z, upright cylinders or spheres, so that depth, labels, motion and signed distance are exact.
+World frame: metres, z up, the street runs towards +y. Everything is the ground (a height field),
+boxes turned about z, upright cylinders or spheres, so that depth, labels, motion and signed
+distance are exact.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -13,10 +14,25 @@ BOX, CYLINDER, SPHERE = range(3)
 PLAIN, FACADE, PAINT, CABIN, FOLIAGE, BARK, SLATS, SIGN, CLOTH = range(9)
 
 CAR, TRUCK, PERSON, BICYCLIST = 1, 4, 6, 7
-ROAD, SIDEWALK, BUILDING, FENCE, VEGETATION, TRUNK, TERRAIN, POLE, TRAFFIC_SIGN = 9, 11, 13, 14, 15, 16, 17, 18, 19
+ROAD, SIDEWALK, BUILDING, FENCE, VEGETATION, TRUNK, TERRAIN, POLE, TRAFFIC_SIGN = (
+    9,
+    11,
+    13,
+    14,
+    15,
+    16,
+    17,
+    18,
+    19,
+)
 
 FAR = 160.0  # metres; nothing is drawn beyond
-KERB_HEIGHT, KERB_WIDTH = 0.12, 0.06  # the kerb is a steep smooth step from road to sidewalk
+TOUCH = 1e-5  # metres between a ray and the ground it is taken to hit
+KERB_HEIGHT, KERB_WIDTH = (
+    0.12,
+    0.06,
+)  # metres; the kerb is a steep smooth step from road to sidewalk
+LEVEL = 15.0  # metres from the centre line over which the crossfall levels out
 
 
 @dataclass(frozen=True)
@@ -28,17 +44,27 @@ class Waves:
     phase: np.ndarray
 
     @classmethod
-    def random(cls, rng, wavelengths, slope):
-        """One wave per (shortest, longest) wavelength; the steepest slope of the whole sum is at most `slope`."""
+    def random(cls, rng, wavelengths, *, slope=None, height=None):
+        """A wave for each (shortest, longest) wavelength; the sum has bounded slope or height."""
         wavenumber = 2 * np.pi / np.array([rng.uniform(*span) for span in wavelengths])
         share = rng.dirichlet(np.full(len(wavelengths), 2.0))
-        return cls(slope * share / wavenumber, wavenumber, rng.uniform(0, 2 * np.pi, len(wavelengths)))
+        amplitude = share * height if slope is None else share * slope / wavenumber
+        return cls(amplitude, wavenumber, rng.uniform(0, 2 * np.pi, len(wavelengths)))
+
+    def highest(self):
+        """A bound of |f|."""
+        return np.abs(self.amplitude).sum()
 
     def __call__(self, y):
-        return sum(np.float32(a) * np.sin(y * np.float32(k) + np.float32(p)) for a, k, p in self._terms())
+        return sum(
+            np.float32(a) * np.sin(y * np.float32(k) + np.float32(p)) for a, k, p in self._terms()
+        )
 
     def slope(self, y):
-        return sum(np.float32(a * k) * np.cos(y * np.float32(k) + np.float32(p)) for a, k, p in self._terms())
+        return sum(
+            np.float32(a * k) * np.cos(y * np.float32(k) + np.float32(p))
+            for a, k, p in self._terms()
+        )
 
     def _terms(self):
         return zip(self.amplitude, self.wavenumber, self.phase, strict=True)
@@ -46,7 +72,7 @@ class Waves:
 
 @dataclass(frozen=True)
 class Ground:
-    """The height field: a road along x = centre(y) with grade, crossfall, kerbs, sidewalks and open terrain."""
+    """The height field: a road along x = centre(y) with grade, crossfall, kerbs and sidewalks."""
 
     centre: Waves
     profile: Waves
@@ -60,13 +86,13 @@ class Ground:
         return (x - self.centre(y)) / np.sqrt(1 + slope * slope)
 
     def place(self, y, lateral):
-        """(x, heading): where a lateral offset lies at y, and the direction of the road there, radians from +x."""
+        """(x, heading) of a lateral offset at y; the heading of the road in radians from +x."""
         slope = self.centre.slope(y)
         return self.centre(y) + lateral * np.sqrt(1 + slope * slope), np.arctan2(1.0, slope)
 
     def height(self, x, y):
         lateral = self.lateral(x, y)
-        across = lateral / np.sqrt(1 + (lateral * np.float32(1 / 15)) ** 2)  # crossfall levels out off the road
+        across = lateral / np.sqrt(1 + (lateral * np.float32(1 / LEVEL)) ** 2)
         step = np.clip((np.abs(lateral) - np.float32(self.road)) * np.float32(1 / KERB_WIDTH), 0, 1)
         step = step * step * (3 - 2 * step)
         return self.profile(y) + self.crossfall(y) * across + np.float32(KERB_HEIGHT) * step
@@ -84,59 +110,67 @@ class Ground:
         return np.where(lateral < self.road + KERB_WIDTH / 2, ROAD, walk).astype(np.uint8)
 
     def signed_distance(self, points):
-        """[.., 3] -> [..]: height above ground over the length of the normal; exact to first order in the curvature."""
+        """[.., 3] -> [..] metres; exact to first order in the curvature."""
         x, y, z = np.moveaxis(points, -1, 0)
         return (z - self.height(x, y)) * self.normal(x, y)[..., 2]
 
-    def cast(self, origin, directions, steps=14, refinements=6):
+    def cast(self, origin, directions, steps=14, refinements=24):
         """First hit of rays origin + t directions, [R, 3] -> t [R] (inf: none within FAR).
 
-        March within the slab of heights the ground can have, then Illinois false position in the first bracket."""
-        span = lambda w: np.abs(w.amplitude).sum()  # noqa: E731
-        relief = span(self.profile) + 15 * span(self.crossfall)
+        March within the slab of heights the ground can have, then false position (Illinois) in the
+        first bracket."""
+        relief = self.profile.highest() + LEVEL * self.crossfall.highest()
+        x0, y0, z0 = origin.astype(np.float32)
         dz = directions[:, 2]
         reach = np.float32(FAR) / np.maximum(np.hypot(directions[:, 0], directions[:, 1]), 1e-6)
         with np.errstate(divide="ignore"):
-            enter = (np.float32(relief + KERB_HEIGHT) - origin[2]) / dz
-            leave = (np.float32(-relief) - origin[2]) / dz
+            enter = (np.float32(relief + KERB_HEIGHT) - z0) / dz
+            leave = (np.float32(-relief) - z0) / dz
         near = np.where(dz < 0, np.maximum(enter, 0.5), 0.5)
-        far = np.where(dz < 0, np.minimum(leave * 1.001, reach), np.minimum(reach, np.where(dz > 0, enter, reach)))
+        far = np.where(
+            dz < 0,
+            np.minimum(leave * 1.001, reach),
+            np.minimum(reach, np.where(dz > 0, enter, reach)),
+        )
         found = np.full(len(directions), np.inf, np.float32)
         rays = np.flatnonzero((far > near) & (dz < 0.12))
         if not len(rays):
             return found
-        near, far, d = near[rays], far[rays], directions[rays]
-        x0, y0, z0 = (np.float32(v) for v in origin)
+        near, far, d = near[rays], far[rays], np.ascontiguousarray(directions[rays].T)
 
         def clearance(t, d):
-            return z0 + t * d[..., 2] - self.height(x0 + t * d[..., 0], y0 + t * d[..., 1])
+            return z0 + t * d[2] - self.height(x0 + t * d[0], y0 + t * d[1])
 
-        ratio = np.log(far / near) / np.float32(steps)
-        ts = near * np.exp(ratio * np.arange(steps + 1, dtype=np.float32)[:, None])
-        heights = clearance(ts, d)
-        below = heights < 0
-        first = below.argmax(0)
-        hit = below.any(0) & (first > 0)
-        rays, d, first = rays[hit], d[hit], first[hit]
-        column = np.flatnonzero(hit)
-        a, b = ts[first - 1, column], ts[first, column]
-        fa, fb = heights[first - 1, column], heights[first, column]
-        t = b
+        ratio = (far / near) ** np.float32(1 / steps)
+        a, fa, brackets = near, clearance(near, d), []
+        for _ in range(steps):
+            b = a * ratio
+            fb = clearance(b, d)
+            below = fb < 0
+            hit = np.flatnonzero(below & (fa >= 0))
+            brackets.append((rays[hit], d[:, hit], a[hit], fa[hit], b[hit], fb[hit]))
+            on = np.flatnonzero(~below)
+            rays, d, ratio, a, fa = rays[on], d[:, on], ratio[on], b[on], fb[on]
+        rays, d, a, fa, b, fb = (np.concatenate(v, -1) for v in zip(*brackets, strict=True))
         for _ in range(refinements):
-            t = a - fa * (b - a) / (fb - fa)
+            t = a - fa * (b - a) / np.minimum(fb - fa, np.float32(-1e-12))
             f = clearance(t, d)
+            found[rays] = t
             above = f > 0
-            fb = np.where(above, fb * np.float32(0.5), f)
-            b = np.where(above, b, t)
-            fa = np.where(above, f, fa * np.float32(0.5))
-            a = np.where(above, t, a)
-        found[rays] = t
+            a, fa, b, fb = (
+                np.where(above, t, a),
+                np.where(above, f, fa * np.float32(0.5)),
+                np.where(above, b, t),
+                np.where(above, fb * np.float32(0.5), f),
+            )
+            on = np.flatnonzero(np.abs(f) > TOUCH)
+            rays, d, a, fa, b, fb = rays[on], d[:, on], a[on], fa[on], b[on], fb[on]
         return found
 
 
 @dataclass(frozen=True)
 class Solids:
-    """A table of P primitives. Cylinders stand upright with radius half[0]; spheres have radius half[0]."""
+    """A table of P primitives. half[0] is the radius of upright cylinders and of spheres."""
 
     kind: np.ndarray  # [P] BOX, CYLINDER or SPHERE
     centre: np.ndarray  # [P, 3] world
@@ -157,17 +191,29 @@ class Solids:
 
     @staticmethod
     def join(tables):
-        return Solids(*(np.concatenate([getattr(t, f.name) for t in tables]) for f in fields(Solids)))
+        return Solids(
+            *(np.concatenate([getattr(t, f.name) for t in tables]) for f in fields(Solids))
+        )
 
     def moved(self, pose):
         """Carried by `pose` = [P, 4] (x, y, z, yaw) of the object frames they are given in."""
         cos, sin = np.cos(pose[:, 3]), np.sin(pose[:, 3])
         x, y, z = self.centre.T
-        centre = np.stack([pose[:, 0] + cos * x - sin * y, pose[:, 1] + sin * x + cos * y, pose[:, 2] + z], -1)
+        centre = np.stack(
+            [pose[:, 0] + cos * x - sin * y, pose[:, 1] + sin * x + cos * y, pose[:, 2] + z], -1
+        )
         return replace(self, centre=centre, yaw=self.yaw + pose[:, 3])
 
+    def carried(self, then, points, index):
+        """World points [R, 3] on solids index [R] (-1: none), moved to where those are `then`."""
+        turn = (then.yaw - self.yaw)[index]
+        cos, sin = np.cos(turn), np.sin(turn)
+        x, y, z = (points - self.centre[index]).T
+        there = then.centre[index] + np.stack([cos * x - sin * y, sin * x + cos * y, z], -1)
+        return np.where(((index >= 0) & (self.mover[index] >= 0))[:, None], there, points)
+
     def to_local(self, points, index):
-        """World points [R, 3] in the axes of solids index [R]; also their float32 cos and sin of yaw."""
+        """World points [R, 3] in the axes of solids index [R]; and the cos and sin of their yaw."""
         cos = np.cos(self.yaw).astype(np.float32)[index]
         sin = np.sin(self.yaw).astype(np.float32)[index]
         rel = points - self.centre.astype(np.float32)[index]
@@ -183,13 +229,16 @@ class Solids:
         return self.centre[:, None] + np.stack([cos * x - sin * y, sin * x + cos * y, z], -1)
 
     def normal(self, points, index):
-        """Outward unit normals [R, 3] (world) of surface points [R, 3] on solids index [R]; and the points' local
-        coordinates [R, 3] and the local axis [R] the normal is nearest to."""
+        """Outward unit normals [R, 3] (world) at surface points [R, 3] on solids index [R].
+
+        Also the points in the axes of the solids [R, 3], and the axis [R] nearest to the normal."""
         local, cos, sin = self.to_local(points, index)
         kind, half = self.kind[index], self.half.astype(np.float32)[index]
         relative = local / half
         side = np.abs(relative)
-        side[..., 0] = np.where(kind == CYLINDER, np.hypot(relative[..., 0], relative[..., 1]), side[..., 0])
+        side[..., 0] = np.where(
+            kind == CYLINDER, np.hypot(relative[..., 0], relative[..., 1]), side[..., 0]
+        )
         side[..., 1] = np.where(kind == CYLINDER, 0, side[..., 1])
         axis = side.argmax(-1)
         flat = (np.arange(3) == axis[:, None]) * np.sign(local)
@@ -198,7 +247,9 @@ class Solids:
         curved /= np.maximum(np.linalg.norm(curved, axis=-1, keepdims=True), 1e-9)
         smooth = (kind == SPHERE) | ((kind == CYLINDER) & (axis == 0))
         n = np.where(smooth[:, None], curved, flat)
-        world = np.stack([cos * n[..., 0] - sin * n[..., 1], sin * n[..., 0] + cos * n[..., 1], n[..., 2]], -1)
+        world = np.stack(
+            [cos * n[..., 0] - sin * n[..., 1], sin * n[..., 0] + cos * n[..., 1], n[..., 2]], -1
+        )
         return world.astype(np.float32), local, axis
 
     def signed_distance(self, points, index):
@@ -211,8 +262,11 @@ class Solids:
         # The cylinder is a box in (radius, height).
         q0 = np.where(kind == CYLINDER, radial, q[..., 0])
         q1 = np.where(kind == CYLINDER, radial, q[..., 1])
-        outside = np.sqrt(np.maximum(q0, 0) ** 2 + np.maximum(q[..., 2], 0) ** 2
-                          + np.where(kind == CYLINDER, 0, np.maximum(q1, 0) ** 2))
+        outside = np.sqrt(
+            np.maximum(q0, 0) ** 2
+            + np.maximum(q[..., 2], 0) ** 2
+            + np.where(kind == CYLINDER, 0, np.maximum(q1, 0) ** 2)
+        )
         inside = np.minimum(np.maximum(np.maximum(q0, q1), q[..., 2]), 0)
         return np.where(kind == SPHERE, ball, outside + inside)
 
@@ -221,7 +275,9 @@ class Solids:
         t = np.full(len(solid), np.inf, np.float32)
         rel = origin - self.centre
         cos, sin = np.cos(self.yaw), np.sin(self.yaw)
-        o = np.stack([cos * rel[:, 0] + sin * rel[:, 1], cos * rel[:, 1] - sin * rel[:, 0], rel[:, 2]], 0)
+        o = np.stack(
+            [cos * rel[:, 0] + sin * rel[:, 1], cos * rel[:, 1] - sin * rel[:, 0], rel[:, 2]], 0
+        )
         o, half = o.astype(np.float32), self.half.T.astype(np.float32)
         cos, sin = cos.astype(np.float32), sin.astype(np.float32)
         d = np.ascontiguousarray(directions.T)
@@ -272,14 +328,18 @@ def _hit_sphere(o, half, s, dx, dy, dz):
 
 
 def rectangle_pairs(top, bottom, left, right, width):
-    """All (solid, pixel) pairs of half-open rectangles [top:bottom, left:right] in a raster of `width` columns."""
+    """All pairs (solid, pixel) of rectangles [top:bottom, left:right] in a raster of `width`."""
     columns = np.maximum(right - left, 0)
     count = np.maximum(bottom - top, 0) * columns
     solid = np.repeat(np.arange(len(count), dtype=np.int32), count)
-    within = np.arange(count.sum(), dtype=np.int32) - np.repeat((np.cumsum(count) - count).astype(np.int32), count)
+    within = np.arange(count.sum(), dtype=np.int32) - np.repeat(
+        (np.cumsum(count) - count).astype(np.int32), count
+    )
     row = within // columns.astype(np.int32)[solid]
     column = within - row * columns.astype(np.int32)[solid]
-    return solid, (row + top.astype(np.int32)[solid]) * width + (column + left.astype(np.int32)[solid]) % width
+    return solid, (row + top.astype(np.int32)[solid]) * width + (
+        column + left.astype(np.int32)[solid]
+    ) % width
 
 
 def first_hits(ground, solids, origin, directions, solid, ray):

@@ -1,0 +1,47 @@
+"""What the scripts share: whatever goes wrong is told in one line, with an exit code."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from selfocc import InputError, distributed
+
+
+class Parser(argparse.ArgumentParser):
+    """Keeps the layout of the description, and raises InputError for wrong options."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; --help lists the options")
+
+
+class Stopped(Exception):
+    """The user asked to stop, and what was done so far is saved; the message says where."""
+
+
+def run(work: Callable[[], None]) -> int:
+    """Do the work and return the exit code: 0, 2 for bad input, 130 when interrupted.
+
+    Of several processes only the first to fail says why; the others lose their peer and follow.
+    """
+    try:
+        work()
+    except InputError as error:
+        if distributed.first_to_fail():
+            print(f"error: {error.line()}", file=sys.stderr)
+        return 2
+    except Stopped as note:
+        if str(note):
+            print(note, file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except RuntimeError:
+        if distributed.first_to_fail():
+            raise
+        return 2
+    return 0
