@@ -18,9 +18,11 @@ def choose_device(name: str | None) -> torch.device:
     Raises InputError if it cannot be used here.
     """
     if name is None:
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device == torch.device("cuda"):
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -32,6 +34,8 @@ def start(device: torch.device) -> tuple[int, int]:
     """Join the processes of torchrun; returns (rank, world size), (0, 1) without torchrun."""
     if "WORLD_SIZE" not in os.environ:
         return 0, 1
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
 

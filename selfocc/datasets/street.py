@@ -73,7 +73,7 @@ class Street:
 def random_street(seed, frames, *, relief=1.0, movers=1.0, mover_speed=1.0, occluders=1.0):
     """The `Street` of a seed for a number of frames; the knobs are those of `SyntheticConfig`."""
     rng = np.random.default_rng([20231121, seed])
-    grade, tilt = relief * rng.uniform(0.03, 0.055), relief * rng.uniform(0.01, 0.035)
+    grade, tilt = relief * rng.uniform(0.012, 0.055), relief * rng.uniform(0.005, 0.035)
     ground = Ground(
         centre=Waves.random(rng, [(110, 260), (60, 110)], slope=rng.choice([0.05, 0.25, 0.45])),
         profile=Waves.random(rng, [(90, 160), (45, 80), (25, 40)], slope=grade),

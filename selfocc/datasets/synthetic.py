@@ -25,7 +25,7 @@ from selfocc.datasets.sensors import BEAMS, STEPS, look, spin, spin_rays
 from selfocc.datasets.shading import shade
 from selfocc.datasets.street import Street, random_street
 
-VERSION = 5  # of the world; part of the cache key
+VERSION = 6  # of the world; part of the cache key
 SPLITS = ("train", "val", "test")  # seed = 3 * number of the scene + place in this list
 LABEL_EVERY = 5  # frames, as in SemanticKITTI
 STATION = 2.0  # metres between the places on the path from which voxels are seen
