@@ -23,6 +23,7 @@ from selfocc.datasets import open_sequences
 from selfocc.datasets.video import VideoDataset
 from selfocc.model import SelfOcc
 
+TASKS = ("occupancy", "depth", "novel_depth")
 COLUMNS = {
     "iou": "IoU", "iou_above": "IoU>0.3m", "precision": "precision", "recall": "recall",
     "threshold": "threshold", "abs_rel": "AbsRel", "sq_rel": "SqRel", "rmse": "RMSE",
@@ -40,7 +41,11 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set")
     parser.add_argument(
-        "--task", default="all", choices=["occupancy", "depth", "novel_depth", "all"]
+        "--task",
+        nargs="+",
+        default=["occupancy", "depth"],
+        choices=[*TASKS, "all"],
+        help="one or more; default: occupancy depth",
     )
     parser.add_argument(
         "--train", metavar="SEQ[:A-B],..", help="KITTI: frames that the priors come from"
@@ -52,7 +57,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--prior-frames",
         type=int,
-        default=48,
+        default=24,
         metavar="N",
         help="training frames for the baselines",
     )
@@ -95,12 +100,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
     for line in dict.fromkeys(line for s in dataset.sequences for line in s.missing):
         print(f"note: {line}")
 
-    tasks = ("occupancy", "depth", "novel_depth") if arguments.task == "all" else (arguments.task,)
+    tasks = TASKS if "all" in arguments.task else arguments.task
     priors = evaluation.gather_priors(model, training, arguments.prior_frames)
     tables = evaluation.evaluate(model, dataset, device, tasks, priors, arguments.frames)
     if not tables:
         raise InputError(
-            f"nothing to score: the data has no truth for --task {arguments.task} (see the notes)"
+            f"nothing to score: the data has no truth for --task {' '.join(tasks)} (see the notes)"
         )
     print(f"{settings.preset} at step {saved.step}, {settings.data.dataset}, {len(dataset)} frames")
     for name, table in tables.items():

@@ -99,7 +99,7 @@ def make_optimizer(model: SelfOcc, optim: OptimConfig) -> torch.optim.AdamW:
             "base": optim.lr * optim.backbone_factor,
         },
     ]
-    return torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay)
+    return torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
 
 
 class Keys:
@@ -179,6 +179,7 @@ def train(arguments: argparse.Namespace) -> None:
     with distributed.chief_first():  # it fills the cache of the synthetic data
         training = open_dataset(settings, "train", arguments.data)
         validation = open_dataset(settings, "val", arguments.data)
+    torch.set_flush_denormal(True)  # Adam's vanishing moments are slow on CPUs otherwise
     torch.manual_seed(optim.seed)
     model = SelfOcc(settings).to(device)
     optimizer = make_optimizer(model, optim)

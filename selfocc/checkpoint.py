@@ -96,5 +96,4 @@ def restore(
     parameters = dict(model.named_parameters())
     for key, value in checkpoint.optimizer.items():
         name, _, moment = key.rpartition("/")
-        state = optimizer.state[parameters[name]]
-        state[moment] = value if moment == "step" else value.to(parameters[name].device)
+        optimizer.state[parameters[name]][moment] = value.to(parameters[name].device)

@@ -148,9 +148,6 @@ class OptimConfig:
     bf16: bool = False  # autocast backbone and encoder to bfloat16
     seed: int = 42
     workers: int = 4
-    minutes: float | None = (
-        None  # stop after this much training time; the schedule follows the clock
-    )
     validate_every: int = 5000
     validate_frames: int = 32
     picture_every: int = 500
@@ -192,14 +189,14 @@ _synthetic = _preset(
     "synthetic",
     "embedded street, occupancy: ten minutes on two CPU cores",
     Config(),
-    data=dict(anchor_input=0.5, source=(0.8, 10.0)),
-    volume=dict(nodes=(65, 65, 17), voxel=2, crop_margins=False, threshold=0.2),
+    data=dict(scenes_val=4, anchor_input=0.5, future=(0.4, 25.0), source=(0.8, 10.0)),
+    volume=dict(nodes=(65, 65, 17), voxel=2, crop_margins=False),
     backbone=dict(depth=18, width=32, weights="none", frozen_stem=False),
     encoder=dict(
         dim=32,
         heads=2,
         layers=1,
-        points_cross=(4, 4, 4),
+        points_cross=(2, 4, 4),
         points_self=2,
         dropout=0.0,
         lift=True,
@@ -215,9 +212,9 @@ _synthetic = _preset(
         anneal_steps=600,
         backdrop=True,
     ),
-    loss=dict(automask=False, weight_eikonal=0.001, weight_hessian=0.003),
+    loss=dict(automask=False, weight_eikonal=0.001, weight_hessian=0.01),
     optim=dict(
-        steps=1500,
+        steps=1300,
         batch=1,
         lr=3e-3,
         backbone_factor=1.0,
@@ -225,6 +222,7 @@ _synthetic = _preset(
         workers=1,
         clip=5.0,
         validate_every=100_000,
+        validate_frames=8,
         picture_every=300,
         save_every=300,
     ),

@@ -6,7 +6,6 @@ from pathlib import Path
 from selfocc import InputError
 from selfocc.config import Config, DataConfig
 from selfocc.datasets.kitti import TRAIN_SEQUENCES, VAL_SEQUENCES, kitti_sequences
-from selfocc.datasets.synthetic import SyntheticConfig, prerender, synthetic_sequences
 from selfocc.datasets.video import Sequence, VideoDataset
 
 
@@ -21,6 +20,9 @@ def open_dataset(config: Config, split: str, data: Path | None) -> VideoDataset:
 
 def open_sequences(config: DataConfig, split: str, data: Path | None) -> list[Sequence]:
     if config.dataset == "synthetic":
+        # here, so that `python -m selfocc.datasets.synthetic` does not import itself twice
+        from selfocc.datasets.synthetic import SyntheticConfig, prerender, synthetic_sequences
+
         world = SyntheticConfig(rig=config.rig, image_size=config.crop, frames=config.frames)
         scenes = config.scenes if split == "train" else config.scenes_val
         sequences = synthetic_sequences(world, split, scenes)

@@ -8,6 +8,7 @@ A scene is a function of (config, seed). What is rendered once is cached on disk
 """
 
 import os
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -284,11 +285,17 @@ def prerender(
     if not todo:
         return
     with (
-        ProcessPoolExecutor(min(workers, len(todo))) as pool,
+        ProcessPoolExecutor(
+            min(workers, len(todo)), initializer=_leave_interrupt_to_parent
+        ) as pool,
         tqdm(total=len(todo), desc="rendering", unit="scene", disable=not progress) as bar,
     ):
         for _ in pool.map(_render, *zip(*todo, strict=True)):
             bar.update()
+
+
+def _leave_interrupt_to_parent():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _render(sequence, voxels):
