@@ -208,11 +208,11 @@ _synthetic = _preset(
         samples=80,
         eval_rays=(48, 160),
         eval_samples=160,
-        sharpen=(4.0, 40.0),
-        anneal_steps=600,
+        sharpen=(3.0, 15.0),
+        anneal_steps=1000,
         backdrop=True,
     ),
-    loss=dict(automask=False, weight_eikonal=0.001, weight_hessian=0.01),
+    loss=dict(automask=False, weight_eikonal=0.001, weight_hessian=0.01, weight_sparsity=0.01),
     optim=dict(
         steps=1300,
         batch=1,
@@ -257,7 +257,7 @@ _preset(
         target_scale=0.25,
     ),
     render=dict(rays=(22, 76), eval_rays=(44, 152)),
-    optim=dict(steps=800),
+    optim=dict(steps=500),
 )
 
 
