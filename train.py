@@ -1,6 +1,7 @@
 """Train SelfOcc.
 
-    python train.py                              # embedded street, ten minutes on two CPU cores
+    python train.py                              # embedded street
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 train.py   # the same on two CPU cores
     python train.py --dataset kitti --data DIR   # SemanticKITTI as published
     python train.py --resume                     # go on where runs/synthetic stopped
     torchrun --nproc-per-node 8 train.py --dataset kitti --data DIR
