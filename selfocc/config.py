@@ -233,6 +233,8 @@ _depth = _preset(
     "embedded street, tuned for depth: ten minutes on two CPU cores",
     _synthetic,
     data=dict(anchor_input=1.0),
+    render=dict(sharpen=(4.0, 40.0), anneal_steps=600),
+    loss=dict(weight_sparsity=0.005),
 )
 
 _preset(
