@@ -334,7 +334,7 @@ def panel(model: SelfOcc, dataset: VideoDataset, index: int, device: torch.devic
 def _occupancy_rows(model: SelfOcc, volume: Tensor, batch: Batch) -> list[list]:
     settings = model.config.volume
     shape, labels = scored_labels(model, batch)
-    occupied = occupancy_grid(volume, settings.box, shape) <= settings.threshold
+    occupied = occupancy_grid(volume, settings.box, shape).cpu() <= settings.threshold
     columns = [("predicted", occupied[0])]
     if labels is not None:
         known = labels[0] != 255
@@ -355,7 +355,7 @@ def scored_labels(model: SelfOcc, batch: Batch) -> tuple[tuple[int, int, int], T
     """Shape [ny, nx, nz] of the voxel grid that is scored, and the labels on it if known."""
     if batch.voxels is not None:
         labels = torch.stack(
-            [metrics.pool_voxels(v, model.config.volume.voxel) for v in batch.voxels]
+            [metrics.pool_voxels(v, model.config.volume.voxel) for v in batch.voxels.cpu()]
         )
         return tuple(labels.shape[1:]), labels
     box = model.config.volume.box
