@@ -80,8 +80,9 @@ class EncoderConfig:
     frequencies: int = 12  # of the positional encoding
     dropout: float = 0.1
     lift: bool = (
-        False  # nodes also read the image features at their projection (see lift.py; tpv only)
+        False  # nodes also read what the pixels they project to say (see lift.py; tpv only)
     )
+    lift_bins: int = 24  # depths at which a pixel describes its ray
     plane_scale: float = 1.0  # of the last LayerNorm at the start; small lets the lift speak first
     transposed_bev_grid: bool = (
         False  # the published BEV self-attention reads a transposed reference grid
@@ -190,7 +191,7 @@ _synthetic = _preset(
     "embedded street, occupancy: ten minutes on two CPU cores",
     Config(),
     data=dict(scenes_val=4, anchor_input=0.5, future=(0.4, 25.0), source=(0.8, 10.0)),
-    volume=dict(nodes=(65, 65, 17), voxel=2, crop_margins=False),
+    volume=dict(nodes=(49, 49, 13), voxel=2, crop_margins=False, threshold=0.3),
     backbone=dict(depth=18, width=32, weights="none", frozen_stem=False),
     encoder=dict(
         dim=32,
@@ -202,21 +203,21 @@ _synthetic = _preset(
         lift=True,
         plane_scale=0.1,
     ),
-    field=dict(hidden=64, ground=-1.73, rise=0.5),
+    field=dict(hidden=32, ground=-1.73),
     render=dict(
-        rays=(24, 80),
-        samples=80,
+        rays=(16, 54),
+        samples=48,
         eval_rays=(48, 160),
-        eval_samples=160,
-        sharpen=(3.0, 15.0),
-        anneal_steps=1000,
+        eval_samples=96,
+        alpha="volsdf",  # learns faster: NeuS has no gradient where nothing is seen from its front
+        sharpen=(5.0, 12.0),
         backdrop=True,
     ),
-    loss=dict(automask=False, weight_eikonal=0.001, weight_hessian=0.01, weight_sparsity=0.01),
+    loss=dict(automask=False, weight_eikonal=0.001, weight_hessian=0.01),
     optim=dict(
-        steps=1300,
-        batch=1,
-        lr=3e-3,
+        steps=1800,
+        batch=2,
+        lr=1.5e-3,
         backbone_factor=1.0,
         warmup=50,
         workers=1,
@@ -233,8 +234,6 @@ _depth = _preset(
     "embedded street, tuned for depth: ten minutes on two CPU cores",
     _synthetic,
     data=dict(anchor_input=1.0),
-    render=dict(sharpen=(4.0, 40.0), anneal_steps=600),
-    loss=dict(weight_sparsity=0.005),
 )
 
 _preset(
@@ -258,7 +257,7 @@ _preset(
         pad=(96, 320),
         target_scale=0.25,
     ),
-    render=dict(rays=(22, 76), eval_rays=(44, 152)),
+    render=dict(eval_rays=(44, 152)),
     optim=dict(steps=500),
 )
 

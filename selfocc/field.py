@@ -41,15 +41,15 @@ class FieldDecoder(nn.Module):
                 self.net[3].bias[:: self.channels] = 0.0
         self.register_buffer("height", height, persistent=False)  # [Z] above the ground, metres
 
-    def forward(self, planes: list[Tensor], lifted: Tensor | None = None) -> Tensor:
+    def forward(self, planes: list[Tensor], lifted: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Volume [B, C, H, W, Z], channel 0 the SDF in metres.
 
         planes: TPV [hw [B, H, W, D], zh [B, Z, H, D], wz [B, W, Z, D]], or BEV [[B, H, W, D]];
-        lifted: features [B, H, W, Z, D] that are added to those of TPV planes.
+        lifted: SDF [B, H, W, Z] and features [B, H, W, Z, D] that are added to those of TPV planes.
         """
         hw = planes[0]
         split = [hw] if self.kind == "bev" else [hw, planes[1].transpose(1, 2)]  # all have h first
-        split += [] if lifted is None else [lifted]
+        split += [] if lifted is None else [lifted[1]]
         whole = planes[2:]
         total = math.prod(self.nodes) * hw.shape[0] * hw.shape[-1]
         slabs = math.ceil((hw.numel() if self.kind == "bev" else total) / SLAB)
@@ -65,8 +65,11 @@ class FieldDecoder(nn.Module):
             else:
                 decoded = [self._decode(whole, *piece) for piece in pieces]
             rows = torch.cat(decoded, dim=1)
-        if self.height is not None:
-            rows = torch.cat([rows[..., :1] + self.height[:, None], rows[..., 1:]], dim=-1)
+        start = 0.0 if self.height is None else self.height
+        if lifted is not None:
+            start = start + lifted[0]
+        if isinstance(start, Tensor):
+            rows = torch.cat([rows[..., :1] + start[..., None], rows[..., 1:]], dim=-1)
         return rows.permute(0, 4, 1, 2, 3)
 
     def _decode(self, whole: list[Tensor], hw: Tensor, *more: Tensor) -> Tensor:

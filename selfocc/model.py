@@ -14,7 +14,7 @@ from selfocc.datasets.video import Batch, Frames
 from selfocc.encoder import Encoder
 from selfocc.field import FieldDecoder
 from selfocc.geometry import pixel_rays, ray_box
-from selfocc.lift import PixelLift
+from selfocc.lift import FrustumLift
 
 
 @dataclass
@@ -52,7 +52,7 @@ class SelfOcc(nn.Module):
         self.backbone = Backbone(config.backbone)
         self.fpn = FPN(self.backbone.channels, config.encoder.dim)
         self.encoder = Encoder(config.encoder, config.volume, cameras)
-        self.lift = PixelLift(config.encoder, config.volume) if config.encoder.lift else None
+        self.lift = FrustumLift(config.encoder, config.volume) if config.encoder.lift else None
         self.decoder = FieldDecoder(config.field, config.encoder, config.volume)
         render = config.render
         if render.sharpen is None:

@@ -1,11 +1,12 @@
 import dataclasses
+import math
 
 import torch
 
 import kernels
 from selfocc.config import EncoderConfig, FieldConfig, VolumeConfig
 from selfocc.field import FieldDecoder
-from selfocc.lift import PixelLift
+from selfocc.lift import CHANNELS, GAIN, FrustumLift
 
 BOX = (-4.0, 0.0, -2.0, 4.0, 8.0, 2.0)
 VOLUME = VolumeConfig(box=BOX, nodes=(9, 9, 5))
@@ -21,42 +22,74 @@ def _camera(behind: bool = False):
     return intrinsics, pose
 
 
-def _lift(cameras, features):
-    lift = PixelLift(ENCODER, VOLUME)
+def _lift(cameras, frustum):
+    """SDF and features lifted from frustums [1, N, 1 + CHANNELS, bins, h, w], one a camera."""
+    lift = FrustumLift(ENCODER, VOLUME)
+    lift.head = torch.nn.Identity()
     for linear in lift.position:
         torch.nn.init.zeros_(linear.weight)
     intrinsics, poses = (torch.stack(m)[None] for m in zip(*cameras, strict=True))
-    return lift(features, intrinsics, poses, SIZE)
+    sdf, features = lift(frustum.flatten(2, 3), intrinsics, poses, SIZE)
+    assert features.shape == (1, 9, 9, 5, ENCODER.dim)
+    return sdf / GAIN
+
+
+def _frustum(cameras=1):
+    return torch.zeros(1, cameras, 1 + CHANNELS, ENCODER.lift_bins, 32, 64)
 
 
 def test_nodes_read_the_pixel_they_project_to():
-    """A feature that is the pixel's own column tells at every node where it was read."""
-    columns = torch.arange(64.0).expand(1, 1, 4, 32, 64)
-    lifted = _lift([_camera()], columns)
-    assert lifted.shape == (1, 9, 9, 5, 4)
+    """An SDF that is the pixel's own column tells at every node where it was read."""
+    frustum = _frustum()
+    frustum[:, :, 0] = torch.arange(64.0)
+    sdf = _lift([_camera()], frustum)
+    assert sdf.shape == (1, 9, 9, 5)
     y, x, z = 4, 5, 2  # at (1, 4, 0): pixel 32 * 1 / 4 + 31.5
-    torch.testing.assert_close(lifted[0, y, x, z], torch.full((4,), 39.5))
+    torch.testing.assert_close(sdf[0, y, x, z], torch.tensor(39.5))
+
+
+def test_nodes_read_the_depth_they_have():
+    """An SDF that is the logarithm of its bin's depth is that of the node's depth."""
+    near, far = 2.0, math.dist(BOX[:2], BOX[3:5])
+    frustum = _frustum()
+    depths = torch.linspace(math.log(near), math.log(far), ENCODER.lift_bins)
+    frustum[:, :, 0] = depths[:, None, None]
+    sdf = _lift([_camera()], frustum)
+    for y in (3, 4, 6, 8):
+        torch.testing.assert_close(sdf[0, y, 4, 2], torch.tensor(math.log(y)))
+    torch.testing.assert_close(sdf[0, 1, 4, 2], torch.tensor(math.log(near)))  # the first bin
 
 
 def test_unseen_nodes_read_nothing_and_cameras_are_averaged():
-    features = torch.ones(1, 2, 4, 32, 64)
-    features[:, 1] = 3.0
-    both = _lift([_camera(), _camera(behind=True)], features)
+    frustum = _frustum(2) + 1
+    frustum[:, 1] = 3.0
+    both = _lift([_camera(), _camera(behind=True)], frustum)
     assert (both[0, 4, 4, 2] == 1).all()  # in front of the first camera only
     assert (both[0, 0] == 0).all()  # in the plane of both
-    same = _lift([_camera(), _camera()], features)
+    same = _lift([_camera(), _camera()], frustum)
     assert (same[0, 4, 4, 2] == 2).all()
+
+
+def test_lift_says_nothing_about_the_surface_at_the_start():
+    torch.manual_seed(0)
+    lift = FrustumLift(ENCODER, VOLUME)
+    intrinsics, pose = _camera()
+    sdf, features = lift(
+        torch.randn(1, 1, 4, 8, 16), intrinsics[None, None], pose[None, None], SIZE
+    )
+    assert (sdf == 0).all() and features.std() > 0
 
 
 def test_decoder_adds_lifted_features():
     torch.manual_seed(0)
     decoder = FieldDecoder(FieldConfig(hidden=8), ENCODER, VOLUME)
     planes = [torch.randn(2, 9, 9, 4), torch.randn(2, 5, 9, 4), torch.randn(2, 9, 5, 4)]
-    lifted = torch.randn(2, 9, 9, 5, 4)
+    sdf, lifted = torch.randn(2, 9, 9, 5), torch.randn(2, 9, 9, 5, 4)
     hw, zh, wz = planes
     total = hw[:, :, :, None] + zh.transpose(1, 2)[:, :, None] + wz[:, None] + lifted
-    expected = decoder.net(total).permute(0, 4, 1, 2, 3)
-    torch.testing.assert_close(decoder(planes, lifted), expected)
+    expected = decoder.net(total).permute(0, 4, 1, 2, 3).clone()
+    expected[:, 0] += sdf
+    torch.testing.assert_close(decoder(planes, (sdf, lifted)), expected)
 
 
 def test_ground_start_is_a_limited_plane():
