@@ -258,7 +258,7 @@ _preset(
         target_scale=0.25,
     ),
     render=dict(eval_rays=(44, 152)),
-    optim=dict(steps=500),
+    optim=dict(steps=1000),
 )
 
 
