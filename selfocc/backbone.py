@@ -4,6 +4,7 @@ Parameters of the ResNet carry torchvision's names, those of the pyramid mmsegme
 published weights fit.
 """
 
+import math
 from collections import OrderedDict
 from pathlib import Path
 from urllib.error import URLError
@@ -73,6 +74,16 @@ def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
 
+def _normalise_groups(module: nn.Module) -> None:
+    """Put group norm (eight groups) where batch norm is."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            channels = child.num_features
+            setattr(module, name, nn.GroupNorm(math.gcd(8, channels), channels))
+        else:
+            _normalise_groups(child)
+
+
 class Backbone(nn.Module):
     """ResNet without its classifier: images [n, 3, h, w] -> four maps at strides 4, 8, 16, 32 with
     `channels`.
@@ -103,6 +114,15 @@ class Backbone(nn.Module):
                 inputs = (width << stage) * block.expansion
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
             self.channels.append(inputs)
+        if config.norm == "group":
+            if config.weights != "none":
+                raise InputError(
+                    "backbone.norm=group has no learnt weights; set backbone.norm=batch with them, "
+                    "or --backbone-weights none"
+                )
+            _normalise_groups(self)
+        elif config.norm != "batch":
+            raise InputError(f"backbone.norm is batch or group, not {config.norm!r}")
         self._init_weights()
         if config.weights == "imagenet":
             self._load(_download(config.depth), f"ImageNet weights of ResNet-{config.depth}")

@@ -61,6 +61,7 @@ class VolumeConfig:
 class BackboneConfig:
     depth: int = 50  # 18 | 34 | 50 | 101
     width: int = 64  # channels of the stem; 64 is the standard network
+    norm: str = "batch"  # batch | group; group needs no word between processes, nor large batches
     weights: str = "imagenet"  # none | imagenet | a torchvision file
     frozen_stem: bool = True  # conv1 and bn1 keep their weights
 
@@ -192,7 +193,7 @@ _synthetic = _preset(
     Config(),
     data=dict(scenes_val=4, anchor_input=0.5, future=(0.4, 25.0), source=(0.8, 10.0)),
     volume=dict(nodes=(49, 49, 13), voxel=2, crop_margins=False, threshold=0.3),
-    backbone=dict(depth=18, width=32, weights="none", frozen_stem=False),
+    backbone=dict(depth=18, width=32, norm="group", weights="none", frozen_stem=False),
     encoder=dict(
         dim=32,
         heads=2,

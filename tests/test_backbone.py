@@ -142,3 +142,20 @@ def test_no_network_names_the_alternatives(tmp_path, monkeypatch):
 def test_unknown_depth():
     with pytest.raises(InputError, match=r"backbone\.depth 20"):
         Backbone(small(depth=20))
+
+
+def test_group_norm_treats_every_image_alone():
+    torch.manual_seed(0)
+    backbone = Backbone(small(norm="group"))
+    images = torch.randn(2, 3, 32, 64)
+    together = backbone(images)
+    for level, alone in zip(together, backbone(images[:1]), strict=True):
+        torch.testing.assert_close(level[:1], alone)
+    assert not any("running" in name for name in backbone.state_dict())
+
+
+def test_norm_that_cannot_be():
+    with pytest.raises(InputError, match=r"backbone\.norm is batch or group"):
+        Backbone(small(norm="layer"))
+    with pytest.raises(InputError, match=r"--backbone-weights none"):
+        Backbone(small(norm="group", weights="imagenet"))

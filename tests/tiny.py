@@ -16,6 +16,7 @@ SETTINGS = {
     "data.frames": "12",
     "volume.nodes": "17,17,5",
     "backbone.width": "8",
+    "backbone.norm": "batch",  # whose statistics the processes must share
     "encoder.dim": "8",
     "encoder.heads": "1",
     "encoder.layers": "1",
