@@ -5,12 +5,23 @@ Along one axis, with the ends replicated and nodes `step` metres apart:
     (D s)[i] = (s[i+1] - s[i-1]) / (2 step)        halved at the border
 
 Second differences are D of D, or on the diagonal the compact (s[i+1] - 2 s[i] + s[i-1]) / step^2.
-Differences along different axes commute.
+Differences along different axes commute. The transpose of D reads its neighbours, too:
+
+    (D' u)[i] = (+-u[i-1] -+ u[i+1]) / (2 step)    a neighbour beyond the border is u[i] negated
+
+so that all kernels here are gathers: no atomics, nothing kept for backward but the volume itself.
 """
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from kernels.dispatch import launch, tl, triton, use_triton
+from kernels.march import pack
+
+# Nodes a program and warps: four nodes a lane in the copies (32 to 40 registers when compiled for
+# cuda 90), one where many neighbours are read (32 forward, 72 to 80 backward).
+COPY, LOSSES, WARPS = 512, 128, 4
 
 Spacing = tuple[float, float, float]  # between nodes along x, y and z, metres
 
@@ -127,7 +138,7 @@ class _NodeLosses(torch.autograd.Function):
                     difference_adjoint(mixed.sign(), *other), *axis
                 ).mul_(2)
                 total = total + 2 * mixed.abs_().sum()
-        count = 9 * sdf.numel()
+        count = max(1, 9 * sdf.numel())
         ctx.save_for_backward(grad_eikonal, grad_hessian.div_(count))
         return eikonal, total / count
 
@@ -138,10 +149,389 @@ class _NodeLosses(torch.autograd.Function):
         return eikonal * grad_eikonal + hessian * grad_hessian, None, None
 
 
-def node_losses(sdf: Tensor, spacing: Spacing, compact: bool) -> tuple[Tensor, Tensor]:
-    """Eikonal and Hessian terms of all nodes, one second difference in memory at a time.
+# -----------------------------------------------------------------------------------------------
+# Reading nodes in Triton. A node is (y, x, z), the lattice (H, W, Z).
 
-    Args: sdf [B, H, W, Z]; spacing and `compact` as in `node_second_differences`.
-    Returns, both 0-d, the sum of (|gradient| - 1)^2 and the mean absolute second difference.
+
+@triton.jit
+def _node_of(index, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr):
+    return index // (WIDTH * DEPTH), index // DEPTH % WIDTH, index % DEPTH
+
+
+@triton.jit
+def _inside(i, COUNT: tl.constexpr):
+    return tl.minimum(tl.maximum(i, 0), COUNT - 1)
+
+
+@triton.jit
+def _neighbour(node, lattice, AXIS: tl.constexpr, STEP: tl.constexpr):
+    """The node STEP (1 or -1) further along an axis (0 x, 1 y, 2 z), itself at the border, and the
+    sign with which the transpose of D takes it.
     """
+    y, x, z = node
+    height, width, depth = lattice
+    if AXIS == 0:
+        place, count = x + STEP, width
+        x = _inside(place, count)
+    elif AXIS == 1:
+        place, count = y + STEP, height
+        y = _inside(place, count)
+    else:
+        place, count = z + STEP, depth
+        z = _inside(place, count)
+    there = (place >= 0) & (place < count)
+    return (y, x, z), tl.where(there, -1.0 * STEP, 1.0 * STEP)
+
+
+@triton.jit
+def _read(sdf, node, lattice):
+    y, x, z = node
+    return tl.load(sdf + ((y * lattice[1] + x) * lattice[2] + z)).to(tl.float32)
+
+
+@triton.jit
+def _slope(sdf, node, lattice, AXIS: tl.constexpr):
+    """2 step D along an axis."""
+    upper, _ = _neighbour(node, lattice, AXIS, 1)
+    lower, _ = _neighbour(node, lattice, AXIS, -1)
+    return _read(sdf, upper, lattice) - _read(sdf, lower, lattice)
+
+
+@triton.jit
+def _bend(sdf, node, lattice, AXIS: tl.constexpr, OTHER: tl.constexpr, COMPACT: tl.constexpr):
+    """The second difference along two axes, without its factor."""
+    upper, _ = _neighbour(node, lattice, OTHER, 1)
+    lower, _ = _neighbour(node, lattice, OTHER, -1)
+    if COMPACT and AXIS == OTHER:
+        here = _read(sdf, node, lattice)
+        out = (_read(sdf, upper, lattice) - here) - (here - _read(sdf, lower, lattice))
+    else:
+        out = _slope(sdf, upper, lattice, AXIS) - _slope(sdf, lower, lattice, AXIS)
+    return out
+
+
+@triton.jit
+def _sign(x):
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))  # NaN stays
+
+
+# -----------------------------------------------------------------------------------------------
+# The table of SDF and gradients that rays read, and its transpose
+
+
+@triton.jit
+def _node_table_forward(
+    sdf,
+    table,
+    item_stride,
+    half_x,
+    half_y,
+    half_z,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+    Y: tl.constexpr,
+    X: tl.constexpr,
+    Z: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """sdf [B, H, W, Z] of strides Y, X, Z -> rows [B, H, W, Z, 4]: SDF, gradient along x, y, z.
+
+    half: 1 / (2 step) along each axis.
+    """
+    item = tl.program_id(1).to(tl.int64)
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = index < HEIGHT * WIDTH * DEPTH
+    y, x, z = _node_of(tl.where(mask, index, 0), HEIGHT, WIDTH, DEPTH)
+    sdf += item * item_stride
+    here = sdf + (y * Y + x * X + z * Z)
+    upper = sdf + (y * Y + _inside(x + 1, WIDTH) * X + z * Z)
+    lower = sdf + (y * Y + _inside(x - 1, WIDTH) * X + z * Z)
+    by_x = half_x * (tl.load(upper).to(tl.float32) - tl.load(lower).to(tl.float32))
+    upper = sdf + (_inside(y + 1, HEIGHT) * Y + x * X + z * Z)
+    lower = sdf + (_inside(y - 1, HEIGHT) * Y + x * X + z * Z)
+    by_y = half_y * (tl.load(upper).to(tl.float32) - tl.load(lower).to(tl.float32))
+    upper = sdf + (y * Y + x * X + _inside(z + 1, DEPTH) * Z)
+    lower = sdf + (y * Y + x * X + _inside(z - 1, DEPTH) * Z)
+    by_z = half_z * (tl.load(upper).to(tl.float32) - tl.load(lower).to(tl.float32))
+    rows = table + item * (4 * HEIGHT * WIDTH * DEPTH) + 4 * index
+    row = pack(tl.load(here).to(tl.float32), by_x, by_y, by_z)
+    tl.store(rows[:, :, None] + tl.arange(0, 4)[None, None, :], row, mask[:, :, None])
+
+
+@triton.jit
+def _node_table_backward(
+    rows,
+    grad_sdf,
+    item_stride,
+    half_x,
+    half_y,
+    half_z,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+    Y: tl.constexpr,
+    X: tl.constexpr,
+    Z: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gradients of rows [B, H, W, Z, 4] -> grad_sdf [B, H, W, Z] of strides Y, X, Z."""
+    item = tl.program_id(1).to(tl.int64)
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = index < HEIGHT * WIDTH * DEPTH
+    node = _node_of(tl.where(mask, index, 0), HEIGHT, WIDTH, DEPTH)
+    y, x, z = node
+    rows += item * (4 * HEIGHT * WIDTH * DEPTH)
+    out = tl.load(rows + 4 * ((y * WIDTH + x) * DEPTH + z))
+    for axis in tl.static_range(3):
+        total = tl.zeros_like(out)
+        for side in tl.static_range(2):
+            there, sign = _neighbour(node, (HEIGHT, WIDTH, DEPTH), axis, 2 * side - 1)
+            at = (there[0] * WIDTH + there[1]) * DEPTH + there[2]
+            total += sign * tl.load(rows + 4 * at + (1 + axis))
+        out += total * (half_x if axis == 0 else half_y if axis == 1 else half_z)
+    tl.store(grad_sdf + item * item_stride + (y * Y + x * X + z * Z), out, mask)
+
+
+def _halves(spacing) -> list[float]:
+    return [0.5 / step for step in spacing]
+
+
+def node_table(volume: Tensor, spacing: Spacing) -> Tensor:
+    """[B, H, W, Z, 4], float32: channel 0 of a volume [B, C, H, W, Z] and its gradient x, y, z."""
+    batch, _, height, width, depth = volume.shape
+    table = volume.new_empty(batch, height, width, depth, 4, dtype=torch.float32)
+    launch(
+        _node_table_forward,
+        (triton.cdiv(height * width * depth, COPY), batch),
+        volume,
+        table,
+        volume.stride(0),
+        *_halves(spacing),
+        warps=WARPS,
+        **_layout(volume),
+        BLOCK=COPY,
+    )
+    return table
+
+
+def node_table_adjoint(rows: Tensor, spacing: Spacing, grad_volume: Tensor) -> None:
+    """Writes into channel 0 of grad_volume the gradient of the SDF, given that of its table."""
+    batch, _, height, width, depth = grad_volume.shape
+    launch(
+        _node_table_backward,
+        (triton.cdiv(height * width * depth, COPY), batch),
+        rows,
+        grad_volume,
+        grad_volume.stride(0),
+        *_halves(spacing),
+        warps=WARPS,
+        **_layout(grad_volume),
+        BLOCK=COPY,
+    )
+
+
+def _layout(volume: Tensor) -> dict[str, int]:
+    """Sizes and strides as constants: divisions become multiplications, aligned rows are read as
+    such.
+    """
+    _, _, height, width, depth = volume.shape
+    _, _, y, x, z = volume.stride()
+    return dict(HEIGHT=height, WIDTH=width, DEPTH=depth, Y=y, X=x, Z=z)
+
+
+# -----------------------------------------------------------------------------------------------
+# Losses of all nodes
+
+
+@triton.jit
+def _node_losses_forward(
+    sdf,
+    partial,
+    half_x,
+    half_y,
+    half_z,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+    COMPACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """sdf [B, H, W, Z] -> partial [2, programs]: sums of (|gradient| - 1)^2 and of all |second
+    differences|.
+    """
+    nodes: tl.constexpr = HEIGHT * WIDTH * DEPTH
+    item, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    mask = index < nodes
+    node = _node_of(tl.where(mask, index, 0), HEIGHT, WIDTH, DEPTH)
+    lattice = (HEIGHT, WIDTH, DEPTH)
+    half = (half_x, half_y, half_z)
+    sdf += item * nodes
+    squares, total = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for axis in tl.static_range(3):
+        slope = half[axis] * _slope(sdf, node, lattice, axis)
+        squares += slope * slope
+        for other in tl.static_range(axis, 3):
+            # along one axis compactly 1 / step^2, along two of them each stands for two
+            twice = 4.0 if COMPACT and axis == other else 1.0 if axis == other else 2.0
+            bend = _bend(sdf, node, lattice, axis, other, COMPACT)
+            total += twice * half[axis] * half[other] * tl.abs(bend)
+    error = tl.sqrt(squares) - 1
+    at = item * tl.num_programs(0) + block
+    tl.store(partial + at, tl.sum(tl.where(mask, error * error, 0.0), 0))
+    total = tl.sum(tl.where(mask, total, 0.0), 0)
+    tl.store(partial + tl.num_programs(1) * tl.num_programs(0) + at, total)
+
+
+@triton.jit
+def _node_losses_backward(
+    grad,
+    sdf,
+    grad_sdf,
+    half_x,
+    half_y,
+    half_z,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+    COMPACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gradients [2] of both sums -> grad_sdf [B, H, W, Z]."""
+    nodes: tl.constexpr = HEIGHT * WIDTH * DEPTH
+    item = tl.program_id(1).to(tl.int64)
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < nodes
+    node = _node_of(tl.where(mask, index, 0), HEIGHT, WIDTH, DEPTH)
+    lattice = (HEIGHT, WIDTH, DEPTH)
+    half = (half_x, half_y, half_z)
+    sdf += item * nodes
+    by_eikonal, by_hessian = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for axis in tl.static_range(3):
+        for side in tl.static_range(2):
+            there, sign = _neighbour(node, lattice, axis, 2 * side - 1)
+            by_eikonal += sign * half[axis] * _eikonal_slope(sdf, there, lattice, half, axis)
+        for other in tl.static_range(axis, 3):
+            total = tl.zeros([BLOCK], tl.float32)
+            if COMPACT and axis == other:
+                total -= 2 * _sign(_bend(sdf, node, lattice, axis, axis, True))
+                for side in tl.static_range(2):
+                    there, _ = _neighbour(node, lattice, axis, 2 * side - 1)
+                    total += _sign(_bend(sdf, there, lattice, axis, axis, True))
+            else:
+                for side in tl.static_range(4):
+                    there, first = _neighbour(node, lattice, axis, 2 * (side // 2) - 1)
+                    there, second = _neighbour(there, lattice, other, 2 * (side % 2) - 1)
+                    bend = _bend(sdf, there, lattice, axis, other, False)
+                    total += first * second * _sign(bend)
+            twice = 4.0 if COMPACT and axis == other else 1.0 if axis == other else 2.0
+            by_hessian += twice * half[axis] * half[other] * total
+    out = tl.load(grad) * by_eikonal + tl.load(grad + 1) * by_hessian
+    tl.store(grad_sdf + item * nodes + index, out, mask)
+
+
+@triton.jit
+def _eikonal_slope(sdf, node, lattice, half, AXIS: tl.constexpr):
+    """d (|gradient| - 1)^2 / d gradient along an axis, at a node; zero where the field is flat."""
+    slopes = (
+        half[0] * _slope(sdf, node, lattice, 0),
+        half[1] * _slope(sdf, node, lattice, 1),
+        half[2] * _slope(sdf, node, lattice, 2),
+    )
+    norm = tl.sqrt(slopes[0] * slopes[0] + slopes[1] * slopes[1] + slopes[2] * slopes[2])
+    return tl.where(norm > 0, 2 - 2 / norm, 0.0) * slopes[AXIS]
+
+
+def _losses_constants(sdf: Tensor, compact: bool) -> dict[str, object]:
+    _, height, width, depth = sdf.shape
+    return dict(HEIGHT=height, WIDTH=width, DEPTH=depth, COMPACT=compact, BLOCK=LOSSES)
+
+
+def _node_losses_forward_triton(sdf: Tensor, spacing: list[float], compact: bool) -> Tensor:
+    blocks = triton.cdiv(sdf[0].numel(), LOSSES) if sdf.numel() else 0
+    partial = sdf.new_empty(2, sdf.shape[0] * blocks, dtype=torch.float32)
+    launch(
+        _node_losses_forward,
+        (blocks, sdf.shape[0]),
+        sdf.contiguous(),
+        partial,
+        *_halves(spacing),
+        warps=WARPS,
+        **_losses_constants(sdf, compact),
+    )
+    return partial.sum(1)
+
+
+def _node_losses_backward_triton(
+    grad: Tensor, sdf: Tensor, spacing: list[float], compact: bool
+) -> Tensor:
+    out = sdf.new_empty(sdf.shape, dtype=torch.float32)
+    blocks = triton.cdiv(sdf[0].numel(), LOSSES) if sdf.numel() else 0
+    launch(
+        _node_losses_backward,
+        (blocks, sdf.shape[0]),
+        grad.contiguous(),
+        sdf.contiguous(),
+        out,
+        *_halves(spacing),
+        warps=WARPS,
+        **_losses_constants(sdf, compact),
+    )
+    return out
+
+
+@torch.library.custom_op("selfocc::node_losses", mutates_args=())
+def _node_losses_op(sdf: Tensor, spacing: list[float], compact: bool) -> Tensor:
+    return _node_losses_forward_triton(sdf, spacing, compact)
+
+
+@_node_losses_op.register_fake
+def _(sdf, spacing, compact):
+    return sdf.new_empty(2, dtype=torch.float32)
+
+
+@torch.library.custom_op("selfocc::node_losses_gradient", mutates_args=())
+def _node_losses_gradient_op(
+    grad: Tensor, sdf: Tensor, spacing: list[float], compact: bool
+) -> Tensor:
+    return _node_losses_backward_triton(grad, sdf, spacing, compact)
+
+
+@_node_losses_gradient_op.register_fake
+def _(grad, sdf, spacing, compact):
+    return sdf.new_empty(sdf.shape, dtype=torch.float32)
+
+
+def _node_losses_setup(ctx, inputs, output):
+    sdf, ctx.spacing, ctx.compact = inputs
+    ctx.save_for_backward(sdf)
+
+
+def _node_losses_autograd(ctx, grad):
+    (sdf,) = ctx.saved_tensors
+    out = _node_losses_gradient_op(grad, sdf, ctx.spacing, ctx.compact)
+    return out.to(sdf.dtype), None, None
+
+
+_node_losses_op.register_autograd(_node_losses_autograd, setup_context=_node_losses_setup)
+
+
+# -----------------------------------------------------------------------------------------------
+
+
+def node_losses(sdf: Tensor, spacing: Spacing, compact: bool) -> tuple[Tensor, Tensor]:
+    """Eikonal and Hessian terms of all nodes.
+
+    Args: sdf [B, H, W, Z], two nodes or more an axis, of any strides; spacing and `compact` as in
+    `node_second_differences`. Half precision is read as float32, and so are results.
+    Returns, both 0-d, the sum of (|gradient| - 1)^2 and the mean absolute second difference.
+    Raises ValueError naming the argument at fault.
+    """
+    if sdf.ndim != 4 or min(sdf.shape[1:]) < 2:
+        raise ValueError(f"sdf must be [B, H, W, Z], two nodes or more an axis, got {[*sdf.shape]}")
+    if use_triton(sdf):
+        eikonal, hessian = _node_losses_op(sdf, list(spacing), compact).unbind()
+        return eikonal, hessian / max(1, 9 * sdf.numel())
+    sdf = sdf.float() if sdf.dtype in (torch.float16, torch.bfloat16) else sdf
     return _NodeLosses.apply(sdf, spacing, compact)

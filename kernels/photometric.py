@@ -1,44 +1,38 @@
-"""Photometric error: SSIM + L1, and the error of all depth proposals of a ray (spec section 11).
+"""Photometric error of all depth proposals of a ray (spec section 11).
 
 For source k and a ray through pixel (u, v) with proposals t_s (z-depth) of weight w_s:
 
     (x, y)_s = projection of (u t_s, v t_s, t_s, 1)
     valid_s  = in front of the source and inside its image
     c_s      = source colour at (x, y)_s, bilinear
-    w^_s     = w_s valid_s / max(sum w valid, eps)
-    l1       = sum_s w^_s mean_channels |target - c_s|    (not the difference of the expectation)
-    color    = sum_s w^_s c_s
+    d_s      = mean_channels robust(target - c_s)         (`similarity.robust`: |.|)
+    W        = max(sum w valid, eps)
+    l1       = sum_s w_s valid_s d_s / W                  (not the difference of the expectation)
+    color    = sum_s w_s valid_s c_s / W
 
-The combined form first averages differences and colours of a proposal over the sources that see it.
-Only the weights are differentiable, so colours and differences are constants and what autograd sees
-is one product of weights with them.
+The combined form first averages d and c of a proposal over the sources that see it, and valid_s is
+whether one does. Only the weights are differentiable:
+
+    d out / d w_s = valid_s (out_s - out) / W,  out_s = d_s or c_s; without "- out" where W is eps
+
+The Triton kernels give a ray to one warp. Its proposals project to an epipolar line, so that the
+lanes read neighbouring pixels; no colour is written. Backward is a gather that reads them again.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 1 << 20  # proposals whose corners are looked up at once
+from kernels.dispatch import launch, tl, triton, use_triton
+from kernels.similarity import at_least_float32, robust, robust_cost
 
+CHUNK = 1 << 20  # proposals whose corners the reference looks up at once
 
-def ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Structural dissimilarity clamp((1 - SSIM) / 2, 0, 1), 3 x 3 windows, reflected borders.
-
-    Args: x, y [..., C, h, w] in [0, 1]. Returns [..., C, h, w] (Monodepth2; C1 = 1e-4, C2 = 9e-4).
-    """
-    stack = torch.stack([x, y, x * x, y * y, x * y]).flatten(0, -4)
-    means = F.avg_pool2d(F.pad(stack, (1, 1, 1, 1), mode="reflect"), 3, 1)
-    mean_x, mean_y, square_x, square_y, product = means.unflatten(0, (5, *x.shape[:-3])).unbind(0)
-    variances = (square_x - mean_x.square()) + (square_y - mean_y.square())
-    covariance = product - mean_x * mean_y
-    numerator = (2 * mean_x * mean_y + 1e-4) * (2 * covariance + 9e-4)
-    denominator = (mean_x.square() + mean_y.square() + 1e-4) * (variances + 9e-4)
-    return ((1 - numerator / denominator) / 2).clamp(0, 1)
-
-
-def ssim_l1(prediction: Tensor, target: Tensor) -> Tensor:
-    """0.85 SSIM + 0.15 L1, averaged over channels: images [..., 3, h, w] -> error [..., h, w]."""
-    return 0.85 * ssim(prediction, target).mean(-3) + 0.15 * (prediction - target).abs().mean(-3)
+# Proposals a program takes at once, for all sources: one a lane of its only warp, hence no barriers
+# and no exchange between lanes before the last sums. Compiled for cuda 90 with two sources: 72 to
+# 80 registers, 128 instructions a proposal and source, of which 12 are loads. 64 or 128 proposals
+# take as many or more (shuffles between layouts) and up to 221 registers.
+PROPOSALS, WARPS = 64 if torch.version.hip else 32, 1
 
 
 def sample_image(images: Tensor, pixels: Tensor, published_pixels: bool = False) -> Tensor:
@@ -55,18 +49,20 @@ def sample_image(images: Tensor, pixels: Tensor, published_pixels: bool = False)
     return colors[:, :, 0].transpose(1, 2)
 
 
-def epipolar_photometric(
+# -----------------------------------------------------------------------------------------------
+# Reference
+
+
+def _reference(
     weights: Tensor,
     depths: Tensor,
     pixels: Tensor,
     target: Tensor,
     sources: Tensor,
     projections: Tensor,
-    *,
-    combine: bool = False,
-    published_pixels: bool = False,
+    combine: bool,
+    published_pixels: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `kernels.epipolar_photometric`."""
     colors, differences = _proposals(depths, pixels, target, sources, projections, published_pixels)
     if combine:
         count = colors[..., 3:].sum(1, keepdim=True).clamp_min_(1.0)
@@ -116,7 +112,7 @@ def _proposals(
             x, y = x.mul_((width - 1) / width), y.mul_((height - 1) / height)
         color = _bilinear(table, x, y, valid, image, (height, width))
         colors[:, :, :, part] = color
-        error = (target[:, None, :, part, None] - color[..., :3]).abs_()
+        error = robust(target[:, None, :, part, None] - color[..., :3])
         differences[:, :, :, part] = error.mean(-1).mul_(valid)
     return colors, differences
 
@@ -141,3 +137,541 @@ def _bilinear(
     corners = torch.tensor([0, 1, width, width + 1], dtype=torch.int32, device=pixel.device)
     out = F.embedding_bag(pixel[:, None] + corners, table, per_sample_weights=weights, mode="sum")
     return out.view(*valid.shape, 4)
+
+
+# -----------------------------------------------------------------------------------------------
+# Where a proposal is seen, and what is seen there: [SOURCES, BLOCK]
+
+
+@triton.jit
+def project(pixel, projection, known):
+    """The line of proposals of a ray in its sources, (slope_x, y, z, start_x, y, z) [SOURCES, 1].
+
+    A proposal at depth t is at slope t + start, homogeneous. pixel: pointer to (u, v); projection:
+    pointers [SOURCES, 1] to matrices, multiplied in their own precision. Zero where not `known`.
+    """
+    u, v = tl.load(pixel), tl.load(pixel + 1)
+    out = ()
+    for axis in tl.static_range(3):
+        row = projection + 4 * axis
+        slope = tl.load(row, known, other=0.0) * u + tl.load(row + 1, known, other=0.0) * v
+        out += ((slope + tl.load(row + 2, known, other=0.0)).to(tl.float32),)
+    for axis in tl.static_range(3):
+        out += (tl.load(projection + 4 * axis + 3, known, other=0.0).to(tl.float32),)
+    return out
+
+
+@triton.jit
+def seen_at(line, t, height, width):
+    """Pixels x, y of proposals at depths t in the sources, and whether these see them."""
+    slope_x, slope_y, slope_z, start_x, start_y, start_z = line
+    z = slope_z * t + start_z
+    front = tl.maximum(z, 1e-5)
+    x, y = (slope_x * t + start_x) / front, (slope_y * t + start_y) / front
+    return x, y, (z > 0) & (x > 0) & (x < width) & (y > 0) & (y < height)
+
+
+@triton.jit
+def read_colors(image, strides, x, y, seen, height, width, scale_x, scale_y):
+    """Red, green and blue at pixels (x scale_x, y scale_y), bilinear, zero where not seen.
+
+    image: pointers [SOURCES, 1]; strides of a channel, a row and a column.
+    """
+    channel_stride, row_stride, column_stride = strides
+    x = tl.where(seen, tl.minimum(x * scale_x, width - 1), 0.0)
+    y = tl.where(seen, tl.minimum(y * scale_y, height - 1), 0.0)
+    left, top = tl.minimum(x.to(tl.int32), width - 2), tl.minimum(y.to(tl.int32), height - 2)
+    x, y = x - left, y - top
+    corner = image + (top * row_stride + left * column_stride)
+    out = ()
+    for _ in tl.static_range(3):
+        a = tl.load(corner, seen, other=0.0).to(tl.float32)
+        b = tl.load(corner + column_stride, seen, other=0.0).to(tl.float32)
+        c = tl.load(corner + row_stride, seen, other=0.0).to(tl.float32)
+        d = tl.load(corner + (row_stride + column_stride), seen, other=0.0).to(tl.float32)
+        above, below = a + x * (b - a), c + x * (d - c)
+        out += (above + y * (below - above),)
+        corner += channel_stride
+    return out
+
+
+@triton.jit
+def compared_proposals(line, image, strides, t, inside, target, size, scale, COMBINE: tl.constexpr):
+    """Difference, red, green, blue and visibility (1 or 0) of proposals [SOURCES or 1, BLOCK].
+
+    t: depths [1, BLOCK], those `inside`; target: the three colours of the ray.
+    """
+    height, width = size
+    x, y, seen = seen_at(line, t, height, width)
+    seen &= inside
+    colors = read_colors(image, strides, x, y, seen, height, width, scale[0], scale[1])
+    difference = robust_cost(target[0] - colors[0]) + robust_cost(target[1] - colors[1])
+    difference = (difference + robust_cost(target[2] - colors[2])) / 3
+    difference = tl.where(seen, difference, 0.0)
+    seen = seen.to(tl.float32)
+    red, green, blue = colors
+    if COMBINE:
+        count = tl.sum(seen, 0, keep_dims=True)
+        share = 1 / tl.maximum(count, 1)
+        difference = tl.sum(difference, 0, keep_dims=True) * share
+        red = tl.sum(red, 0, keep_dims=True) * share
+        green = tl.sum(green, 0, keep_dims=True) * share
+        blue = tl.sum(blue, 0, keep_dims=True) * share
+        seen = tl.minimum(count, 1)
+    return difference, red, green, blue, seen
+
+
+@triton.jit
+def at_least_epsilon(total):
+    """What the sum of weights becomes before anything is divided by it."""
+    return tl.maximum(total, 1.1920928955078125e-07)  # finfo(float32).eps
+
+
+@triton.jit
+def result_gradient(grad_l1, grad_color, l1, color, total, results, answers):
+    """Gradients of the weighted sums of difference, red, green and blue, and minus that of the
+    weights' own sum [SOURCES or 1, 1], given those of the results.
+    """
+    weight = tl.load(total + results, answers, other=1.0)
+    scale = 1 / at_least_epsilon(weight)
+    by_l1 = tl.load(grad_l1 + results, answers, other=0.0).to(tl.float32) * scale
+    offset = by_l1 * tl.load(l1 + results, answers, other=0.0)
+    out = (by_l1,)
+    for channel in tl.static_range(3):
+        at = 3 * results + channel
+        by_color = tl.load(grad_color + at, answers, other=0.0).to(tl.float32) * scale
+        offset += by_color * tl.load(color + at, answers, other=0.0)
+        out += (by_color,)
+    return out + (tl.where(weight < at_least_epsilon(weight), 0.0, offset),)  # noqa: RUF005
+
+
+@triton.jit
+def ray_in_sources(
+    pixels,
+    target,
+    images,
+    projections,
+    place,
+    counts,
+    target_strides,
+    image_strides,
+    COMBINE: tl.constexpr,
+    SOURCES: tl.constexpr,
+):
+    """What a program needs of its ray: which of [SOURCES, 1] are `known`, its `line` in them, their
+    images, its target colour, and where its results lie [SOURCES or 1, 1], those that are stored.
+
+    place: item, camera, ray; counts: cameras, rays, sources; strides: of batch, camera, ray and
+    channel, and of batch, source and camera.
+    """
+    item, camera, ray = place
+    cameras, rays, sources = counts
+    source = tl.arange(0, SOURCES)[:, None]
+    known = source < sources
+    view = (item * sources + source) * cameras + camera
+    line = project(pixels + 2 * ray, projections + 16 * view, known)
+    image = images + item * image_strides[0] + camera.to(tl.int64) * image_strides[2]
+    image += source.to(tl.int64) * image_strides[1]
+    target += item * target_strides[0] + camera * target_strides[1] + ray * target_strides[2]
+    goal = (
+        tl.load(target).to(tl.float32),
+        tl.load(target + target_strides[3]).to(tl.float32),
+        tl.load(target + 2 * target_strides[3]).to(tl.float32),
+    )
+    answers = known
+    if COMBINE:
+        view = tl.zeros([1, 1], tl.int64) + item * cameras + camera
+        answers = view >= 0
+    return known, line, image, goal, view * rays + ray, answers
+
+
+# -----------------------------------------------------------------------------------------------
+# Kernels
+
+
+@triton.jit
+def _epipolar_forward(
+    weights,
+    depths,
+    pixels,
+    target,
+    images,
+    projections,
+    l1,
+    color,
+    valid,
+    total,
+    samples,
+    sources,
+    height,
+    width,
+    target_batch,
+    target_camera,
+    target_ray,
+    target_channel,
+    image_batch,
+    image_source,
+    image_camera,
+    channel_stride,
+    row_stride,
+    column_stride,
+    scale_x,
+    scale_y,
+    COMBINE: tl.constexpr,
+    SOURCES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """weights, depths [B, N, R, S] -> l1, color, valid, total (sum w valid) [B, K or 1, N, R]."""
+    ray, rays = tl.program_id(0), tl.num_programs(0)
+    camera, cameras = tl.program_id(1), tl.num_programs(1)
+    item = tl.program_id(2).to(tl.int64)
+    known, line, image, goal, results, answers = ray_in_sources(
+        pixels,
+        target,
+        images,
+        projections,
+        (item, camera, ray),
+        (cameras, rays, sources),
+        (target_batch, target_camera, target_ray, target_channel),
+        (image_batch, image_source, image_camera),
+        COMBINE,
+        SOURCES,
+    )
+    first = ((item * cameras + camera) * rays + ray) * samples
+    zero = tl.zeros([1 if COMBINE else SOURCES, BLOCK], tl.float32)
+    sum_l1, sum_red, sum_green, sum_blue, sum_weight, ever = zero, zero, zero, zero, zero, zero
+    for start in range(0, samples, BLOCK):
+        sample = start + tl.arange(0, BLOCK)[None, :]
+        inside = sample < samples
+        t = tl.load(depths + first + sample, inside, other=0.0).to(tl.float32)
+        weight = tl.load(weights + first + sample, inside, other=0.0).to(tl.float32)
+        difference, red, green, blue, seen = compared_proposals(
+            line,
+            image,
+            (channel_stride, row_stride, column_stride),
+            t,
+            inside & known,
+            goal,
+            (height, width),
+            (scale_x, scale_y),
+            COMBINE,
+        )
+        sum_l1 += weight * difference
+        sum_red += weight * red
+        sum_green += weight * green
+        sum_blue += weight * blue
+        sum_weight += weight * seen
+        ever = tl.maximum(ever, seen)
+
+    all_weight = tl.sum(sum_weight, 1, keep_dims=True)
+    scale = 1 / at_least_epsilon(all_weight)
+    tl.store(total + results, all_weight, answers)
+    tl.store(valid + results, tl.max(ever, 1, keep_dims=True) > 0, answers)
+    tl.store(l1 + results, tl.sum(sum_l1, 1, keep_dims=True) * scale, answers)
+    tl.store(color + 3 * results, tl.sum(sum_red, 1, keep_dims=True) * scale, answers)
+    tl.store(color + 3 * results + 1, tl.sum(sum_green, 1, keep_dims=True) * scale, answers)
+    tl.store(color + 3 * results + 2, tl.sum(sum_blue, 1, keep_dims=True) * scale, answers)
+
+
+@triton.jit
+def _epipolar_backward(
+    grad_l1,
+    grad_color,
+    l1,
+    color,
+    total,
+    depths,
+    pixels,
+    target,
+    images,
+    projections,
+    grad_weights,
+    samples,
+    sources,
+    height,
+    width,
+    target_batch,
+    target_camera,
+    target_ray,
+    target_channel,
+    image_batch,
+    image_source,
+    image_camera,
+    channel_stride,
+    row_stride,
+    column_stride,
+    scale_x,
+    scale_y,
+    COMBINE: tl.constexpr,
+    SOURCES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gradients of l1 and color [B, K or 1, N, R] -> grad_weights [B, N, R, S]."""
+    ray, rays = tl.program_id(0), tl.num_programs(0)
+    camera, cameras = tl.program_id(1), tl.num_programs(1)
+    item = tl.program_id(2).to(tl.int64)
+    known, line, image, goal, results, answers = ray_in_sources(
+        pixels,
+        target,
+        images,
+        projections,
+        (item, camera, ray),
+        (cameras, rays, sources),
+        (target_batch, target_camera, target_ray, target_channel),
+        (image_batch, image_source, image_camera),
+        COMBINE,
+        SOURCES,
+    )
+    by_l1, by_red, by_green, by_blue, offset = result_gradient(
+        grad_l1, grad_color, l1, color, total, results, answers
+    )
+    first = ((item * cameras + camera) * rays + ray) * samples
+    for start in range(0, samples, BLOCK):
+        sample = start + tl.arange(0, BLOCK)[None, :]
+        inside = sample < samples
+        t = tl.load(depths + first + sample, inside, other=0.0).to(tl.float32)
+        difference, red, green, blue, seen = compared_proposals(
+            line,
+            image,
+            (channel_stride, row_stride, column_stride),
+            t,
+            inside & known,
+            goal,
+            (height, width),
+            (scale_x, scale_y),
+            COMBINE,
+        )
+        slope = by_l1 * difference + by_red * red + by_green * green + by_blue * blue
+        slope = tl.sum(slope - offset * seen, 0, keep_dims=True)
+        tl.store(grad_weights + first + sample, slope, inside)
+
+
+def _common(target: Tensor, sources: Tensor, combine: bool, published_pixels: bool):
+    """What both kernels are told of target and sources: arguments, and constants."""
+    _, count, _, _, height, width = sources.shape
+    scales = ((width - 1) / width, (height - 1) / height) if published_pixels else (1.0, 1.0)
+    arguments = (count, height, width, *target.stride(), *sources.stride(), *scales)
+    constants = dict(COMBINE=combine, SOURCES=triton.next_power_of_2(count), BLOCK=PROPOSALS)
+    return arguments, constants
+
+
+def _epipolar_forward_triton(
+    weights: Tensor,
+    depths: Tensor,
+    pixels: Tensor,
+    target: Tensor,
+    sources: Tensor,
+    projections: Tensor,
+    combine: bool,
+    published_pixels: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, cameras, rays, samples = weights.shape
+    count = 1 if combine else sources.shape[1]
+    l1 = weights.new_empty(batch, count, cameras, rays, dtype=torch.float32)
+    color = l1.new_empty(*l1.shape, 3)
+    valid, total = torch.empty_like(l1, dtype=torch.bool), torch.empty_like(l1)
+    arguments, constants = _common(target, sources, combine, published_pixels)
+    launch(
+        _epipolar_forward,
+        (rays, cameras, batch),
+        weights.contiguous(),
+        depths.contiguous(),
+        pixels.contiguous(),
+        target,
+        sources,
+        projections.contiguous(),
+        l1,
+        color,
+        valid,
+        total,
+        samples,
+        *arguments,
+        warps=WARPS,
+        **constants,
+    )
+    return l1, color, valid, total
+
+
+def _epipolar_backward_triton(
+    grad_l1: Tensor,
+    grad_color: Tensor,
+    l1: Tensor,
+    color: Tensor,
+    total: Tensor,
+    depths: Tensor,
+    pixels: Tensor,
+    target: Tensor,
+    sources: Tensor,
+    projections: Tensor,
+    combine: bool,
+    published_pixels: bool,
+) -> Tensor:
+    batch, cameras, rays, samples = depths.shape
+    grad_weights = depths.new_empty(depths.shape, dtype=torch.float32)
+    arguments, constants = _common(target, sources, combine, published_pixels)
+    launch(
+        _epipolar_backward,
+        (rays, cameras, batch),
+        grad_l1.contiguous(),
+        grad_color.contiguous(),
+        l1,
+        color,
+        total,
+        depths.contiguous(),
+        pixels.contiguous(),
+        target,
+        sources,
+        projections.contiguous(),
+        grad_weights,
+        samples,
+        *arguments,
+        warps=WARPS,
+        **constants,
+    )
+    return grad_weights
+
+
+@torch.library.custom_op("selfocc::epipolar_photometric", mutates_args=())
+def _epipolar_op(
+    weights: Tensor,
+    depths: Tensor,
+    pixels: Tensor,
+    target: Tensor,
+    sources: Tensor,
+    projections: Tensor,
+    combine: bool,
+    published_pixels: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _epipolar_forward_triton(
+        weights, depths, pixels, target, sources, projections, combine, published_pixels
+    )
+
+
+@_epipolar_op.register_fake
+def _(weights, depths, pixels, target, sources, projections, combine, published_pixels):
+    batch, cameras, rays, _ = weights.shape
+    count = 1 if combine else sources.shape[1]
+    l1 = weights.new_empty(batch, count, cameras, rays, dtype=torch.float32)
+    color = l1.new_empty(*l1.shape, 3)
+    return l1, color, torch.empty_like(l1, dtype=torch.bool), torch.empty_like(l1)
+
+
+@torch.library.custom_op("selfocc::epipolar_photometric_gradient", mutates_args=())
+def _epipolar_gradient_op(
+    grad_l1: Tensor,
+    grad_color: Tensor,
+    l1: Tensor,
+    color: Tensor,
+    total: Tensor,
+    depths: Tensor,
+    pixels: Tensor,
+    target: Tensor,
+    sources: Tensor,
+    projections: Tensor,
+    combine: bool,
+    published_pixels: bool,
+) -> Tensor:
+    return _epipolar_backward_triton(
+        grad_l1,
+        grad_color,
+        l1,
+        color,
+        total,
+        depths,
+        pixels,
+        target,
+        sources,
+        projections,
+        combine,
+        published_pixels,
+    )
+
+
+@_epipolar_gradient_op.register_fake
+def _(grad_l1, grad_color, l1, color, total, depths, *_):
+    return depths.new_empty(depths.shape, dtype=torch.float32)
+
+
+def _epipolar_setup(ctx, inputs, output):
+    weights, *seen, ctx.combine, ctx.published_pixels = inputs
+    l1, color, valid, total = output
+    ctx.dtype = weights.dtype
+    ctx.mark_non_differentiable(valid, total)
+    ctx.save_for_backward(l1, color, total, *seen)
+
+
+def _epipolar_autograd(ctx, grad_l1, grad_color, *_):
+    saved = ctx.saved_tensors
+    options = ctx.combine, ctx.published_pixels
+    by_weights = _epipolar_gradient_op(grad_l1, grad_color, *saved, *options)
+    return by_weights.to(ctx.dtype), *[None] * 7
+
+
+_epipolar_op.register_autograd(_epipolar_autograd, setup_context=_epipolar_setup)
+
+
+# -----------------------------------------------------------------------------------------------
+
+
+def epipolar_photometric(
+    weights: Tensor,
+    depths: Tensor,
+    pixels: Tensor,
+    target: Tensor,
+    sources: Tensor,
+    projections: Tensor,
+    *,
+    combine: bool = False,
+    published_pixels: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Photometric difference over all depth proposals of rays (spec section 11).
+
+    Differentiable in the weights only. Half precision is read as float32, and so are results.
+
+    Args:
+        weights: [B, N, R, S] of the proposals.
+        depths: [B, N, R, S] their z-depths in metres.
+        pixels: [R, 2] (u, v) of the rays in the target images.
+        target: [B, N, R, 3] target colours there.
+        sources: [B, K, N, 3, h, w] images of K >= 1 other time stamps, of any strides; two pixels
+            or more along each axis.
+        projections: [B, K, N, 4, 4], target (u d, v d, d, 1) to source (u d, v d, d, 1).
+        combine: average over the sources proposal by proposal instead of returning one result a
+            source.
+        published_pixels: read pixel u at index u (w - 1) / w, as the published code does.
+
+    Returns, with one entry in place of K if `combine`: expected absolute difference [B, K, N, R],
+    composited source colour [B, K, N, R, 3], and whether any proposal projects into the image [B,
+    K, N, R].
+    Raises ValueError naming the argument at fault.
+    """
+    if weights.ndim != 4:
+        raise ValueError(f"weights must be [B, N, R, S], got {[*weights.shape]}")
+    check_views(weights.shape, depths, pixels, target, sources, projections)
+    tensors = [weights, depths, pixels, target, sources]
+    if all(map(use_triton, tensors)):
+        return _epipolar_op(*tensors, projections, combine, published_pixels)[:3]
+    tensors = map(at_least_float32, tensors)
+    return _reference(*tensors, at_least_float32(projections), combine, published_pixels)
+
+
+def check_views(shape, depths, pixels, target, sources, projections):
+    """Raises ValueError unless all belong to the same proposals of shape [B, N, R, S]."""
+    batch, cameras, rays, _ = shape
+    if sources.ndim != 6 or sources.shape[1] < 1 or min(sources.shape[-2:]) < 2:
+        raise ValueError(
+            f"sources must be [B, K, N, 3, h, w], one K and two pixels or more, got "
+            f"{[*sources.shape]}"
+        )
+    count = sources.shape[1]
+    expected = {
+        "pixels": (pixels, (rays, 2)),
+        "target": (target, (batch, cameras, rays, 3)),
+        "sources": (sources, (batch, count, cameras, 3, *sources.shape[-2:])),
+        "projections": (projections, (batch, count, cameras, 4, 4)),
+    }
+    if depths is not None:
+        expected["depths"] = (depths, shape)
+    for name, (tensor, wanted) in expected.items():
+        if tensor.shape != wanted:
+            raise ValueError(f"{name} must be {[*wanted]}, got {[*tensor.shape]}")

@@ -134,15 +134,16 @@ def photometric_error(
         combine=combine,
         published_pixels=published_pixels,
     )
-    goal = ray_grid(target, rays)[:, None]
-    similarity = kernels.ssim(
-        ray_grid(color, rays), goal.expand(-1, color.shape[1], -1, -1, -1, -1)
+    # the published combined form has no override of unseen rays without masking
+    return kernels.least_photometric(
+        color,
+        l1,
+        target,
+        rays,
+        valid=valid if automask or not combine else None,
+        identity=ray_colors(sources, pixels, published_pixels) if automask else None,
+        unseen=UNSEEN,
     )
-    error = 0.85 * similarity.mean(-3).flatten(-2) + 0.15 * l1
-    if automask or not combine:  # the published combined form has no such override without masking
-        error = torch.where(valid, error, UNSEEN)
-    identity = ray_colors(sources, pixels, published_pixels) if automask else None
-    return least_error(error, identity, target, rays)
 
 
 def reprojection_error(

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from kernels import compositing
+from kernels import alpha as alphas
+from kernels import rays_reference
 from selfocc.geometry import node_spacing, pixel_rays, ray_box
 from tests import goldens
 from tests.test_field import CASES, golden_decoder, recorded
@@ -48,7 +49,7 @@ def naive(
     sdf, gradient = values[:, 0], values[:, -3:].movedim(1, -1)
     cosine = (gradient * directions[..., None, :]).sum(-1)
     delta, mid = t[..., 1:] - t[..., :-1], (t[..., 1:] + t[..., :-1]) / 2
-    opacity = compositing.ALPHAS[alpha](sdf, cosine, delta, inv_s, anneal)
+    opacity = kernels.ALPHAS[alpha](sdf, cosine, delta, inv_s, anneal)
     through = torch.cumprod(
         torch.cat([torch.ones_like(opacity[..., :1]), 1 - opacity + 1e-4], -1), -1
     )[..., :-1]
@@ -163,7 +164,7 @@ def test_chunks_change_nothing(monkeypatch):
 
     whole = render()
     grads = torch.autograd.grad(sum(x.sum() for x in whole), (volume, inv_s))
-    monkeypatch.setattr(compositing, "CHUNK", 25)
+    monkeypatch.setattr(rays_reference, "CHUNK", 25)
     parts = render()
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b)
@@ -227,14 +228,6 @@ def test_bad_input_names_the_argument():
         kernels.render_rays(volume[..., :1], *rays, inv_s, box=BOX, samples=8)
 
 
-def test_backend(monkeypatch):
-    assert kernels.backend() == kernels.backend("torch") == kernels.backend("auto") == "torch"
-    with pytest.raises(RuntimeError, match="Triton"):
-        kernels.backend("triton")
-    with pytest.raises(ValueError, match="cuda"):
-        kernels.backend("cuda")
-
-
 @pytest.mark.parametrize("compact", [False, True])
 def test_node_differences(compact):
     torch.manual_seed(0)
@@ -292,7 +285,7 @@ def test_alpha_and_compositing_are_the_published_ones_in_float64(case):
     starts, ends, sdf = (g[name][..., 0] for name in ("starts", "ends", "field.sdf"))
     gradients = g["field.gradient"][: sdf.numel()].view(*sdf.shape, 3)
     cosine = (gradients * g["out.direction"][:, None]).sum(-1)
-    alpha = compositing.neus_alpha(
+    alpha = alphas.neus_alpha(
         sdf, cosine, ends - starts, inv_s_of(case), float(g["cos_anneal_ratio"])
     )
     torch.testing.assert_close(alpha, g["field.alpha"][..., 0], rtol=0, atol=1e-13)

@@ -77,26 +77,31 @@ PAIRS = torch.tensor(
 @pytest.mark.parametrize("pairs, maps", [(None, None), (PAIRS, 6)], ids=["self", "pairs"])
 def test_matches_grid_sample_with_gradients(pairs, maps):
     value, shapes, reference, offsets, logits, pairs = problem(pairs=pairs, maps=maps)
-    leaves = [t.requires_grad_() for t in (value, offsets, logits)]
+    leaves = [t.requires_grad_() for t in (value, reference, offsets, logits)]
     ours = deformable_sampling(value, shapes, reference, offsets, logits, pairs)
     theirs = expected(value, shapes, reference, offsets, logits, pairs)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     upstream = torch.randn(ours.shape, dtype=ours.dtype, generator=torch.Generator().manual_seed(1))
     gradients = [torch.autograd.grad(out, leaves, upstream) for out in (ours, theirs)]
-    for name, a, b in zip(("value", "offsets", "logits"), *gradients, strict=True):
+    names = ("value", "reference_points", "offsets", "logits")
+    for name, a, b in zip(names, *gradients, strict=True):
         torch.testing.assert_close(
-            a, b, rtol=0, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
+            a, b, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
         )
 
 
-@pytest.mark.parametrize("pairs, maps", [(None, None), (PAIRS[:5], 3)], ids=["self", "pairs"])
-def test_gradcheck(pairs, maps):
+@pytest.mark.parametrize(
+    "batch, pairs, maps",
+    [(1, None, None), (2, None, None), (1, PAIRS[:5], 3)],
+    ids=["self", "shared references", "pairs"],
+)
+def test_gradcheck(batch, pairs, maps):
     value, shapes, reference, offsets, logits, pairs = problem(
-        1, 5, 2, 2, 2, pairs, maps, shapes=SHAPES[:2]
+        batch, 5, 2, 2, 2, pairs, maps, shapes=SHAPES[:2]
     )
-    leaves = [t.requires_grad_() for t in (value, offsets, logits)]
+    leaves = [t.requires_grad_() for t in (value, reference, offsets, logits)]
     assert torch.autograd.gradcheck(
-        lambda v, o, a: deformable_sampling(v, shapes, reference, o, a, pairs),
+        lambda v, r, o, a: deformable_sampling(v, shapes, r, o, a, pairs),
         leaves,
         eps=1e-7,
         atol=1e-6,
@@ -105,10 +110,10 @@ def test_gradcheck(pairs, maps):
 
 def test_chunks_of_queries_change_nothing(monkeypatch):
     arguments = problem(pairs=PAIRS, maps=6)
-    leaves = [arguments[i].requires_grad_() for i in (0, 3, 4)]  # value, offsets, logits
+    leaves = [arguments[i].requires_grad_() for i in (0, 2, 3, 4)]  # all but shapes and pairs
     whole = deformable_sampling(*arguments)
     gradients = torch.autograd.grad(whole.square().sum(), leaves)
-    monkeypatch.setattr("kernels.deformable._CHUNK", 30)  # two or three pairs at a time
+    monkeypatch.setattr("kernels.deformable_reference._CHUNK", 30)  # two or three pairs at a time
     parts = deformable_sampling(*arguments)
     torch.testing.assert_close(whole, parts, rtol=0, atol=1e-14)
     for a, b in zip(gradients, torch.autograd.grad(parts.square().sum(), leaves), strict=True):
@@ -147,7 +152,7 @@ def test_low_precision_inputs_are_summed_in_float32(dtype):
 )
 def test_empty(batch, queries, pairs):
     value, shapes, reference, offsets, logits, pairs = problem(batch, queries, pairs=pairs)
-    leaves = [t.requires_grad_() for t in (value, offsets, logits)]
+    leaves = [t.requires_grad_() for t in (value, reference, offsets, logits)]
     out = deformable_sampling(value, shapes, reference, offsets, logits, pairs)
     assert out.shape == (batch, queries, 12)
     assert torch.equal(out, torch.zeros_like(out))

@@ -185,3 +185,49 @@ def test_ssim_l1():
     torch.testing.assert_close(kernels.ssim_l1(x, y), expected)
     torch.testing.assert_close(kernels.ssim_l1(x, y)[1, 2], kernels.ssim_l1(x[1, 2], y[1, 2]))
     assert torch.autograd.gradcheck(kernels.ssim_l1, (x[0, 0].requires_grad_(), y[0, 0]))
+
+
+def test_least_photometric_is_the_least_of_its_parts():
+    torch.manual_seed(0)
+    rays = (3, 4)
+    color, target = torch.rand(2, 2, 1, 12, 3).double(), torch.rand(2, 1, 12, 3).double()
+    l1, identity = torch.rand(2, 2, 1, 12).double(), torch.rand(2, 3, 1, 12, 3).double()
+    valid = torch.rand(2, 2, 1, 12) < 0.6
+
+    def grid(x):
+        return x.unflatten(-2, rays).movedim(-1, -3)
+
+    goal = grid(target)[:, None]
+    similarity = kernels.ssim(grid(color), goal.expand(-1, 2, -1, -1, -1, -1)).mean(-3)
+    error = (0.85 * similarity.flatten(-2) + 0.15 * l1).masked_fill(~valid, 9.0)
+    still = kernels.ssim_l1(grid(identity), goal.expand(-1, 3, -1, -1, -1, -1)).flatten(-2)
+    result = kernels.least_photometric(
+        color, l1, target, rays, valid=valid, identity=identity, unseen=9.0
+    )
+    torch.testing.assert_close(result, torch.cat([error, still], 1).amin(1))
+    alone = kernels.least_photometric(color[:, :1], l1[:, :1], target, rays)
+    torch.testing.assert_close(alone, 0.85 * similarity.flatten(-2)[:, 0] + 0.15 * l1[:, 0])
+    assert torch.autograd.gradcheck(
+        lambda c, e: kernels.least_photometric(
+            c, e, target, rays, valid=valid, identity=identity
+        ).clamp(max=10),
+        (color.requires_grad_(), l1.requires_grad_()),
+    )
+
+
+@pytest.mark.parametrize("name", ["color", "l1", "target", "rays", "valid", "identity"])
+def test_least_photometric_names_bad_input(name):
+    good = dict(color=torch.rand(1, 2, 1, 12, 3), l1=torch.rand(1, 2, 1, 12), rays=(3, 4))
+    good |= dict(target=torch.rand(1, 1, 12, 3), valid=torch.rand(1, 2, 1, 12) > 0)
+    good |= dict(identity=torch.rand(1, 2, 1, 12, 3))
+    bad = (1, 12) if name == "rays" else good[name][..., :0]
+    with pytest.raises(ValueError, match=name):
+        kernels.least_photometric(**dict(good, **{name: bad}))
+
+
+def test_ssim_names_bad_input():
+    x = torch.rand(2, 3, 4, 5)
+    with pytest.raises(ValueError, match="target"):
+        kernels.ssim_l1(x, x[:1])
+    with pytest.raises(ValueError, match="x must be"):
+        kernels.ssim(x[..., :1], x[..., :1])

@@ -1,0 +1,113 @@
+"""Kernels compiled for GPUs that are not there, and what the compiler says about them."""
+
+import itertools
+import multiprocessing
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels.dispatch import Launch, record, triton
+
+TARGETS = {
+    **{f"cuda {arch}": ("cuda", arch, 32) for arch in (75, 80, 86, 89, 90, 100, 120)},
+    **{f"hip {arch}": ("hip", arch, 64) for arch in ("gfx90a", "gfx942")},
+    "hip gfx1100": ("hip", "gfx1100", 32),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one kernel needs on one GPU."""
+
+    registers: int  # a thread
+    spills: int  # bytes a thread in local memory (cuda: stack, hip: scratch)
+    shared: int  # bytes a program
+
+
+def launches_of(call: Callable[[], object]) -> list[Launch]:
+    """What public functions, and backward through them, launch for tensors on device "meta"."""
+    with record() as launches, _OwnCode():
+        call()
+    return launches
+
+
+class _OwnCode(TorchDispatchMode):
+    """Runs the code of our operators where PyTorch would only ask them for shapes."""
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        own = OPDEFS.get(operator._schema.name)
+        function = operator if own is None else own._init_fn
+        return function(*arguments, **(options or {}))
+
+
+def compile_ahead(launch: Launch, target: str) -> Report:
+    """Compile one recorded launch for a GPU named in `TARGETS`; no GPU is needed.
+
+    Pointers are taken to be multiples of 16 bytes, as those of whole tensors are.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = list(launch.signature)
+    places = {(names.index(name),): value for name, value in launch.constants.items()}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
+    source = ASTSource(launch.kernel, launch.signature, constexprs=places, attrs=aligned)
+    options = {"num_warps": launch.warps}
+    if launch.registers and target.startswith("cuda"):
+        options["maxnreg"] = launch.registers
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    shared = compiled.metadata.shared
+    if target.startswith("cuda"):
+        return Report(*_cuda_resources(compiled.asm["cubin"]), shared)
+    return Report(*_hip_resources(compiled.asm["amdgcn"]), shared)
+
+
+_to_compile: list[Launch] = []  # kernels cannot be pickled: forked processes find them here
+
+
+def compile_all(launches: list[Launch], targets: list[str], processes: int) -> list[dict]:
+    """For every launch: target -> `Report`, or the first line of what the compiler complained."""
+    _to_compile[:] = launches
+    tasks = list(itertools.product(range(len(launches)), targets))
+    if processes > 1:
+        fork = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(processes, mp_context=fork) as pool:
+            reports = list(pool.map(_try_to_compile, tasks))
+    else:
+        reports = [_try_to_compile(task) for task in tasks]
+    pieces = (reports[i : i + len(targets)] for i in range(0, len(reports), len(targets)))
+    return [dict(zip(targets, piece, strict=True)) for piece in pieces]
+
+
+def _try_to_compile(task: tuple[int, str]) -> Report | str:
+    number, target = task
+    try:
+        return compile_ahead(_to_compile[number], target)
+    except Exception as error:  # of whatever kind: the other kernels are of interest all the same
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+
+
+def _cuda_resources(cubin: bytes) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (
+        int(re.search(rf"{name}:(\d+)", said)[1]) for name in ("REG", "STACK", "LOCAL")
+    )
+    return registers, stack + local
+
+
+def _hip_resources(assembly: str) -> tuple[int, int]:
+    registers = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])
+    scratch = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)[1])
+    return registers, scratch

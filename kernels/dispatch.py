@@ -1,0 +1,157 @@
+"""Which implementation runs, and one door through which every Triton kernel is launched.
+
+The door can also only write down what would be launched, so that kernels are compiled for GPUs that
+are not there with exactly the types and constants of a real call.
+"""
+
+import contextlib
+import os
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # there are no wheels outside Linux: the reference remains
+    triton = SimpleNamespace(jit=lambda function: function)
+    tl = SimpleNamespace(constexpr=object)
+
+BACKENDS = ("auto", "torch", "triton")
+_TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel: what a compiler needs to know of it."""
+
+    kernel: object  # the function under @triton.jit
+    grid: tuple[int, ...]
+    signature: dict[str, str]  # argument name -> "*fp32", "i32", ..., "constexpr"
+    constants: dict[str, object]
+    warps: int
+    registers: int | None = None  # at most, a thread
+    aligned: tuple[str, ...] = ()  # arguments that are multiples of 16, on which loads rely
+
+
+_chosen = "auto"
+_recorded: list[Launch] | None = None
+
+
+def backend(name: str | None = None) -> str:
+    """Choose how kernels are computed, or only ask; returns the choice.
+
+    "auto" takes Triton for tensors on a GPU and plain PyTorch elsewhere; "torch" and "triton" force
+    one. Raises ValueError for an unknown name and RuntimeError where Triton cannot run: without a
+    GPU it needs TRITON_INTERPRET=1 in the environment before Python starts.
+    """
+    global _chosen
+    if name is None:
+        return _chosen
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if name == "triton" and not (interpreting() or torch.cuda.is_available()):
+        raise RuntimeError(
+            "Triton needs a GPU; TRITON_INTERPRET=1 runs its kernels on the CPU, slowly"
+        )
+    if name == "triton" and not hasattr(triton, "compile"):
+        raise RuntimeError("Triton is not installed; pip install -r requirements.txt")
+    _chosen = name
+    return name
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def use_triton(tensor: Tensor) -> bool:
+    """Whether this call runs in Triton. float64 never does: it is for checking the mathematics."""
+    if tensor.dtype == torch.float64:
+        return False
+    if _recorded is not None and tensor.is_meta:
+        return True
+    if _chosen == "torch":
+        return False
+    if _chosen == "triton":
+        if not (tensor.is_cuda or interpreting()):
+            raise RuntimeError(
+                f"the backend is triton, but the tensors are on {tensor.device}; move them to a "
+                'GPU, set TRITON_INTERPRET=1, or choose backend("auto")'
+            )
+        return True
+    return tensor.is_cuda and hasattr(triton, "compile")
+
+
+def launch(
+    kernel,
+    grid: tuple[int, ...],
+    *arguments,
+    warps: int = 4,
+    registers: int | None = None,
+    **constants,
+) -> None:
+    """Run kernel[grid](*arguments, **constants), the constants being tl.constexpr; on the device of
+    the first tensor. A grid without programs is not launched. Under `record` nothing runs.
+
+    registers: most that a thread may have on NVIDIA's GPUs, for kernels whose own choice spills.
+    """
+    if 0 in grid:
+        return
+    if _recorded is not None:
+        names = [name for name in kernel.arg_names if name not in constants]
+        given = dict(zip(names, arguments, strict=True))
+        # as Triton does at a launch: what is one is a constant
+        ones = {name: 1 for name, x in given.items() if type(x) is int and x == 1}
+        constants = constants | ones
+        types = {n: "constexpr" if n in constants else _type(given[n]) for n in kernel.arg_names}
+        aligned = tuple(
+            name
+            for name, x in given.items()
+            if isinstance(x, Tensor) or (type(x) is int and x % 16 == 0)
+        )
+        _recorded.append(Launch(kernel, grid, types, constants, warps, registers, aligned))
+        return
+    first = next(a for a in arguments if isinstance(a, Tensor))
+    with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
+        limit = {"maxnreg": registers} if registers and not torch.version.hip else {}
+        kernel[grid](*arguments, num_warps=warps, **limit, **constants)
+
+
+@contextlib.contextmanager
+def record():
+    """Launches inside the block are put into the list that it gives, and do not run.
+
+    with record() as launches:
+        forward_triton(*tensors_on_meta)
+    """
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def _type(argument) -> str | tuple:
+    if isinstance(argument, Tensor):
+        return "*" + _TYPES[argument.dtype]
+    if isinstance(argument, tuple):
+        return tuple(_type(x) for x in argument)
+    if isinstance(argument, int):
+        return "i32" if abs(argument) < 2**31 else "i64"
+    return "fp32"
+
+
+backend(os.environ.get("SELFOCC_KERNELS", "auto"))

@@ -1,0 +1,100 @@
+"""Seconds and bytes, on a GPU and on a CPU."""
+
+import gc
+import itertools
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+import torch
+
+import kernels
+
+_FLUSH = 1 << 28  # bytes written before every run: no cache holds what the last run left
+_LONGEST = 10.0  # seconds of runs, after which the median is taken of fewer
+
+
+@contextmanager
+def chosen_backend(name: str) -> Iterator[None]:
+    """Inside, kernels are computed by the backend of this name."""
+    before = kernels.backend()
+    kernels.backend(name)
+    try:
+        yield
+    finally:
+        kernels.backend(before)
+
+
+def gpu_seconds(runs: list[Callable], repeats: int) -> float:
+    """Median over `repeats` runs that take turns, after one of each, by CUDA events."""
+    for run in runs:
+        run()
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    runs[0]()
+    torch.cuda.synchronize()
+    repeats = max(3, min(repeats, int(_LONGEST / (time.perf_counter() - begun))))
+    junk = torch.empty(_FLUSH, dtype=torch.uint8, device="cuda")
+    events = []
+    for run, _ in zip(itertools.cycle(runs), range(repeats), strict=False):
+        junk.zero_()  # also keeps the GPU busy while Python gets ready to launch
+        events.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
+        events[-1][0].record()
+        run()
+        events[-1][1].record()
+    torch.cuda.synchronize()
+    return median(start.elapsed_time(end) for start, end in events) / 1e3
+
+
+def copy_bandwidth(size: int = 1 << 30) -> float:
+    """GB/s read and written by copying `size` bytes on the GPU: what no kernel exceeds by much."""
+    a, b = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
+    return 2 * size / gpu_seconds([lambda: b.copy_(a)], 20) / 1e9
+
+
+def gpu_peak(run: Callable) -> int:
+    """Bytes of GPU memory that a run needs above what is allocated before it."""
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def cpu_seconds(runs: list[Callable], repeats: int) -> float:
+    """Median over `repeats` runs that take turns, after one more."""
+    seconds = []
+    for run, _ in zip(itertools.cycle(runs), range(repeats + 1), strict=False):
+        begun = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - begun)
+    return median(seconds[1:])
+
+
+def reset_cpu_peak() -> int:
+    """Bytes this process holds, from where its peak counts again where Linux allows it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status("VmRSS")
+    except OSError:
+        return cpu_peak()
+
+
+def cpu_peak() -> int:
+    """The most bytes this process held."""
+    try:
+        return _status("VmHWM")
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _status(entry: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(entry))

@@ -1,0 +1,263 @@
+"""The plain-PyTorch reference of `render_rays`, fast on a CPU.
+
+The volume is first laid out as a table with one row a node, [SDF, gradient, colours, logits], so
+that a sample is a weighted sum of eight rows: `embedding_bag`, several times faster on a CPU than
+`grid_sample`. Its transpose, needed backward, is the same operation over the samples sorted by
+cell. Positions get no gradient. Long lists of rays are walked in chunks that backward computes
+again, so that memory holds the samples of one chunk and what the caller keeps.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from kernels.alpha import ALPHAS
+from kernels.composite import EPSILON, Weights
+from kernels.differences import Spacing, axes, difference, difference_adjoint
+
+CHUNK = 1 << 20  # samples worked on at once
+SH0 = 0.28209479177387814  # spherical harmonic of degree 0, from features to colour
+
+Box = tuple[float, float, float, float, float, float]
+
+
+def render_reference(
+    volume: Tensor,
+    origins: Tensor,
+    directions: Tensor,
+    near: Tensor,
+    far: Tensor,
+    inv_s: Tensor,
+    jitter: Tensor | None,
+    *,
+    box: Box,
+    samples: int,
+    anneal: float,
+    alpha: str,
+    classes: int,
+    backdrop: bool,
+    keep_samples: bool,
+    normals: bool,
+    stop_below: float,
+) -> dict[str, Tensor]:
+    """The fields of a `Rendering` by name; arguments as in `kernels.render_rays`."""
+    batch, channels, *nodes = volume.shape
+    colors = channels - 1 - classes
+    table = _NodeTable.apply(volume, node_spacing(box, nodes), colors)
+    march = _March(
+        tuple(nodes),
+        box,
+        samples,
+        anneal,
+        ALPHAS[alpha],
+        (colors, classes),
+        backdrop,
+        keep_samples,
+        normals,
+        stop_below,
+    )
+
+    item = torch.arange(batch, dtype=torch.int32, device=volume.device) * (
+        table.shape[0] // max(1, batch)
+    )
+    item = item[:, None].expand(near.shape)
+    rays = [origins, directions, near, far, item] + ([] if jitter is None else [jitter])
+    rays = [x.detach().flatten(0, 1) for x in rays]
+    count = max(1, CHUNK // samples)
+    pieces = zip(*(x.split(count) for x in rays), strict=True)
+    if near.numel() <= count or not torch.is_grad_enabled():
+        chunks = [march(table, inv_s, *piece) for piece in pieces]
+    else:
+        chunks = [
+            checkpoint(march, table, inv_s, *piece, use_reentrant=False, preserve_rng_state=False)
+            for piece in pieces
+        ]
+    return {
+        name: torch.cat([chunk[name] for chunk in chunks]).unflatten(0, near.shape)
+        for name in chunks[0]
+    }
+
+
+def node_spacing(box: Box, nodes) -> Spacing:
+    """Metres between nodes along x, y and z; nodes [H, W, Z]."""
+    height, width, depth = nodes
+    return tuple((box[a + 3] - box[a]) / (n - 1) for a, n in enumerate((width, height, depth)))
+
+
+@dataclass(frozen=True)
+class _March:
+    """What is the same for all rays of a rendering; called with a chunk of them."""
+
+    nodes: tuple[int, int, int]
+    box: Box
+    samples: int
+    anneal: float
+    alpha: Callable[..., Tensor]
+    widths: tuple[int, int]  # colours, classes
+    backdrop: bool
+    keep_samples: bool
+    normals: bool
+    stop_below: float
+
+    def __call__(
+        self, table, inv_s, origins, directions, near, far, item, jitter=None
+    ) -> dict[str, Tensor]:
+        start, delta, mid = self._intervals(near, far, jitter)
+        cell, fraction = self._cells(origins, directions, start, item)
+        geometry, features = _Interpolate.apply(table, cell, fraction, self.nodes)
+        sdf, *gradient = geometry.unflatten(1, start.shape).unbind(0)
+        color, logits = features.unflatten(0, start.shape).split(self.widths, dim=-1)
+        x, y, z = directions.unsqueeze(-1).unbind(-2)
+        cosine = torch.addcmul(torch.addcmul(gradient[0] * x, gradient[1], y), gradient[2], z)
+        alpha = self.alpha(sdf, cosine, delta, inv_s, self.anneal)
+        if self.backdrop:
+            alpha = torch.cat([alpha[..., :-1], torch.ones_like(alpha[..., :1])], dim=-1)
+        weights, _ = Weights.apply(alpha)
+        if self.stop_below > 0:
+            passed = torch.cumprod((1 - alpha.detach()).add_(EPSILON), dim=-1)
+            reaches = torch.cat([torch.ones_like(passed[:, :1]), passed[:, :-1]], dim=-1)
+            weights = torch.where(reaches > self.stop_below, weights, 0.0)
+
+        color = (weights[:, None] @ F.relu(color))[:, 0]
+        opacity = weights.sum(-1)
+        distance = (weights * mid).sum(-1) / (opacity + 1e-10)
+        out = dict(distance=distance, opacity=opacity, color=color)
+        if self.widths[1]:
+            out["semantics"] = (weights[:, None] @ logits.softmax(-1))[:, 0]
+        if self.normals or self.keep_samples:
+            squares = gradient[0].square() + gradient[1].square() + gradient[2].square()
+            norm = torch.sqrt(squares + torch.finfo(squares.dtype).tiny)  # differentiable at zero
+        if self.normals:
+            unit = torch.stack(gradient, dim=-1) / norm.clamp_min(1e-12)[..., None]
+            out["normal"] = (weights[:, None] @ unit)[:, 0]  # of no particular length
+        if self.keep_samples:
+            out |= dict(weights=weights, mids=mid, deltas=delta, sdf=sdf)
+            out["eikonal"] = (norm - 1).square().sum(-1)
+        return out
+
+    def _intervals(self, near, far, jitter) -> tuple[Tensor, Tensor, Tensor]:
+        """Start, length and middle [R, S] of the intervals; jitter [R] shifts those of a ray."""
+        edges = torch.linspace(0, 1, self.samples + 1, dtype=near.dtype, device=near.device)
+        if jitter is not None:
+            middle = (edges[1:] + edges[:-1]) / 2
+            lower, upper = torch.cat([edges[:1], middle]), torch.cat([middle, edges[-1:]])
+            edges = lower + (upper - lower) * jitter[:, None]
+        t = edges * far[:, None] + (1 - edges) * near[:, None]
+        start, end = t[:, :-1], t[:, 1:]
+        return start, end - start, (start + end) / 2
+
+    def _cells(self, origins, directions, t, item) -> tuple[Tensor, Tensor]:
+        """Table row of the lowest corner of each sample's cell, int32 [M], and the place within
+        the cell [3, M], 0 to 1 along y, x, z.
+        """
+        cell, fraction = item[:, None], torch.empty(3, *t.shape, dtype=t.dtype, device=t.device)
+        height, width, depth = self.nodes
+        for k, (axis, n, stride) in enumerate(
+            ((1, height, width * depth), (0, width, depth), (2, depth, 1))
+        ):
+            scale = (n - 1) / (self.box[axis + 3] - self.box[axis])
+            offset = (origins[:, axis, None] - self.box[axis]) * scale
+            place = torch.addcmul(offset, directions[:, axis, None] * scale, t)
+            # the border beyond the box, and no reading beside the table for an invalid ray
+            place = place.nan_to_num_(0.0).clamp_(0, n - 1)
+            index = place.int().clamp_(max=n - 2)
+            torch.sub(place, index, out=fraction[k])
+            cell = cell + index * stride
+        return cell.flatten(), fraction.flatten(1)
+
+
+class _Interpolate(torch.autograd.Function):
+    """Trilinear interpolation of table [nodes, K] in cells [M] at fractions [3, M] (y, x, z).
+
+    Returns the first four columns as rows [4, M], the layout that arithmetic wants, and the others
+    [M, K - 4].
+    """
+
+    @staticmethod
+    def forward(ctx, table, cell, fraction, nodes):
+        ctx.save_for_backward(cell, fraction)
+        ctx.nodes, ctx.table = nodes, table.shape
+        weights = table.new_empty(cell.shape[0], 8)
+        for k, weight in enumerate(_corner_weights(fraction)):
+            weights[:, k] = weight
+        corners = torch.tensor(_corner_offsets(nodes), dtype=torch.int32, device=table.device)
+        rows = cell[:, None] + corners
+        out = F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
+        return out[:, :4].t().contiguous(), out[:, 4:]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_geometry, grad_features):
+        cell, fraction = ctx.saved_tensors
+        rows, columns = ctx.table
+        grad = grad_geometry.new_empty(cell.shape[0], columns)
+        grad[:, :4] = grad_geometry.t()
+        grad[:, 4:] = grad_features
+
+        cell, order = cell.sort()
+        starts = torch.zeros(rows + 1, dtype=torch.int32, device=cell.device)
+        torch.cumsum(cell.bincount(minlength=rows), 0, dtype=torch.int32, out=starts[1:])
+        order = order.int()
+        fraction = fraction.index_select(1, order)
+        result = grad.new_zeros(rows, columns)
+        options = dict(mode="sum", include_last_offset=True)
+        corners = zip(_corner_offsets(ctx.nodes), _corner_weights(fraction), strict=True)
+        for offset, weight in corners:  # sums over the samples of a cell, for one of its corners
+            part = F.embedding_bag(order, grad, starts, per_sample_weights=weight, **options)
+            result[offset:] += part[: rows - offset]
+        return result, None, None, None
+
+
+def _corner_offsets(nodes) -> list[int]:
+    """Rows from a cell's lowest node to its eight corners; the last axis (z) changes fastest."""
+    _, width, depth = nodes
+    return [y * width * depth + x * depth + z for y in (0, 1) for x in (0, 1) for z in (0, 1)]
+
+
+def _corner_weights(fraction: Tensor):
+    """Trilinear weights [M] of the eight corners, one after the other."""
+    y, x, z = fraction
+    for side in (1 - y, y):
+        right = side * x
+        for edge in (side - right, right):
+            above = edge * z
+            yield edge - above
+            yield above
+
+
+class _NodeTable(torch.autograd.Function):
+    """One row a node, [B * H * W * Z, K]: SDF, its gradient (x, y, z), colours, the other channels.
+
+    Colours are stored as SH0 * feature + 0.5, since an affine map commutes with interpolation.
+    """
+
+    @staticmethod
+    def forward(ctx, volume, spacing, colors):
+        rows = volume.permute(0, 2, 3, 4, 1)
+        ctx.spacing, ctx.colors, ctx.shape = spacing, colors, rows.shape[:-1]
+        table = rows.new_empty(*rows.shape[:-1], rows.shape[-1] + 3)
+        table[..., 0] = rows[..., 0]
+        sdf = rows[..., 0].contiguous()
+        for k, axis in enumerate(axes(spacing)):
+            table[..., 1 + k] = difference(sdf, *axis)
+        table[..., 4:] = rows[..., 1:]
+        table[..., 4 : 4 + colors].mul_(SH0).add_(0.5)
+        return table.flatten(0, 3)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad = grad.unflatten(0, ctx.shape)
+        rows = grad.new_empty(*ctx.shape, grad.shape[-1] - 3)
+        sdf = grad[..., 0].contiguous()
+        for k, axis in enumerate(axes(ctx.spacing)):
+            sdf += difference_adjoint(grad[..., 1 + k].contiguous(), *axis)
+        rows[..., 0] = sdf
+        rows[..., 1:] = grad[..., 4:]
+        rows[..., 1 : 1 + ctx.colors] *= SH0
+        return rows.permute(0, 4, 1, 2, 3), None, None

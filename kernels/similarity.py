@@ -1,0 +1,747 @@
+"""SSIM + L1 of images, and the least of it over sources and standing still (spec section 11).
+
+Over 3 x 3 windows with reflected borders, of every channel: means m, variances v, covariance c,
+
+    ssim   = (2 m_x m_y + C1) (2 c + C2) / ((m_x^2 + m_y^2 + C1) (v_x + v_y + C2))
+    unlike = clamp((1 - ssim) / 2, 0, 1)
+    error  = 0.85 mean_channels unlike + 0.15 mean_channels robust(x - y)
+
+robust is the absolute value: the place to try another one is below. The kernels take one pixel a
+lane. Backward gathers: a pixel is in the windows around its neighbours, twice in some at a border,
+which are computed again; nothing but the images is kept.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.dispatch import launch, tl, triton, use_triton
+
+SSIM_SHARE, L1_SHARE = 0.85, 0.15
+
+# One warp of pixels a program: a grid of rays is small (55 x 190), and its 330 programs are what
+# fills 132 processors. Compiled for cuda 80 to 120: 64 to 80 registers forward, 96 to 130 backward.
+PIXELS, WARPS = 32, 1
+
+
+# -----------------------------------------------------------------------------------------------
+# What a difference of colours costs. This is the place to try another one, three times.
+
+
+def robust(difference: Tensor) -> Tensor:
+    """Cost of a difference; Charbonnier would be sqrt(difference^2 + 1e-6)."""
+    return difference.abs()
+
+
+@triton.jit
+def robust_cost(difference):
+    return tl.abs(difference)
+
+
+@triton.jit
+def robust_slope(difference):
+    """Derivative of `robust_cost`."""
+    return tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))
+
+
+# -----------------------------------------------------------------------------------------------
+# Reference
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """The reference computes in the precision of the kernels, or in float64."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _ssim(x: Tensor, y: Tensor) -> Tensor:
+    stack = torch.stack([x, y, x * x, y * y, x * y]).flatten(0, -4)
+    means = F.avg_pool2d(F.pad(stack, (1, 1, 1, 1), mode="reflect"), 3, 1)
+    mean_x, mean_y, square_x, square_y, product = means.unflatten(0, (5, *x.shape[:-3])).unbind(0)
+    variances = (square_x - mean_x.square()) + (square_y - mean_y.square())
+    covariance = product - mean_x * mean_y
+    numerator = (2 * mean_x * mean_y + 1e-4) * (2 * covariance + 9e-4)
+    denominator = (mean_x.square() + mean_y.square() + 1e-4) * (variances + 9e-4)
+    return ((1 - numerator / denominator) / 2).clamp(0, 1)
+
+
+def _ssim_l1(prediction: Tensor, target: Tensor) -> Tensor:
+    l1 = robust(prediction - target).mean(-3)
+    return SSIM_SHARE * _ssim(prediction, target).mean(-3) + L1_SHARE * l1
+
+
+def _least(
+    color: Tensor,
+    l1: Tensor,
+    target: Tensor,
+    rays: tuple[int, int],
+    valid: Tensor | None,
+    identity: Tensor | None,
+    unseen: float,
+) -> Tensor:
+    def grid(values):  # [B, K, N, R, 3] -> [B, K, N, 3, rows, cols]
+        return values.unflatten(-2, rays).movedim(-1, -3)
+
+    goal = grid(target)[:, None]
+    similarity = _ssim(grid(color), goal.expand(-1, color.shape[1], -1, -1, -1, -1))
+    error = SSIM_SHARE * similarity.mean(-3).flatten(-2) + L1_SHARE * l1
+    if valid is not None:
+        error = torch.where(valid, error, unseen)
+    if identity is not None:
+        still = _ssim_l1(grid(identity), goal.expand(-1, identity.shape[1], -1, -1, -1, -1))
+        error = torch.cat([error, still.flatten(-2)], dim=1)
+    return error.min(dim=1).values
+
+
+# -----------------------------------------------------------------------------------------------
+# Windows
+
+
+@triton.jit
+def _reflect(index, count):
+    """-1 -> 1, count -> count - 2."""
+    return count - 1 - tl.abs(count - 1 - tl.abs(index))
+
+
+@triton.jit
+def _moments(x, y, row, column, layout, mask):
+    """Means of x and y, their variances and covariance in the windows around pixels [BLOCK].
+
+    layout: rows, columns, and what a row and a column are apart in x and in y.
+    """
+    rows, columns, x_row, x_column, y_row, y_column = layout
+    x_first = tl.load(x + row * x_row + column * x_column, mask, other=0.0).to(tl.float32)
+    y_first = tl.load(y + row * y_row + column * y_column, mask, other=0.0).to(tl.float32)
+    zero = tl.zeros_like(x_first)
+    sum_x, sum_y, square_x, square_y, product = zero, zero, zero, zero, zero
+    for i in tl.static_range(3):
+        at_row = _reflect(row + (i - 1), rows)
+        for j in tl.static_range(3):
+            at_column = _reflect(column + (j - 1), columns)
+            here_x = tl.load(x + at_row * x_row + at_column * x_column, mask, other=0.0)
+            here_y = tl.load(y + at_row * y_row + at_column * y_column, mask, other=0.0)
+            # as differences from the middle: the squares of smooth colours would cancel
+            here_x = here_x.to(tl.float32) - x_first
+            here_y = here_y.to(tl.float32) - y_first
+            sum_x += here_x
+            sum_y += here_y
+            square_x += here_x * here_x
+            square_y += here_y * here_y
+            product += here_x * here_y
+    return _from_sums((sum_x, sum_y, square_x, square_y, product), x_first, y_first)
+
+
+@triton.jit
+def _from_sums(sums, x_less, y_less):
+    """Moments from sums over nine pixels of x - x_less, y - y_less, their squares and product."""
+    mean_x, mean_y = sums[0] * (1 / 9), sums[1] * (1 / 9)
+    variance_x = sums[2] * (1 / 9) - mean_x * mean_x
+    variance_y = sums[3] * (1 / 9) - mean_y * mean_y
+    covariance = sums[4] * (1 / 9) - mean_x * mean_y
+    return x_less + mean_x, y_less + mean_y, variance_x, variance_y, covariance
+
+
+@triton.jit
+def _factors(moments):
+    """Numerator and denominator of SSIM: of means, of variances."""
+    mean_x, mean_y, variance_x, variance_y, covariance = moments
+    means, squares = 2 * mean_x * mean_y + 1e-4, mean_x * mean_x + mean_y * mean_y + 1e-4
+    return means, squares, 2 * covariance + 9e-4, variance_x + variance_y + 9e-4
+
+
+@triton.jit
+def _unlike(moments):
+    means, squares, covariance, variances = _factors(moments)
+    value = 0.5 - 0.5 * (means * covariance) / (squares * variances)
+    return tl.where(value < 0, 0.0, tl.where(value > 1, 1.0, value))  # NaN stays
+
+
+@triton.jit
+def _unlike_slopes(moments):
+    """Derivatives of `_unlike` with respect to the mean and variance of x and the covariance."""
+    means, squares, covariance, variances = _factors(moments)
+    by_squares, by_variances = 1 / squares, 1 / variances
+    structure, similarity = covariance * by_variances, means * by_squares
+    ratio = structure * similarity
+    inside = tl.where(tl.abs(ratio) > 1, 0.0, 1.0)  # of the clamp
+    by_mean = inside * by_squares * (ratio * moments[0] - structure * moments[1])
+    by_variances *= inside
+    return by_mean, 0.5 * by_variances * ratio, -by_variances * similarity
+
+
+@triton.jit
+def _compared(x, y, channels, x_channel, y_channel, row, column, layout, mask):
+    """Sums over the channels of `_unlike` and of the cost of the difference, at pixels [BLOCK]."""
+    _, _, x_row, x_column, y_row, y_column = layout
+    unlike = tl.zeros_like(row).to(tl.float32)
+    cost = unlike
+    for _ in range(channels):
+        unlike += _unlike(_moments(x, y, row, column, layout, mask))
+        here_x = tl.load(x + row * x_row + column * x_column, mask, other=0.0).to(tl.float32)
+        here_y = tl.load(y + row * y_row + column * y_column, mask, other=0.0).to(tl.float32)
+        cost += robust_cost(here_x - here_y)
+        x += x_channel
+        y += y_channel
+    return unlike, cost
+
+
+@triton.jit
+def _times(window, pixel, count):
+    """How often the window around a row holds another row at most one away, by reflection."""
+    twice = ((window == 0) & (pixel == 1)) | ((window == count - 1) & (pixel == count - 2))
+    return tl.where((window >= 0) & (window < count), tl.where(twice, 2.0, 1.0), 0.0)
+
+
+@triton.jit
+def _row_sums(x, y, x_here, y_here, row, column, layout, mask):
+    """Sums over three columns of x, y, x^2, y^2 and x y, less (x, y)_here, in the windows around
+    the column to the left, the column itself, and the one to the right.
+    """
+    _, columns, x_row, x_column, y_row, y_column = layout
+    numbers = ()
+    for j in tl.static_range(5):
+        at = tl.maximum(_reflect(column + (j - 2), columns), 0)
+        here_x = tl.load(x + row * x_row + at * x_column, mask, other=0.0).to(tl.float32) - x_here
+        here_y = tl.load(y + row * y_row + at * y_column, mask, other=0.0).to(tl.float32) - y_here
+        numbers += ((here_x, here_y, here_x * here_x, here_y * here_y, here_x * here_y),)
+    sums = ()
+    for j in tl.static_range(3):
+        sums += (_added(numbers[j], numbers[j + 1], numbers[j + 2]),)
+    return sums
+
+
+@triton.jit
+def _added(a, b, c):
+    return (
+        a[0] + b[0] + c[0],
+        a[1] + b[1] + c[1],
+        a[2] + b[2] + c[2],
+        a[3] + b[3] + c[3],
+        a[4] + b[4] + c[4],
+    )
+
+
+@triton.jit
+def _gathered(x, y, grad, winner, source, row, column, layout, mask, CHOSEN: tl.constexpr):
+    """x - y at pixels [BLOCK], and the sum of grad d unlike / d x over the windows they are in.
+
+    grad and winner [rows, columns]; with CHOSEN only windows whose winner is `source` count. The
+    nine windows share the rows of a 5 x 5 neighbourhood, which is read once.
+    """
+    rows, columns, x_row, x_column, y_row, y_column = layout
+    x_here = tl.load(x + row * x_row + column * x_column, mask, other=0.0).to(tl.float32)
+    y_here = tl.load(y + row * y_row + column * y_column, mask, other=0.0).to(tl.float32)
+    highest = tl.maximum(_reflect(row - 2, rows), 0)
+    upper = _row_sums(x, y, x_here, y_here, highest, column, layout, mask)
+    middle = _row_sums(x, y, x_here, y_here, _reflect(row - 1, rows), column, layout, mask)
+    total = tl.zeros_like(x_here)
+    for i in tl.static_range(3):
+        lowest = tl.maximum(_reflect(row + i, rows), 0)
+        lower = _row_sums(x, y, x_here, y_here, lowest, column, layout, mask)
+        at_row = row + (i - 1)
+        row_times = _times(at_row, row, rows)
+        for j in tl.static_range(3):
+            at_column = column + (j - 1)
+            times = row_times * _times(at_column, column, columns)
+            counts = mask & (times > 0)
+            at = at_row * columns + at_column
+            if CHOSEN:
+                counts &= tl.load(winner + at, counts, other=-1) == source
+            moments = _from_sums(_added(upper[j], middle[j], lower[j]), x_here, y_here)
+            by_mean, by_variance, by_covariance = _unlike_slopes(moments)
+            slope = by_mean + 2 * by_variance * (x_here - moments[0])
+            slope += by_covariance * (y_here - moments[1])
+            scale = times * tl.load(grad + at, counts, other=0.0).to(tl.float32)
+            total += tl.where(counts, scale * slope, 0.0)
+        upper, middle = middle, lower
+    return x_here - y_here, total * (1 / 9)
+
+
+# -----------------------------------------------------------------------------------------------
+# SSIM + L1 of images
+
+
+@triton.jit
+def _ssim_l1_forward(
+    x,
+    y,
+    out,
+    tiles,
+    channels,
+    rows,
+    columns,
+    x_image,
+    x_channel,
+    x_row,
+    x_column,
+    y_image,
+    y_channel,
+    y_row,
+    y_column,
+    ssim_share,
+    l1_share,
+    BLOCK: tl.constexpr,
+):
+    """x, y [images, channels, rows, columns] of any strides -> out [images, rows, columns]."""
+    image = (tl.program_id(0) // tiles).to(tl.int64)
+    pixel = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+    mask = pixel < rows * columns
+    row, column = pixel // columns, pixel % columns
+    x += image * x_image
+    y += image * y_image
+    layout = (rows, columns, x_row, x_column, y_row, y_column)
+    unlike, cost = _compared(x, y, channels, x_channel, y_channel, row, column, layout, mask)
+    error = (ssim_share * unlike + l1_share * cost) / channels
+    tl.store(out + image * rows * columns + pixel, error, mask)
+
+
+@triton.jit
+def _ssim_l1_backward(
+    grad,
+    x,
+    y,
+    grad_x,
+    tiles,
+    channels,
+    rows,
+    columns,
+    x_image,
+    x_channel,
+    x_row,
+    x_column,
+    y_image,
+    y_channel,
+    y_row,
+    y_column,
+    ssim_share,
+    l1_share,
+    BLOCK: tl.constexpr,
+):
+    """grad [images, rows, columns] -> grad_x [images, channels, rows, columns]."""
+    plane = (tl.program_id(0) // tiles).to(tl.int64)
+    image, channel = plane // channels, plane % channels
+    pixel = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+    mask = pixel < rows * columns
+    row, column = pixel // columns, pixel % columns
+    x += image * x_image + channel * x_channel
+    y += image * y_image + channel * y_channel
+    grad += image * rows * columns
+    layout = (rows, columns, x_row, x_column, y_row, y_column)
+    difference, gathered = _gathered(x, y, grad, grad, 0, row, column, layout, mask, CHOSEN=False)
+    here = tl.load(grad + pixel, mask, other=0.0).to(tl.float32)
+    slope = ssim_share * gathered + l1_share * here * robust_slope(difference)
+    tl.store(grad_x + plane * rows * columns + pixel, slope / channels, mask)
+
+
+def _merged(images: Tensor) -> Tensor:
+    """[..., C, h, w] -> [M, C, h, w]; copies where one in the middle of [...] is expanded."""
+    return images.reshape(math.prod(images.shape[:-3]), *images.shape[-3:])
+
+
+def _ssim_l1_forward_triton(x: Tensor, y: Tensor, ssim_share: float, l1_share: float) -> Tensor:
+    out = x.new_empty(x.shape[:-3] + x.shape[-2:], dtype=torch.float32)
+    x, y = _merged(x), _merged(y)
+    images, channels, rows, columns = x.shape
+    tiles = triton.cdiv(rows * columns, PIXELS)
+    sizes = (tiles, channels, rows, columns, *x.stride(), *y.stride())
+    launch(
+        _ssim_l1_forward,
+        (images * tiles,),
+        x,
+        y,
+        out,
+        *sizes,
+        ssim_share,
+        l1_share,
+        warps=WARPS,
+        BLOCK=PIXELS,
+    )
+    return out
+
+
+def _ssim_l1_backward_triton(
+    grad: Tensor, x: Tensor, y: Tensor, ssim_share: float, l1_share: float
+) -> Tensor:
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    x, y = _merged(x), _merged(y)
+    images, channels, rows, columns = x.shape
+    tiles = triton.cdiv(rows * columns, PIXELS)
+    sizes = (tiles, channels, rows, columns, *x.stride(), *y.stride())
+    launch(
+        _ssim_l1_backward,
+        (images * channels * tiles,),
+        grad.contiguous(),
+        x,
+        y,
+        grad_x,
+        *sizes,
+        ssim_share,
+        l1_share,
+        warps=WARPS,
+        BLOCK=PIXELS,
+    )
+    return grad_x
+
+
+@torch.library.custom_op("selfocc::ssim_l1", mutates_args=())
+def _ssim_l1_op(x: Tensor, y: Tensor, ssim_share: float, l1_share: float) -> Tensor:
+    return _ssim_l1_forward_triton(x, y, ssim_share, l1_share)
+
+
+@_ssim_l1_op.register_fake
+def _(x, y, ssim_share, l1_share):
+    return x.new_empty(x.shape[:-3] + x.shape[-2:], dtype=torch.float32)
+
+
+@torch.library.custom_op("selfocc::ssim_l1_gradient", mutates_args=())
+def _ssim_l1_gradient_op(
+    grad: Tensor, x: Tensor, y: Tensor, ssim_share: float, l1_share: float
+) -> Tensor:
+    return _ssim_l1_backward_triton(grad, x, y, ssim_share, l1_share)
+
+
+@_ssim_l1_gradient_op.register_fake
+def _(grad, x, y, ssim_share, l1_share):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _ssim_l1_setup(ctx, inputs, output):
+    x, y, *ctx.shares = inputs
+    ctx.save_for_backward(x, y)
+
+
+def _ssim_l1_autograd(ctx, grad):
+    x, y = ctx.saved_tensors
+    wanted = ctx.needs_input_grad
+    by_x = _ssim_l1_gradient_op(grad, x, y, *ctx.shares) if wanted[0] else None
+    by_y = _ssim_l1_gradient_op(grad, y, x, *ctx.shares) if wanted[1] else None  # symmetric
+    return by_x, by_y, None, None
+
+
+_ssim_l1_op.register_autograd(_ssim_l1_autograd, setup_context=_ssim_l1_setup)
+
+
+def ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Structural dissimilarity clamp((1 - SSIM) / 2, 0, 1), 3 x 3 windows, reflected borders.
+
+    Args: x, y [..., C, h, w] in [0, 1], two pixels or more along each axis; any strides. Returns
+    [..., C, h, w], differentiable in both (Monodepth2; C1 = 1e-4, C2 = 9e-4); half precision is
+    read as float32, and so are results. Raises ValueError naming the argument at fault.
+    """
+    _check_images(x=x, y=y)
+    if use_triton(x) and use_triton(y):
+        return _ssim_l1_op(x.unsqueeze(-3), y.unsqueeze(-3), 1.0, 0.0)
+    return _ssim(at_least_float32(x), at_least_float32(y))
+
+
+def ssim_l1(prediction: Tensor, target: Tensor) -> Tensor:
+    """0.85 SSIM + 0.15 L1, averaged over channels: images [..., C, h, w] -> error [..., h, w].
+
+    Everything else as in `ssim`.
+    """
+    _check_images(prediction=prediction, target=target)
+    if use_triton(prediction) and use_triton(target):
+        return _ssim_l1_op(prediction, target, SSIM_SHARE, L1_SHARE)
+    return _ssim_l1(at_least_float32(prediction), at_least_float32(target))
+
+
+def _check_images(**images: Tensor):
+    (first, x), (second, y) = images.items()
+    if x.ndim < 3 or min(x.shape[-2:]) < 2:
+        raise ValueError(f"{first} must be [..., C, h, w] of two pixels or more, got {[*x.shape]}")
+    if x.shape != y.shape:
+        raise ValueError(f"{second} must be {[*x.shape]} as {first}, got {[*y.shape]}")
+
+
+# -----------------------------------------------------------------------------------------------
+# The least error over sources and standing still
+
+
+@triton.jit
+def _least_forward(
+    color,
+    l1,
+    target,
+    valid,
+    identity,
+    least,
+    winner,
+    rows,
+    columns,
+    cameras,
+    sources,
+    identities,
+    target_batch,
+    target_camera,
+    target_ray,
+    target_channel,
+    identity_batch,
+    identity_source,
+    identity_camera,
+    identity_ray,
+    identity_channel,
+    unseen,
+    ssim_share,
+    l1_share,
+    VALID: tl.constexpr,
+    IDENTITY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The least [B, N, R] and the source [B, N, R] its gradient goes to, -1 for none."""
+    camera, item = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    rays = rows * columns
+    ray = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = ray < rays
+    row, column = ray // columns, ray % columns
+    target += item * target_batch + camera * target_camera
+    layout = (rows, columns, 3 * columns, 3, columns * target_ray, target_ray)
+    best = tl.full([BLOCK], float("inf"), tl.float32)
+    who = tl.full([BLOCK], -1, tl.int32)
+
+    for source in range(sources):
+        plane = ((item * sources + source) * cameras + camera) * rays
+        x = color + plane * 3
+        unlike, _ = _compared(x, target, 3, 1, target_channel, row, column, layout, mask)
+        difference = tl.load(l1 + plane + ray, mask, other=0.0).to(tl.float32)
+        error = ssim_share * unlike / 3 + l1_share * difference
+        taught = tl.full([BLOCK], True, tl.int1)
+        if VALID:
+            taught = tl.load(valid + plane + ray, mask, other=0).to(tl.int1)
+            error = tl.where(taught, error, unseen)
+        better = (error < best) | ((error != error) & (best == best))  # NaN wins and stays
+        best = tl.where(better, error, best)
+        who = tl.where(better, tl.where(taught, source, -1), who)
+
+    if IDENTITY:
+        identity += item * identity_batch + camera * identity_camera
+        moved = columns * identity_ray
+        layout = (rows, columns, moved, identity_ray, columns * target_ray, target_ray)
+        for _ in range(identities):
+            unlike, cost = _compared(
+                identity, target, 3, identity_channel, target_channel, row, column, layout, mask
+            )
+            error = (ssim_share * unlike + l1_share * cost) / 3
+            better = (error < best) | ((error != error) & (best == best))
+            best = tl.where(better, error, best)
+            who = tl.where(better, -1, who)
+            identity += identity_source
+
+    out = (item * cameras + camera) * rays + ray
+    tl.store(least + out, best, mask)
+    tl.store(winner + out, who, mask)
+
+
+@triton.jit
+def _least_backward(
+    grad,
+    winner,
+    color,
+    target,
+    grad_color,
+    grad_l1,
+    rows,
+    columns,
+    cameras,
+    sources,
+    target_batch,
+    target_camera,
+    target_ray,
+    target_channel,
+    ssim_share,
+    l1_share,
+    BLOCK: tl.constexpr,
+):
+    """One channel of grad_color [B, K, N, R, 3]; the program of the first also grad_l1."""
+    place, item = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    channel, source, camera = place % 3, place // 3 // cameras, place // 3 % cameras
+    rays = rows * columns
+    ray = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = ray < rays
+    row, column = ray // columns, ray % columns
+    view = (item * cameras + camera) * rays
+    plane = ((item * sources + source) * cameras + camera) * rays
+    target += item * target_batch + camera.to(tl.int64) * target_camera + channel * target_channel
+    layout = (rows, columns, 3 * columns, 3, columns * target_ray, target_ray)
+    _, gathered = _gathered(
+        color + plane * 3 + channel,
+        target,
+        grad + view,
+        winner + view,
+        source,
+        row,
+        column,
+        layout,
+        mask,
+        CHOSEN=True,
+    )
+    tl.store(grad_color + (plane + ray) * 3 + channel, ssim_share / 3 * gathered, mask)
+    if channel == 0:
+        won = mask & (tl.load(winner + view + ray, mask, other=-1) == source)
+        slope = l1_share * tl.load(grad + view + ray, won, other=0.0).to(tl.float32)
+        tl.store(grad_l1 + plane + ray, slope, mask)
+
+
+def _least_forward_triton(
+    color: Tensor,
+    l1: Tensor,
+    target: Tensor,
+    rows: int,
+    columns: int,
+    valid: Tensor | None,
+    identity: Tensor | None,
+    unseen: float,
+) -> tuple[Tensor, Tensor]:
+    batch, sources, cameras, rays, _ = color.shape
+    least = color.new_empty(batch, cameras, rays, dtype=torch.float32)
+    winner = torch.empty_like(least, dtype=torch.int32)
+    shown = target[:, None] if identity is None else identity
+    launch(
+        _least_forward,
+        (triton.cdiv(rays, PIXELS), cameras, batch),
+        color.contiguous(),
+        l1.contiguous(),
+        target,
+        l1 if valid is None else valid.contiguous(),
+        shown,
+        least,
+        winner,
+        rows,
+        columns,
+        cameras,
+        sources,
+        shown.shape[1],
+        *target.stride(),
+        *shown.stride(),
+        unseen,
+        SSIM_SHARE,
+        L1_SHARE,
+        warps=WARPS,
+        VALID=valid is not None,
+        IDENTITY=identity is not None,
+        BLOCK=PIXELS,
+    )
+    return least, winner
+
+
+def _least_backward_triton(
+    grad: Tensor, winner: Tensor, color: Tensor, target: Tensor, rows: int, columns: int
+) -> tuple[Tensor, Tensor]:
+    batch, sources, cameras, rays, _ = color.shape
+    grad_color = torch.empty_like(color, memory_format=torch.contiguous_format)
+    grad_l1 = color.new_empty(color.shape[:-1], dtype=torch.float32)
+    launch(
+        _least_backward,
+        (triton.cdiv(rays, PIXELS), 3 * sources * cameras, batch),
+        grad.contiguous(),
+        winner,
+        color.contiguous(),
+        target,
+        grad_color,
+        grad_l1,
+        rows,
+        columns,
+        cameras,
+        sources,
+        *target.stride(),
+        SSIM_SHARE,
+        L1_SHARE,
+        warps=WARPS,
+        BLOCK=PIXELS,
+    )
+    return grad_color, grad_l1
+
+
+@torch.library.custom_op("selfocc::least_photometric", mutates_args=())
+def _least_op(
+    color: Tensor,
+    l1: Tensor,
+    target: Tensor,
+    rows: int,
+    columns: int,
+    valid: Tensor | None,
+    identity: Tensor | None,
+    unseen: float,
+) -> tuple[Tensor, Tensor]:
+    return _least_forward_triton(color, l1, target, rows, columns, valid, identity, unseen)
+
+
+@_least_op.register_fake
+def _(color, l1, target, rows, columns, valid, identity, unseen):
+    least = color.new_empty(l1[:, 0].shape, dtype=torch.float32)
+    return least, torch.empty_like(least, dtype=torch.int32)
+
+
+@torch.library.custom_op("selfocc::least_photometric_gradient", mutates_args=())
+def _least_gradient_op(
+    grad: Tensor, winner: Tensor, color: Tensor, target: Tensor, rows: int, columns: int
+) -> tuple[Tensor, Tensor]:
+    return _least_backward_triton(grad, winner, color, target, rows, columns)
+
+
+@_least_gradient_op.register_fake
+def _(grad, winner, color, target, rows, columns):
+    by_color = torch.empty_like(color, memory_format=torch.contiguous_format)
+    return by_color, color.new_empty(color.shape[:-1], dtype=torch.float32)
+
+
+def _least_setup(ctx, inputs, output):
+    color, l1, target, ctx.rows, ctx.columns, *_ = inputs
+    ctx.l1_dtype = l1.dtype
+    ctx.save_for_backward(output[1], color, target)
+
+
+def _least_autograd(ctx, grad, _):
+    by_color, by_l1 = _least_gradient_op(grad, *ctx.saved_tensors, ctx.rows, ctx.columns)
+    return by_color, by_l1.to(ctx.l1_dtype), None, None, None, None, None, None
+
+
+_least_op.register_autograd(_least_autograd, setup_context=_least_setup)
+
+
+def least_photometric(
+    color: Tensor,
+    l1: Tensor,
+    target: Tensor,
+    rays: tuple[int, int],
+    *,
+    valid: Tensor | None = None,
+    identity: Tensor | None = None,
+    unseen: float = 1e3,
+) -> Tensor:
+    """Error [B, N, R] of the source that explains a ray best, in place of L1 of its colour.
+
+    Rays lie on a grid, row by row, over which SSIM is taken. Differentiable in color and l1.
+
+    Args:
+        color: [B, K, N, R, 3] composited colours of K sources.
+        l1: [B, K, N, R] what stands for their L1, from `epipolar_photometric`.
+        target: [B, N, R, 3] true colours.
+        rays: rows and columns of the grid, two or more; R = rows * columns.
+        valid: [B, K, N, R] bool; where it is false, the error is `unseen`.
+        identity: [B, any, N, R, 3] colours of sources at the target's own pixels: the error can
+            also be that of standing still, and then teaches nothing.
+
+    Raises ValueError naming the argument at fault.
+    """
+    if color.ndim != 5 or color.shape[-1] != 3 or color.shape[1] < 1:
+        raise ValueError(f"color must be [B, K, N, R, 3], one K or more, got {[*color.shape]}")
+    batch, _, cameras, count, _ = color.shape
+    if min(rays) < 2 or rays[0] * rays[1] != count:
+        raise ValueError(f"rays must be rows and columns of {count} rays, 2 or more, got {rays}")
+    expected = {"l1": (l1, color.shape[:-1]), "target": (target, (batch, cameras, count, 3))}
+    if valid is not None:
+        expected["valid"] = (valid, color.shape[:-1])
+    if identity is not None:
+        shape = (batch, identity.shape[1] if identity.ndim > 1 else 1, cameras, count, 3)
+        expected["identity"] = (identity, shape)
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must be {[*shape]}, got {[*tensor.shape]}")
+    if valid is not None and valid.dtype != torch.bool:
+        raise ValueError(f"valid must be bool, got {valid.dtype}")
+    tensors = [color, l1, target] + ([] if identity is None else [identity])
+    if all(map(use_triton, tensors)):
+        return _least_op(color, l1, target, *rays, valid, identity, unseen)[0]
+    color, l1, target, *identity = map(at_least_float32, tensors)
+    return _least(color, l1, target, rays, valid, *(identity or [None]), unseen)

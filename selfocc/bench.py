@@ -1,0 +1,290 @@
+"""How long training steps and depth rendering take, stage by stage and by backend of the kernels.
+
+    python -m selfocc.bench                                  # on a GPU the published presets
+    python -m selfocc.bench --preset kitti --backends triton --repeats 50 --out steps.json
+
+Images and cameras are random, of the preset's size, and no data set is needed; a step is that of
+train.py with accumulate = 1. Depth rendering is of whole images, 256 samples a ray.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from kernels.measure import (
+    chosen_backend,
+    cpu_peak,
+    cpu_seconds,
+    gpu_peak,
+    gpu_seconds,
+    reset_cpu_peak,
+)
+from selfocc import config
+from selfocc.commandline import Parser, run
+from selfocc.config import Config
+from selfocc.datasets.video import Batch, Frames
+from selfocc.geometry import cellular_pixels, fixed_pixels, node_positions
+from selfocc.losses import objective
+from selfocc.model import Noise, SelfOcc
+from train import draw_noise, make_optimizer
+
+SAMPLES = 256  # of a ray, when depth is rendered
+STAGES = {  # module whose end ends a stage -> stage
+    "fpn": "backbone, FPN",
+    "encoder": "encoder",
+    "lift": "lift",
+    "decoder": "decoder",
+}
+
+
+def parse_arguments(words: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m selfocc.bench", description=__doc__)
+    parser.add_argument(
+        "--preset",
+        action="append",
+        metavar="NAME",
+        help="may be repeated; default: kitti and nuscenes on a GPU, synthetic elsewhere",
+    )
+    parser.add_argument(
+        "--backends",
+        type=lambda text: text.split(","),
+        metavar="NAME,..",
+        help="of torch and triton; default: both where Triton runs",
+    )
+    parser.add_argument("--repeats", type=int, help="steps; default: 20 on a GPU, 3 elsewhere")
+    parser.add_argument("--threads", type=int, help="CPU threads of PyTorch; default: its own")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="as for train.py"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write JSON here")
+    return parser.parse_args(words)
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    presets = arguments.preset or [
+        name for name in ("kitti", "nuscenes") if name in config.PRESETS and gpu
+    ]
+    if not presets:
+        presets = ["synthetic"]
+        print("No GPU here, so the small preset `synthetic`; --preset kitti is the published size.")
+    backends = arguments.backends or (["torch", "triton"] if gpu else ["torch"])
+    repeats = arguments.repeats or (20 if gpu else 3)
+    where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{where}, torch {torch.__version__}")
+    report = {"device": where, "torch": torch.__version__, "runs": []}
+    for preset in presets:
+        # with what numbers it starts costs no time
+        settings = config.build(preset, [*arguments.set, "backbone.weights=none"])
+        for backend in backends:
+            with chosen_backend(backend):
+                row = {"preset": preset, "backend": backend}
+                # first: a CPU process keeps what training has freed, and would hide what this needs
+                row |= time_depth(settings, device, repeats)
+                row |= time_steps(settings, device, repeats)
+            report["runs"].append(row)
+            print(table(row))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def table(row: dict) -> str:
+    total = sum(row["stages_ms"].values())
+    lines = [f"\n{row['preset']}, kernels by {row['backend']}: a training step"]
+    for stage, milliseconds in row["stages_ms"].items():
+        lines.append(f"  {stage:18s}{milliseconds:11.2f} ms {100 * milliseconds / total:5.1f} %")
+    lines.append(
+        f"  {'together':18s}{row['step_ms']:11.2f} ms, peak {row['peak_bytes'] / 1e9:.2f} GB"
+    )
+    lines.append(
+        f"{row['depth_rays']:,} rays of {SAMPLES} samples: {row['depth_ms']:.2f} ms, "
+        f"{row['rays_per_second'] / 1e6:.3f} million rays/s, "
+        f"+{row['depth_peak_bytes'] / 1e9:.2f} GB"
+    )
+    return "\n".join(lines)
+
+
+class Stopwatch:
+    """Time between marks: on a GPU between events in its queue, so that nothing has to wait."""
+
+    def __init__(self, device: torch.device):
+        self.gpu = device.type == "cuda"
+        self.marks: list[tuple[str, object]] = []
+
+    def mark(self, name: str) -> None:
+        """Ends the stage of this name."""
+        if self.gpu:
+            moment = torch.cuda.Event(enable_timing=True)
+            moment.record()
+        else:
+            moment = time.perf_counter()
+        self.marks.append((name, moment))
+
+    def stages(self) -> dict[str, float]:
+        """Milliseconds of every stage since the first mark; starts again."""
+        if self.gpu:
+            torch.cuda.synchronize()
+        out = {}
+        for (_, start), (name, end) in zip(self.marks, self.marks[1:], strict=False):
+            passed = start.elapsed_time(end) if self.gpu else 1e3 * (end - start)
+            out[name] = out.get(name, 0.0) + passed
+        self.marks.clear()
+        return out
+
+
+def time_steps(settings: Config, device: torch.device, repeats: int) -> dict:
+    """Median milliseconds of the stages of a training step and of the whole, and peak memory.
+
+    Peak memory is all of the process on a CPU, all that PyTorch allocates on a GPU.
+    """
+    torch.set_flush_denormal(True)  # as train.py does
+    torch.manual_seed(settings.optim.seed)
+    model = SelfOcc(settings).to(device).train()
+    optimizer = make_optimizer(model, settings.optim)
+    batches = [random_batch(settings, seed) for seed in range(3)]
+    watch = Stopwatch(device)
+    for name, stage in STAGES.items():
+        module = getattr(model, name)
+        if module is not None:
+            module.register_forward_hook(lambda *_, stage=stage: watch.mark(stage))
+
+    rounds = []
+    for step in range(repeats + 2):
+        if step == 1:  # from the second step on: the optimiser has its state
+            reset_cpu_peak()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+        training_step(settings, model, optimizer, batches[step % 3], step, device, watch)
+        rounds.append(watch.stages())
+    rounds = rounds[2:]
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else cpu_peak()
+    return {
+        "stages_ms": {name: median(r[name] for r in rounds) for name in rounds[0]},
+        "step_ms": median(sum(r.values()) for r in rounds),
+        "peak_bytes": peak,
+    }
+
+
+def training_step(
+    settings: Config,
+    model: SelfOcc,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    step: int,
+    device: torch.device,
+    watch: Stopwatch,
+) -> None:
+    """One step of train.py, stages marked."""
+    watch.mark("start")
+    model.set_progress(step)
+    optimizer.zero_grad(set_to_none=True)
+    batch = batch.to(device)
+    noise = draw_noise(settings, batch.target.images.shape[1], step, 0, 1)
+    size = batch.target.images.shape[-2:]
+    pixels = cellular_pixels(settings.render.rays, size, noise.pixels).to(device)
+    noise = Noise(*(getattr(noise, f.name).to(device) for f in fields(noise)))
+    watch.mark("data to device")
+    volume, view = model(batch, pixels, noise)
+    watch.mark("render")
+    losses = objective(settings, batch, volume, view, noise.shift)
+    watch.mark("losses")
+    sum(losses.values()).backward()
+    watch.mark("backward")
+    torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optim.clip)
+    optimizer.step()
+    watch.mark("optimiser")
+
+
+def time_depth(settings: Config, device: torch.device, repeats: int) -> dict:
+    """Rays a second when whole images are rendered from a given volume, and the memory added."""
+    settings = config.override(settings, ["optim.batch=1"])
+    model = SelfOcc(settings).to(device).eval()
+    batch = random_batch(settings, 0).to(device)
+    size = tuple(batch.target.images.shape[-2:])
+    pixels = fixed_pixels(size, size, device)
+    # a road: some rays end soon, others nowhere
+    height = node_positions(settings.volume.box, settings.volume.nodes, device)[..., 2]
+    channels = 1 + settings.field.colors + settings.field.classes
+    volume = torch.randn(1, channels, *settings.volume.nodes, device=device)
+    volume[:, 0] = (height - settings.volume.box[2] - 0.3).clamp(-0.5, 0.5)
+
+    @torch.no_grad()
+    def render():
+        model.render(volume, batch.target, pixels, SAMPLES)
+
+    if device.type == "cuda":
+        seconds, peak = gpu_seconds([render], repeats), gpu_peak(render)
+    else:
+        before = reset_cpu_peak()
+        seconds, peak = cpu_seconds([render], 1), cpu_peak()
+        peak -= before
+    rays = batch.target.images.shape[1] * math.prod(size)
+    return {
+        "depth_rays": rays,
+        "depth_ms": 1e3 * seconds,
+        "rays_per_second": rays / seconds,
+        "depth_peak_bytes": peak,
+    }
+
+
+def random_batch(settings: Config, seed: int) -> Batch:
+    """Noise for images, cameras on a car: all looking ahead, or in a ring; sources 1 m away."""
+    generator = torch.Generator().manual_seed(seed)
+    data, box = settings.data, settings.volume.box
+    network, size = data.pad, tuple(int(n * data.target_scale) for n in data.crop)
+    ring = data.rig == "surround"
+    cameras, batch = (6 if ring else 1), settings.optim.batch
+    angle = torch.arange(cameras).double() * (2 * math.pi / cameras) + math.pi / 2
+    ahead = torch.stack([angle.cos(), angle.sin(), 0 * angle], -1)
+    right = torch.stack([angle.sin(), -angle.cos(), 0 * angle], -1)
+    down = torch.tensor([0.0, 0.0, -1.0]).double().expand(cameras, 3)
+    pose = torch.eye(4).double().repeat(cameras, 1, 1)
+    pose[:, :3, :3] = torch.stack([right, down, ahead], -1)
+    pose[:, :3, 3] = torch.tensor([(box[0] + box[3]) / 2, max(box[1], 0.0) + 0.3, box[2] + 2.0])
+
+    def intrinsics(image: tuple[int, int]) -> torch.Tensor:
+        focal = (0.8 if ring else 0.6) * image[1]
+        matrix = torch.tensor([[focal, 0, image[1] / 2], [0, focal, image[0] / 2], [0, 0, 1]])
+        return matrix.double().expand(batch, cameras, 3, 3)
+
+    def images(*shape: int) -> torch.Tensor:
+        return torch.rand(batch, *shape, generator=generator)
+
+    def frame(metres: float) -> tuple[torch.Tensor, ...]:
+        moved = pose.clone()
+        moved[:, :3, 3] += metres * ahead[0]
+        moved = moved.expand(batch, -1, -1, -1)
+        return images(cameras, 3, *size), intrinsics(size), moved
+
+    labels = None
+    if settings.field.classes:
+        labels = (images(cameras, *size) * settings.field.classes).byte()
+    sources = zip(frame(-1.0), frame(1.0), strict=True)
+    return Batch(
+        name=[""] * batch,
+        images=images(cameras, 3, *network) * 4 - 2,
+        intrinsics=intrinsics(network),
+        camera_to_volume=pose.expand(batch, -1, -1, -1),
+        target=Frames(*frame(0.0)),
+        sources=Frames(*(torch.stack(pair, 1) for pair in sources)),
+        semantics=labels,
+    )
+
+
+def main(words: list[str] | None = None) -> int:
+    """The command line (or `words` instead of it); returns the exit code."""
+    return run(lambda: bench(parse_arguments(words)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+import pytest
+import torch
+
+import kernels
+from kernels import dispatch
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    before = kernels.backend()
+    yield
+    kernels.backend(before)
+
+
+def test_backend_is_chosen_by_name():
+    assert kernels.backend("torch") == kernels.backend() == "torch"
+    assert not dispatch.use_triton(torch.zeros(1))
+    with pytest.raises(ValueError, match="auto, torch, triton"):
+        kernels.backend("cuda")
+    assert kernels.backend() == "torch"
+
+
+def test_automatic_choice_follows_the_device():
+    kernels.backend("auto")
+    assert not dispatch.use_triton(torch.zeros(1))
+
+
+def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        kernels.backend("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert kernels.backend("triton") == "triton"
+    assert dispatch.use_triton(torch.zeros(1))
+    assert not dispatch.use_triton(torch.zeros(1, dtype=torch.float64))
+
+
+def test_recorded_launches_carry_types_and_constants_and_do_not_run():
+    @dispatch.triton.jit
+    def fill(out, value, count, BLOCK: dispatch.tl.constexpr):
+        pass
+
+    out = torch.empty(100, device="meta", dtype=torch.bfloat16)
+    with dispatch.record() as launches:
+        dispatch.launch(fill, (4,), out, 0.5, 2**40, warps=2, BLOCK=32)
+        dispatch.launch(fill, (0,), out, 0.5, 100, BLOCK=32)  # nothing to do
+    (one,) = launches
+    assert one.signature == {"out": "*bf16", "value": "fp32", "count": "i64", "BLOCK": "constexpr"}
+    assert one.constants == {"BLOCK": 32} and one.warps == 2 and one.grid == (4,)

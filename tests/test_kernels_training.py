@@ -1,0 +1,75 @@
+"""Whole training steps by either backend: the kernels together, in the model that uses them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+from kernels import dispatch
+from selfocc import config
+from selfocc.datasets import open_dataset
+from selfocc.datasets.video import collate
+from selfocc.geometry import cellular_pixels
+from selfocc.losses import objective
+from selfocc.model import Noise, SelfOcc
+from tests import tiny
+from train import Keys, draw_noise, make_optimizer
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+STEPS = 3
+
+
+@pytest.fixture
+def backend():
+    before = kernels.backend()
+    yield kernels.backend
+    kernels.backend(before)
+
+
+def _steps(settings, samples) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """Losses of every step, and the parameters' gradients of the first."""
+    torch.manual_seed(0)
+    model = SelfOcc(settings).to(DEVICE).train()
+    optimizer = make_optimizer(model, settings.optim)
+    history = []
+    for step, sample in enumerate(samples):
+        batch = collate([sample]).to(DEVICE)
+        noise = draw_noise(settings, 1, step, 0, 1)
+        noise = Noise(*(getattr(noise, name).to(DEVICE) for name in Noise.__annotations__))
+        size = batch.target.images.shape[-2:]
+        pixels = cellular_pixels(settings.render.rays, size, noise.pixels).to(DEVICE)
+        model.set_progress(step)
+        optimizer.zero_grad()
+        volume, view = model(batch, pixels, noise)
+        losses = objective(settings, batch, volume, view, noise.shift)
+        sum(losses.values()).backward()
+        history.append({name: loss.item() for name, loss in losses.items()})
+        if step == 0:  # later ones start from weights that Adam has driven apart
+            named = model.named_parameters()
+            gradients = {name: p.grad.clone() for name, p in named if p.grad is not None}
+        optimizer.step()
+    return history, gradients
+
+
+@pytest.mark.parametrize("alpha", ["neus", "volsdf"])
+def test_training_steps_agree_between_backends(alpha, backend, cache: Path, monkeypatch):
+    if DEVICE.type == "cpu" and not dispatch.interpreting():
+        pytest.skip("Triton needs a GPU or TRITON_INTERPRET=1")
+    monkeypatch.setenv("SELFOCC_CACHE", str(cache))
+    changes = tiny.overrides(render__alpha=alpha, optim__batch="1", volume__nodes="9,9,5")
+    settings = config.build("synthetic", changes)
+    training = open_dataset(settings, "train", None)
+    keys = Keys(len(training), settings.optim, 0, 0, 1)
+    samples = [training[key] for (key,), _ in zip(keys, range(STEPS), strict=False)]
+    backend("torch")
+    expected_losses, expected = _steps(settings, samples)
+    backend("triton")
+    losses, gradients = _steps(settings, samples)
+    assert gradients.keys() == expected.keys()
+    for now, before in zip(losses, expected_losses, strict=True):
+        assert now == pytest.approx(before, rel=1e-4)
+    largest = max(g.abs().max() for g in expected.values())
+    for name, gradient in gradients.items():
+        error = (gradient - expected[name]).abs().max()
+        assert error <= 1e-3 * max(expected[name].abs().max(), 1e-3 * largest), name
