@@ -52,12 +52,11 @@ def _steps(settings, samples) -> tuple[list[dict[str, float]], dict[str, torch.T
     return history, gradients
 
 
-@pytest.mark.parametrize("alpha", ["neus", "volsdf"])
-def test_training_steps_agree_between_backends(alpha, backend, cache: Path, monkeypatch):
+def test_training_steps_agree_between_backends(backend, cache: Path, monkeypatch):
     if DEVICE.type == "cpu" and not dispatch.interpreting():
         pytest.skip("Triton needs a GPU or TRITON_INTERPRET=1")
     monkeypatch.setenv("SELFOCC_CACHE", str(cache))
-    changes = tiny.overrides(render__alpha=alpha, optim__batch="1", volume__nodes="9,9,5")
+    changes = tiny.overrides(optim__batch="1", volume__nodes="9,9,5")
     settings = config.build("synthetic", changes)
     training = open_dataset(settings, "train", None)
     keys = Keys(len(training), settings.optim, 0, 0, 1)
