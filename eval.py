@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from selfocc import InputError, checkpoint, config, distributed, evaluation, files, pictures
-from selfocc.commandline import Parser, run
+from selfocc.commandline import Parser, add_data_options, folders, run
 from selfocc.datasets import open_sequences
 from selfocc.datasets.video import VideoDataset
 from selfocc.model import SelfOcc
@@ -36,10 +36,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--ckpt", type=Path, required=True, metavar="FILE", help="checkpoint or run folder"
     )
-    parser.add_argument(
-        "--dataset", choices=["synthetic", "kitti"], help="default: what it was trained on"
-    )
-    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set")
+    add_data_options(parser)
     parser.add_argument(
         "--task",
         nargs="+",
@@ -47,10 +44,6 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
         choices=[*TASKS, "all"],
         help="one or more; default: occupancy depth",
     )
-    parser.add_argument(
-        "--train", metavar="SEQ[:A-B],..", help="KITTI: frames that the priors come from"
-    )
-    parser.add_argument("--val", metavar="SEQ[:A-B],..", help="KITTI: frames to evaluate")
     parser.add_argument(
         "--frames", type=int, metavar="N", help="evaluate N frames, evenly spread; default: all"
     )
@@ -91,11 +84,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
     folder = arguments.ckpt if arguments.ckpt.is_dir() else arguments.ckpt.parent
     out = files.make_folder(arguments.out or folder / "eval")
 
-    dataset = VideoDataset(
-        open_sequences(settings.data, "val", arguments.data), settings.data, train=False
-    )
-    training = VideoDataset(
-        open_sequences(settings.data, "train", arguments.data), settings.data, train=False
+    where = folders(arguments)
+    dataset, training = (
+        VideoDataset(open_sequences(settings.data, split, where), settings.data, train=False)
+        for split in ("val", "train")
     )
     for line in dict.fromkeys(line for s in dataset.sequences for line in s.missing):
         print(f"note: {line}")

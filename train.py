@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from selfocc import InputError, checkpoint, config, distributed, evaluation, files, pictures
-from selfocc.commandline import Parser, Stopped, run
+from selfocc.commandline import Parser, Stopped, add_data_options, folders, run
 from selfocc.config import Config, OptimConfig
 from selfocc.datasets import open_dataset
 from selfocc.datasets.video import collate, start_worker
@@ -41,8 +41,7 @@ from selfocc.model import Noise, SelfOcc
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     presets = "\n".join(f"  {name:18s} {summary}" for name, (summary, _) in config.PRESETS.items())
     parser = Parser(description=__doc__, epilog=f"presets:\n{presets}")
-    parser.add_argument("--dataset", choices=["synthetic", "kitti"], help="default: the preset's")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set")
+    add_data_options(parser)
     parser.add_argument("--preset", metavar="NAME", help="default: the data set's name")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: runs/PRESET")
     parser.add_argument(
@@ -51,10 +50,6 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--backbone-weights", metavar="FILE", help="torchvision file, `imagenet` or `none`"
     )
-    parser.add_argument(
-        "--train", metavar="SEQ[:A-B],..", help="KITTI sequences and frames, such as 06:0-39"
-    )
-    parser.add_argument("--val", metavar="SEQ[:A-B],..", help="the same for validation")
     parser.add_argument("--steps", type=int, help="optimiser steps; short for --set optim.steps=N")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     parser.add_argument(
@@ -178,8 +173,8 @@ def train(arguments: argparse.Namespace) -> None:
     resumed = resume(file, settings) if arguments.resume else None
 
     with distributed.chief_first():  # it fills the cache of the synthetic data
-        training = open_dataset(settings, "train", arguments.data)
-        validation = open_dataset(settings, "val", arguments.data)
+        training = open_dataset(settings, "train", folders(arguments))
+        validation = open_dataset(settings, "val", folders(arguments))
     torch.set_flush_denormal(True)  # Adam's vanishing moments are slow on CPUs otherwise
     torch.manual_seed(optim.seed)
     model = SelfOcc(settings).to(device)

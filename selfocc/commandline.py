@@ -3,9 +3,11 @@
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from selfocc import InputError, distributed
+from selfocc.datasets import Folders
 
 
 class Parser(argparse.ArgumentParser):
@@ -16,6 +18,26 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; --help lists the options")
+
+
+def add_data_options(parser: Parser) -> None:
+    """The options that say which data are read, for `folders` to collect."""
+    parser.add_argument(
+        "--dataset",
+        choices=["synthetic", "kitti"],
+        help="default: the preset's, or what the checkpoint was trained on",
+    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set")
+    parser.add_argument(
+        "--train",
+        metavar="SEQ[:A-B],..",
+        help="sequences and frames for training (and for the priors), such as 06:0-39",
+    )
+    parser.add_argument("--val", metavar="SEQ[:A-B],..", help="the same for validation")
+
+
+def folders(arguments: argparse.Namespace) -> Folders:
+    return Folders(data=arguments.data)
 
 
 class Stopped(Exception):

@@ -14,12 +14,15 @@ from selfocc import InputError
 
 @dataclass(frozen=True)
 class DataConfig:
-    dataset: str = "synthetic"  # synthetic | kitti
+    dataset: str = "synthetic"  # synthetic | kitti | kitti_raw | nuscenes
+    version: str = "v1.0-trainval"  # nuScenes only: which tables
+    volume_frame: str = "ego"  # nuScenes only: the volume's frame, ego | lidar
     rig: str = "forward"  # synthetic only: forward (one camera) | surround (ring of six)
     scenes: int = 40  # synthetic only: training scenes
     scenes_val: int = 8  # synthetic only: validation and test scenes
     frames: int = 48  # synthetic only: frames a scene
     crop: tuple[int, int] = (96, 320)  # height, width kept of every image, from the top left
+    target_crop: tuple[int, int] | None = None  # the same of images that supervise; None: `crop`
     scale: float = 1.0  # resize of the cropped image for the network
     pad: tuple[int, int] = (
         96,
@@ -37,6 +40,10 @@ class DataConfig:
         0.4,
         40.0,
     )  # path length in metres from the anchor to its two source frames
+    distance: str = "path"  # what lengths above mean: path driven, or straight line
+    neighbours: str = "nearest"  # source frames: nearest | composite (drawn for each camera)
+    stereo_source: bool = False  # KITTI raw: the other eye often replaces a source frame
+    label_map: str = ""  # meaning of 2-D pseudo labels: openseed21 | cityscapes19 | a JSON file
     train: str = (
         ""  # KITTI: sequences and frames, such as 00,01 or 06:0-39; empty is the official split
     )

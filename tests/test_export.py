@@ -6,14 +6,14 @@ import pytest
 
 import eval as eval_script
 from selfocc import checkpoint
-from selfocc.datasets import open_sequences
+from selfocc.datasets import Folders, open_sequences
 from selfocc.datasets.export import export_kitti
 
 
 def test_kitti_export_gives_the_same_metrics(finished, cache, tmp_path, monkeypatch):
     monkeypatch.setenv("SELFOCC_CACHE", str(cache))
     data = checkpoint.load(finished).config.data
-    scenes = [s for split in ("val", "train") for s in open_sequences(data, split, None)]
+    scenes = [s for split in ("val", "train") for s in open_sequences(data, split, Folders())]
     export_kitti(scenes, tmp_path, progress=False)
     kitti = ("--dataset", "kitti", "--data", str(tmp_path), "--val", "00", "--train", "01")
     tables = {}

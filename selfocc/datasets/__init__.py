@@ -1,6 +1,7 @@
 """Data sets: one file each, all read through `video.VideoDataset`."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from selfocc import InputError
@@ -9,16 +10,26 @@ from selfocc.datasets.kitti import TRAIN_SEQUENCES, VAL_SEQUENCES, kitti_sequenc
 from selfocc.datasets.video import Sequence, VideoDataset
 
 
-def open_dataset(config: Config, split: str, data: Path | None) -> VideoDataset:
+@dataclass(frozen=True)
+class Folders:
+    """Where the files of a data set are; None for what it does not need."""
+
+    data: Path | None = None  # the data set as it was downloaded
+    labels: Path | None = None  # 2-D pseudo labels, laid out as the images are
+    splits: Path | None = None  # KITTI raw: split files
+    poses: Path | None = None  # KITTI raw: one pose file a drive
+
+
+def open_dataset(config: Config, split: str, folders: Folders) -> VideoDataset:
     """The data set that a configuration names, split `train` or `val`.
 
     Raises InputError for an unknown data set, a missing folder, or files that cannot be used.
     """
-    sequences = open_sequences(config.data, split, data)
+    sequences = open_sequences(config.data, split, folders)
     return VideoDataset(sequences, config.data, train=split == "train")
 
 
-def open_sequences(config: DataConfig, split: str, data: Path | None) -> list[Sequence]:
+def open_sequences(config: DataConfig, split: str, folders: Folders) -> list[Sequence]:
     if config.dataset == "synthetic":
         # here, so that `python -m selfocc.datasets.synthetic` does not import itself twice
         from selfocc.datasets.synthetic import SyntheticConfig, prerender, synthetic_sequences
@@ -29,7 +40,7 @@ def open_sequences(config: DataConfig, split: str, data: Path | None) -> list[Se
         prerender(sequences)
         return sequences
     if config.dataset == "kitti":
-        if data is None:
+        if folders.data is None:
             raise InputError(
                 "--dataset kitti needs --data DIR, the folder that holds `dataset/sequences`"
             )
@@ -37,7 +48,7 @@ def open_sequences(config: DataConfig, split: str, data: Path | None) -> list[Se
         if not chosen:
             chosen = ",".join(TRAIN_SEQUENCES if split == "train" else VAL_SEQUENCES)
         parts = [_parse_range(part) for part in chosen.split(",")]
-        return [s for name, frames in parts for s in kitti_sequences(data, [name], frames)]
+        return [s for name, frames in parts for s in kitti_sequences(folders.data, [name], frames)]
     raise InputError(f"unknown data set {config.dataset!r}; known: synthetic, kitti")
 
 
