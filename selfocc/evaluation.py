@@ -20,6 +20,9 @@ from selfocc.model import SelfOcc, View
 Table = dict[str, dict[str, float]]  # method -> metric -> value
 
 
+SPENT = 1e-4  # transmittance at which a ray ends; moves no depth by more than 1e-4 of its ray
+
+
 def rendered_maps(model: SelfOcc, volume: Tensor, frames: Frames) -> tuple[Tensor, Tensor]:
     """Depth [B, N, h, w] in metres and colour [B, N, 3, h, w] of whole images.
 
@@ -28,7 +31,7 @@ def rendered_maps(model: SelfOcc, volume: Tensor, frames: Frames) -> tuple[Tenso
     size = tuple(frames.images.shape[-2:])
     render = model.config.render
     pixels = fixed_pixels(render.eval_rays, size, volume.device)
-    view = model.render(volume, frames, pixels, render.eval_samples)
+    view = model.render(volume, frames, pixels, render.eval_samples, stop_below=SPENT)
     grid = torch.cat([view.depth[..., None], view.color], dim=-1).unflatten(2, render.eval_rays)
     maps = _interpolate_grid(grid.flatten(0, 1).permute(0, 3, 1, 2), size).unflatten(
         0, view.depth.shape[:2]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import kernels
 from selfocc import InputError
-from selfocc.config import Config
+from selfocc.config import Config, LossConfig
 from selfocc.field import shifted_grid_sdf
 from selfocc.geometry import image_to_image, node_spacing
 
@@ -25,6 +25,31 @@ if TYPE_CHECKING:
 UNSEEN = 1e3  # error of a ray that no source sees, larger than any other
 
 
+def photometric_scene(batch: Batch, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What depths of the target's rays, through pixels [R, 2], are held against.
+
+    Returns target [B, N, R, 3], the colours at the rays; sources [B, K, N, 3, h, w]; projections
+    [B, K, N, 4, 4] from the target's pixels and depths to the sources' (spec section 1).
+    """
+    target, sources = batch.target, batch.sources
+    projections = image_to_image(
+        target.intrinsics[:, None],
+        target.camera_to_volume[:, None],
+        sources.intrinsics,
+        sources.camera_to_volume,
+    )
+    return ray_colors(target.images, pixels), sources.images, projections
+
+
+def needs_samples(loss: LossConfig) -> bool:
+    """Whether a loss reads single samples, so that rendering has to keep them.
+
+    The photometric loss over all depth proposals does not: rendering finds it on the way.
+    """
+    adaptive = loss.weight_sparsity > 0 and loss.sparsity == "adaptive"
+    return adaptive or loss.weight_photometric == 0 or loss.photometric == "reprojection"
+
+
 def objective(
     config: Config, batch: Batch, volume: Tensor, view: View, shift: Tensor
 ) -> dict[str, Tensor]:
@@ -33,43 +58,42 @@ def objective(
     shift: [B, 3] uniform random numbers that move the grid on which sparsity is measured.
     Raises InputError where the data lacks what a loss needs.
     """
-    weights = config.loss
-    target, sources = batch.target, batch.sources
-    colors = ray_colors(target.images, view.pixels)
+    weights, rays = config.loss, config.render.rays
+    scene = photometric_scene(batch, view.pixels)
+    colors = scene[0]
     losses = {}
     if weights.weight_photometric:
-        seen = dict(
-            pixels=view.pixels,
-            rays=config.render.rays,
-            target=colors,
-            sources=sources.images,
-            projections=image_to_image(
-                target.intrinsics[:, None],
-                target.camera_to_volume[:, None],
-                sources.intrinsics,
-                sources.camera_to_volume,
-            ),
-            automask=weights.automask,
-        )
         if weights.photometric == "reprojection":
-            error = reprojection_error(view.depth, **seen)
+            error = reprojection_error(
+                view.depth, view.pixels, *scene, rays=rays, automask=weights.automask
+            )
         else:
             combine = weights.photometric == "mvs_combined"
-            error = photometric_error(view.weights, view.proposals, combine=combine, **seen)
+            compared = view.compared or kernels.epipolar_photometric(
+                view.weights, view.proposals, view.pixels, *scene, combine=combine
+            )
+            error = photometric_error(
+                compared,
+                view.pixels,
+                *scene[:2],
+                rays=rays,
+                automask=weights.automask,
+                combine=combine,
+            )
         losses["photometric"] = weights.weight_photometric * error.mean()
     if weights.weight_color:
-        losses["color"] = weights.weight_color * color_loss(view.color, colors, config.render.rays)
+        losses["color"] = weights.weight_color * color_loss(view.color, colors, rays)
     if weights.weight_eikonal or weights.weight_hessian:
         spacing = node_spacing(config.volume.box, config.volume.nodes)
         sdf = volume[:, 0]
         nodes, hessian = kernels.node_losses(sdf, spacing, weights.compact_hessian)
-        count = sdf.numel() + view.sdf.numel()
+        count = sdf.numel() + view.eikonal.numel() * config.render.samples
         losses["eikonal"] = weights.weight_eikonal * (nodes + view.eikonal.sum()) / count
         losses["hessian"] = weights.weight_hessian * hessian
     if weights.weight_sparsity:
         losses["sparsity"] = weights.weight_sparsity * _sparsity(config, volume, view, shift)
     if weights.weight_edge:
-        losses["edge"] = weights.weight_edge * edge_loss(view.depth, colors, config.render.rays)
+        losses["edge"] = weights.weight_edge * edge_loss(view.depth, colors, rays)
     if weights.weight_semantic:
         if batch.semantics is None or view.semantics is None:
             raise InputError(
@@ -86,8 +110,9 @@ def _sparsity(config: Config, volume: Tensor, view: View, shift: Tensor) -> Tens
         return adaptive_sparsity(view.sdf, view.proposals, view.depth)
     shape = tuple(n - 1 for n in config.volume.nodes)
     sdf = shifted_grid_sdf(volume, config.volume.box, shape, shift)
-    kinds = {"soft": soft_sparsity, "smooth": smooth_sparsity, "hard": hard_sparsity}
-    return kinds[config.loss.sparsity](sdf)
+    if config.loss.sparsity == "soft":
+        return soft_sparsity(sdf, config.loss.sparsity_margin)
+    return {"smooth": smooth_sparsity, "hard": hard_sparsity}[config.loss.sparsity](sdf)
 
 
 # Photometric
@@ -105,35 +130,24 @@ def ray_grid(values: Tensor, rays: tuple[int, int]) -> Tensor:
 
 
 def photometric_error(
-    weights: Tensor,
-    depths: Tensor,
-    *,
+    compared: tuple[Tensor, Tensor, Tensor],
     pixels: Tensor,
-    rays: tuple[int, int],
     target: Tensor,
     sources: Tensor,
-    projections: Tensor,
+    *,
+    rays: tuple[int, int],
     automask: bool = True,
     combine: bool = False,
     published_pixels: bool = False,
 ) -> Tensor:
     """Error [B, N, R] of all depth proposals, the least over sources and identity (paper, 3.3).
 
-    Args: weights, depths [B, N, R, S] of the proposals; pixels [R, 2]; target [B, N, R, 3] colours
-    at the rays; sources [B, K, N, 3, h, w]; projections [B, K, N, 4, 4] as in
-    `kernels.epipolar_photometric`; automask compares with the sources at the same pixel, so that
-    what does not move teaches nothing; combine averages the sources proposal by proposal.
+    Args: compared is what `kernels.epipolar_photometric` returns of the proposals; pixels [R, 2],
+    target and sources as in `photometric_scene`; automask compares with the sources at the same
+    pixel, so that what does not move teaches nothing; combine says that the sources were averaged
+    proposal by proposal.
     """
-    l1, color, valid = kernels.epipolar_photometric(
-        weights,
-        depths,
-        pixels,
-        target,
-        sources,
-        projections,
-        combine=combine,
-        published_pixels=published_pixels,
-    )
+    l1, color, valid = compared
     # the published combined form has no override of unseen rays without masking
     return kernels.least_photometric(
         color,
@@ -148,18 +162,18 @@ def photometric_error(
 
 def reprojection_error(
     depth: Tensor,
-    *,
     pixels: Tensor,
-    rays: tuple[int, int],
     target: Tensor,
     sources: Tensor,
     projections: Tensor,
+    *,
+    rays: tuple[int, int],
     automask: bool = True,
 ) -> Tensor:
     """Error [B, N, R] of one expected depth [B, N, R], warped into the sources (Monodepth2).
 
     The arm without depth proposals: the gradient flows through the place where the source is read.
-    Other arguments as in `photometric_error`.
+    Other arguments as in `photometric_scene` and `photometric_error`.
     """
     height, width = sources.shape[-2:]
     homogeneous = F.pad(pixels, (0, 1), value=1.0).to(projections.dtype)
@@ -214,9 +228,13 @@ def eikonal_loss(gradients: Tensor) -> Tensor:
     return (torch.linalg.vector_norm(gradients, dim=-1) - 1).square().mean()
 
 
-def soft_sparsity(sdf: Tensor) -> Tensor:
-    """Mean depth below the surface: what is not needed becomes free (SoftSparsityLoss)."""
-    return F.relu(-sdf).mean()
+def soft_sparsity(sdf: Tensor, margin: float = 0.0) -> Tensor:
+    """Mean depth below the surface: what is not needed becomes free (SoftSparsityLoss).
+
+    A margin in metres, which the published loss lacks, keeps what no ray tells of from staying just
+    above zero, neither free nor solid.
+    """
+    return F.relu(margin - sdf).mean()
 
 
 def smooth_sparsity(sdf: Tensor, scale: float = 1.0) -> Tensor:

@@ -15,6 +15,7 @@ from selfocc.encoder import Encoder
 from selfocc.field import FieldDecoder
 from selfocc.geometry import pixel_rays, ray_box
 from selfocc.lift import FrustumLift
+from selfocc.losses import needs_samples, photometric_scene
 
 
 @dataclass
@@ -26,10 +27,11 @@ class View:
     color: Tensor  # [B, N, R, 3] RGB, background included
     opacity: Tensor  # [B, N, R]
     semantics: Tensor | None  # [B, N, R, classes] composited class probabilities
-    weights: Tensor | None  # [B, N, R, S] of the depth proposals
-    proposals: Tensor | None  # [B, N, R, S] their depths
-    sdf: Tensor | None  # [B, N, R, S] SDF at the samples
     eikonal: Tensor | None  # [B, N, R] sum over the samples of (|gradient| - 1)^2
+    weights: Tensor | None = None  # [B, N, R, S] of the depth proposals
+    proposals: Tensor | None = None  # [B, N, R, S] their depths
+    sdf: Tensor | None = None  # [B, N, R, S] SDF at the samples
+    compared: tuple[Tensor, ...] | None = None  # what kernels.epipolar_photometric finds of them
 
 
 @dataclass
@@ -105,12 +107,18 @@ class SelfOcc(nn.Module):
         jitter: Tensor | None = None,
         background: Tensor | None = None,
         keep_samples: bool = False,
+        scene: tuple[Tensor, ...] | None = None,
+        combine: bool = False,
+        stop_below: float = 0.0,
     ) -> View:
         """See the volume through the cameras of `frames` (spec sections 7 to 9).
 
         pixels [R, 2] of the rays, the same for all cameras; jitter [B, N, R] and background
         [B, N, R, 3] are uniform random numbers, without which samples are centred and the
-        background is black. `keep_samples` also returns what the losses need of every sample.
+        background is black. `keep_samples` also returns what some losses need of every sample.
+        With a `scene` (losses.photometric_scene) all samples are compared with the source frames on
+        the way, averaged over these if `combine`. Rays may end where less transmittance than
+        `stop_below` is left (without a scene).
         """
         origins, directions, stretch = pixel_rays(
             pixels, frames.intrinsics, frames.camera_to_volume
@@ -124,13 +132,8 @@ class SelfOcc(nn.Module):
         def split(x):
             return None if x is None else x.unflatten(1, (cameras, -1))
 
-        out = kernels.render_rays(
-            volume,
-            merge(origins),
-            merge(directions),
-            merge(near),
-            merge(far),
-            self.sharpness(),
+        lines = [merge(x) for x in (origins, directions, near, far)]
+        march = dict(
             box=self.config.volume.box,
             samples=samples,
             jitter=merge(jitter),
@@ -138,8 +141,16 @@ class SelfOcc(nn.Module):
             alpha=self.config.render.alpha,
             classes=self.config.field.classes,
             backdrop=self.config.render.backdrop,
-            keep_samples=keep_samples,
         )
+        if scene is None:
+            march |= dict(keep_samples=keep_samples, stop_below=stop_below)
+            out = kernels.render_rays(volume, *lines, self.sharpness(), **march)
+            compared = None
+        else:
+            rays = (*lines, self.sharpness(), merge(stretch), pixels)
+            out, *compared = kernels.render_photometric(
+                volume, *rays, *scene, combine=combine, **march
+            )
         distance, opacity, color = split(out.distance), split(out.opacity), split(out.color)
         if background is not None:
             color = color + background * (1 - opacity[..., None])
@@ -149,15 +160,17 @@ class SelfOcc(nn.Module):
             color=color,
             opacity=opacity,
             semantics=split(out.semantics),
+            eikonal=split(out.eikonal),
             weights=split(out.weights),
             proposals=None if out.mids is None else split(out.mids) / stretch[..., None],
             sdf=split(out.sdf),
-            eikonal=split(out.eikonal),
+            compared=compared,
         )
 
     def forward(self, batch: Batch, pixels: Tensor, noise: Noise) -> tuple[Tensor, View]:
         volume = self.volume(batch)
         background = noise.background if self.config.render.background == "random" else None
+        keep_samples = needs_samples(self.config.loss)
         view = self.render(
             volume,
             batch.target,
@@ -165,6 +178,8 @@ class SelfOcc(nn.Module):
             self.config.render.samples,
             noise.jitter,
             background,
-            keep_samples=True,
+            keep_samples,
+            scene=None if keep_samples else photometric_scene(batch, pixels),
+            combine=self.config.loss.photometric == "mvs_combined",
         )
         return volume, view

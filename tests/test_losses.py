@@ -65,17 +65,11 @@ def test_photometric(variant, combine):
             error = torch.cat([error, (still - target[:, None]).abs().mean(-1)], dim=1)
         error = error.min(dim=1).values
     else:
+        shown = dict(combine=combine, published_pixels=True)
+        scene = (pixels, target, sources, projections)
+        compared = kernels.epipolar_photometric(weights, depths, *scene, **shown)
         error = losses.photometric_error(
-            weights,
-            depths,
-            pixels=pixels,
-            rays=rays,
-            target=target,
-            sources=sources,
-            projections=projections,
-            automask=automask,
-            combine=combine,
-            published_pixels=True,
+            compared, *scene[:3], rays=rays, automask=automask, **shown
         )
     torch.testing.assert_close(error[0], g[f"f64.{variant}.per_ray"], **TIGHT)
     result = error.mean()
@@ -108,11 +102,11 @@ def test_reprojection_prefers_the_true_depth_and_its_gradient_is_right():
     def error(d):
         return losses.reprojection_error(
             d,
-            pixels=pixels,
+            pixels,
+            target,
+            image[:, None],
+            projection[None, None, None],
             rays=rays,
-            target=target,
-            sources=image[:, None],
-            projections=projection[None, None, None],
             automask=False,
         )
 
@@ -138,26 +132,20 @@ def test_photometric_of_a_batch_is_that_of_its_samples(form):
         1 + 9 * torch.rand(batch, cameras, 12, samples),
     )
 
-    def error(b, n):
-        pick = slice(b, b + 1), slice(n, n + 1)
-        seen = dict(
-            pixels=pixels,
-            rays=rays,
-            target=target[pick],
-            sources=sources[pick[0], :, pick[1]],
-            projections=projections[pick[0], :, pick[1]],
-        )
+    def error(weights, depths, *scene):
         if form == "mvs":
-            return losses.photometric_error(weights[pick], depths[pick], **seen)
-        return losses.reprojection_error(depths[pick][..., 0], **seen)
+            compared = kernels.epipolar_photometric(weights, depths, pixels, *scene)
+            return losses.photometric_error(compared, pixels, *scene[:2], rays=rays)
+        return losses.reprojection_error(depths[..., 0], pixels, *scene, rays=rays)
 
-    seen = dict(pixels=pixels, rays=rays, target=target, sources=sources, projections=projections)
-    if form == "mvs":
-        whole = losses.photometric_error(weights, depths, **seen)
-    else:
-        whole = losses.reprojection_error(depths[..., 0], **seen)
+    def single_error(b, n):
+        b, n = slice(b, b + 1), slice(n, n + 1)
+        seen = weights[b, n], depths[b, n], target[b, n], sources[b, :, n], projections[b, :, n]
+        return error(*seen)[0, 0]
+
+    whole = error(weights, depths, target, sources, projections)
     single = torch.stack(
-        [torch.stack([error(b, n)[0, 0] for n in range(cameras)]) for b in range(batch)]
+        [torch.stack([single_error(b, n) for n in range(cameras)]) for b in range(batch)]
     )
     torch.testing.assert_close(whole, single)
 
@@ -228,6 +216,14 @@ def test_adaptive_sparsity(slack):
     ) == (None,)
 
 
+def test_soft_sparsity_with_a_margin_reaches_what_is_just_free():
+    sdf = torch.tensor([-0.5, 0.2, 0.7], requires_grad=True)
+    loss = losses.soft_sparsity(sdf, margin=0.5)
+    torch.testing.assert_close(loss, torch.tensor((1.0 + 0.3) / 3))
+    (grad,) = torch.autograd.grad(loss, sdf)
+    assert grad.tolist() == pytest.approx([-1 / 3, -1 / 3, 0])
+
+
 def test_adaptive_sparsity_of_nothing_is_zero():
     sdf = torch.randn(2, 3, 4, requires_grad=True)
     loss = losses.adaptive_sparsity(sdf, torch.ones(2, 3, 4), torch.ones(2, 3))
@@ -253,7 +249,7 @@ def test_smooth_sparsity_far_from_surfaces_has_a_gradient():
 def step(overrides=(), semantics=True):
     """`objective` of random images, volume and rendering: two samples, three cameras."""
     torch.manual_seed(0)
-    small = ["volume.nodes=6,5,4", "render.rays=3,4", "field.classes=5"]
+    small = ["volume.nodes=6,5,4", "render.rays=3,4", "render.samples=6", "field.classes=5"]
     settings = config.build("synthetic", [*small, *overrides])
     batch, cameras, rays, samples = 2, 3, 12, 6
     intrinsics = torch.tensor([[20.0, 0, 10], [0, 20, 6], [0, 0, 1]]).double()
