@@ -30,6 +30,7 @@ from selfocc import config
 from selfocc.commandline import Parser, run
 from selfocc.config import Config
 from selfocc.datasets.video import Batch, Frames
+from selfocc.evaluation import SPENT
 from selfocc.geometry import cellular_pixels, fixed_pixels, node_positions
 from selfocc.losses import objective
 from selfocc.model import Noise, SelfOcc
@@ -220,7 +221,7 @@ def time_depth(settings: Config, device: torch.device, repeats: int) -> dict:
 
     @torch.no_grad()
     def render():
-        model.render(volume, batch.target, pixels, SAMPLES)
+        model.render(volume, batch.target, pixels, SAMPLES, stop_below=SPENT)
 
     if device.type == "cuda":
         seconds, peak = gpu_seconds([render], repeats), gpu_peak(render)

@@ -135,7 +135,6 @@ class LossConfig:
     compact_hessian: bool = True  # diagonal second differences over one node instead of two
     weight_sparsity: float = 0.005
     sparsity: str = "soft"  # soft | smooth | hard | adaptive
-    sparsity_margin: float = 0.0  # soft: distance in metres that what nothing needs keeps free
     weight_edge: float = 0.0
     weight_semantic: float = 0.0
     semantic: str = "ce"  # ce | bce

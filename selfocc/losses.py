@@ -110,9 +110,8 @@ def _sparsity(config: Config, volume: Tensor, view: View, shift: Tensor) -> Tens
         return adaptive_sparsity(view.sdf, view.proposals, view.depth)
     shape = tuple(n - 1 for n in config.volume.nodes)
     sdf = shifted_grid_sdf(volume, config.volume.box, shape, shift)
-    if config.loss.sparsity == "soft":
-        return soft_sparsity(sdf, config.loss.sparsity_margin)
-    return {"smooth": smooth_sparsity, "hard": hard_sparsity}[config.loss.sparsity](sdf)
+    kinds = {"soft": soft_sparsity, "smooth": smooth_sparsity, "hard": hard_sparsity}
+    return kinds[config.loss.sparsity](sdf)
 
 
 # Photometric
@@ -228,13 +227,9 @@ def eikonal_loss(gradients: Tensor) -> Tensor:
     return (torch.linalg.vector_norm(gradients, dim=-1) - 1).square().mean()
 
 
-def soft_sparsity(sdf: Tensor, margin: float = 0.0) -> Tensor:
-    """Mean depth below the surface: what is not needed becomes free (SoftSparsityLoss).
-
-    A margin in metres, which the published loss lacks, keeps what no ray tells of from staying just
-    above zero, neither free nor solid.
-    """
-    return F.relu(margin - sdf).mean()
+def soft_sparsity(sdf: Tensor) -> Tensor:
+    """Mean depth below the surface: what is not needed becomes free (SoftSparsityLoss)."""
+    return F.relu(-sdf).mean()
 
 
 def smooth_sparsity(sdf: Tensor, scale: float = 1.0) -> Tensor:

@@ -1,4 +1,7 @@
 import os
+import subprocess
+import sys
+import tempfile
 
 import torch
 
@@ -7,7 +10,9 @@ if not torch.cuda.is_available():
 
 import pytest
 
-from tests.tiny import run
+from tests.tiny import ROOT, run
+
+_COMPILATION = pytest.StashKey[subprocess.Popen]()
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +28,33 @@ def finished(cache, tmp_path_factory):
     done = run("train.py", "--out", out, cache=cache)
     assert done.returncode == 0, done.stderr
     return out
+
+
+def pytest_collection_finish(session):
+    """Compiling all kernels takes minutes, so it starts now, beside the tests that come before.
+
+    Not in the interpreter, hence in a process of its own.
+    """
+    needed = any("compilation" in item.fixturenames for item in session.items)
+    if not needed or session.config.option.collectonly:
+        return
+    folder = tempfile.TemporaryDirectory()
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.compile_kernels"],
+        cwd=ROOT,
+        env=environment | {"TRITON_CACHE_DIR": folder.name},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: os.nice(10),
+    )
+    session.config.stash[_COMPILATION] = process
+    session.config.add_cleanup(folder.cleanup)
+    session.config.add_cleanup(process.kill)
+
+
+@pytest.fixture(scope="session")
+def compilation(request):
+    """The process that compiles the kernels."""
+    return request.config.stash[_COMPILATION]

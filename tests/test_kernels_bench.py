@@ -2,9 +2,6 @@
 
 import ast
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -32,34 +29,12 @@ def kernel_names() -> set[str]:
     return names
 
 
-COMPILE = """
-import json, os
-from kernels import ahead, bench, cases
-
-launches = bench.different_launches(cases.cases(["kitti", "nuscenes"]))
-kernels = {launch.kernel: (label, launch) for label, launch in reversed(launches)}
-others = [
-    (label, launch)
-    for label, launch in launches
-    if (label, launch) not in kernels.values()
-    and ("bf16" not in label or "deformable" in label)  # autocast reaches no other kernel
-]
-processes = os.cpu_count()
-rows = bench.compiled(list(kernels.values()), list(ahead.TARGETS), processes)
-rows += bench.compiled(others, ["cuda 90"], processes)
-print(json.dumps(rows))
-"""
-
-
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> list[dict]:
+def compiled(compilation) -> list[dict]:
     """At published sizes every kernel for every target, its other launches for the H200 alone."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, "-c", COMPILE]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    out, errors = compilation.communicate()
+    assert compilation.returncode == 0, errors
+    return json.loads(out)
 
 
 @ON_LINUX

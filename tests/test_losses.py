@@ -216,14 +216,6 @@ def test_adaptive_sparsity(slack):
     ) == (None,)
 
 
-def test_soft_sparsity_with_a_margin_reaches_what_is_just_free():
-    sdf = torch.tensor([-0.5, 0.2, 0.7], requires_grad=True)
-    loss = losses.soft_sparsity(sdf, margin=0.5)
-    torch.testing.assert_close(loss, torch.tensor((1.0 + 0.3) / 3))
-    (grad,) = torch.autograd.grad(loss, sdf)
-    assert grad.tolist() == pytest.approx([-1 / 3, -1 / 3, 0])
-
-
 def test_adaptive_sparsity_of_nothing_is_zero():
     sdf = torch.randn(2, 3, 4, requires_grad=True)
     loss = losses.adaptive_sparsity(sdf, torch.ones(2, 3, 4), torch.ones(2, 3))
