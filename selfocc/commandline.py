@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from selfocc import InputError, distributed
 from selfocc.datasets import Folders
+from selfocc.labels import TABLES
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,10 +35,21 @@ def add_data_options(parser: Parser) -> None:
         help="sequences and frames for training (and for the priors), such as 06:0-39",
     )
     parser.add_argument("--val", metavar="SEQ[:A-B],..", help="the same for validation")
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        metavar="DIR",
+        help="2-D pseudo labels: 8-bit PNGs, named and laid out as the images below --data",
+    )
+    parser.add_argument(
+        "--label-map",
+        metavar="MAP",
+        help=f"what their ids mean: {', '.join(TABLES)} or a JSON file (see selfocc/labels.py)",
+    )
 
 
 def folders(arguments: argparse.Namespace) -> Folders:
-    return Folders(data=arguments.data)
+    return Folders(data=arguments.data, labels=arguments.labels)
 
 
 class Stopped(Exception):

@@ -8,6 +8,7 @@ from selfocc import InputError
 from selfocc.config import Config, DataConfig
 from selfocc.datasets.kitti import TRAIN_SEQUENCES, VAL_SEQUENCES, kitti_sequences
 from selfocc.datasets.video import Sequence, VideoDataset
+from selfocc.labels import pseudo_labels
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,12 @@ def open_sequences(config: DataConfig, split: str, folders: Folders) -> list[Seq
         if not chosen:
             chosen = ",".join(TRAIN_SEQUENCES if split == "train" else VAL_SEQUENCES)
         parts = [_parse_range(part) for part in chosen.split(",")]
-        return [s for name, frames in parts for s in kitti_sequences(folders.data, [name], frames)]
+        labels = pseudo_labels(folders.labels, folders.data, config)
+        return [
+            sequence
+            for name, frames in parts
+            for sequence in kitti_sequences(folders.data, [name], frames, labels)
+        ]
     raise InputError(f"unknown data set {config.dataset!r}; known: synthetic, kitti")
 
 
