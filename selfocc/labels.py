@@ -94,7 +94,7 @@ TABLES = {
         ("sidewalk", "sidewalk", "sidewalk"),
         ("other-ground", "other_flat", "other-ground"),
         ("building", "manmade", "building"),
-        ("fence", "barrier", "fence"),
+        ("fence", "manmade", "fence"),
         ("vegetation", "vegetation", "vegetation"),
         ("trunk", "vegetation", "trunk"),
         ("terrain", "terrain", "terrain"),
