@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from selfocc import InputError
 from selfocc.commandline import Parser, run
-from selfocc.datasets.kitti import LEARNING_ID, UNKNOWN, VELO_TO_VOLUME
+from selfocc.datasets.kitti import LEARNING_ID, UNKNOWN
+from selfocc.datasets.kitti_files import VELO_TO_VOLUME
 from selfocc.datasets.occupancy import seen_cells
 from selfocc.datasets.synthetic import (
     SPLITS,
