@@ -9,7 +9,8 @@ import pytest
 
 from selfocc import InputError
 from selfocc.datasets import cache as disk
-from selfocc.datasets.export import RAW_LABEL, export_kitti, main
+from selfocc.datasets.export import main
+from selfocc.datasets.export_kitti import RAW_LABEL, export_kitti
 from selfocc.datasets.kitti import kitti_sequences
 from selfocc.datasets.synthetic import SyntheticConfig, prerender, synthetic_sequences
 
