@@ -332,9 +332,7 @@ def test_export_command(tmp_path, monkeypatch):
     assert (tmp_path / "dataset" / "poses" / "00.txt").exists()
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--export", "nuscenes", "x"], ["--scenes", "1"], ["--frames"]]
-)
+@pytest.mark.parametrize("arguments", [["--export", "waymo", "x"], ["--scenes", "1"], ["--frames"]])
 def test_export_refuses(arguments, capsys):
     assert main(arguments) == 2
     assert capsys.readouterr().err.startswith("error: ")

@@ -6,12 +6,14 @@ from selfocc import InputError
 from selfocc.commandline import Parser, run
 from selfocc.datasets.export_kitti import export_kitti
 from selfocc.datasets.export_kitti_raw import export_kitti_raw
+from selfocc.datasets.export_nuscenes import export_nuscenes
 from selfocc.datasets.synthetic import SPLITS, SyntheticConfig, synthetic_sequences
 
 # format: writer, rig, height and width of images
 FORMATS = {
     "kitti": (export_kitti, "forward", (96, 320)),
     "kitti_raw": (export_kitti_raw, "forward", (96, 320)),
+    "nuscenes": (export_nuscenes, "surround", (96, 160)),
 }
 
 
