@@ -25,6 +25,7 @@ import numpy as np
 
 from selfocc import InputError
 from selfocc.datasets import kitti_files as files
+from selfocc.labels import PseudoLabels
 
 EYES = {"l": "image_02", "r": "image_03"}
 DIGITS = 10  # of a frame's number on disk
@@ -39,6 +40,7 @@ def kitti_raw_sequences(
     chosen: str = "",
     split_folder: Path | None = None,
     pose_folder: Path | None = None,
+    labels: PseudoLabels | None = None,
 ) -> list["KittiRawSequence"]:
     """The sequences of a split, `train` or `val`.
 
@@ -52,7 +54,9 @@ def kitti_raw_sequences(
     """
     root = _data_folder(Path(root))
     if split_folder is not None:
-        return _listed(root, Path(split_folder) / f"{chosen or split}_files.txt", pose_folder)
+        return _listed(
+            root, Path(split_folder) / f"{chosen or split}_files.txt", pose_folder, labels
+        )
     if chosen:
         parts = [files.parse_range(part) for part in chosen.split(",")]
     else:
@@ -62,7 +66,7 @@ def kitti_raw_sequences(
         drive = Drive(root, name, pose_folder)
         for eye in EYES:
             if drive.numbers[eye]:
-                sequence = KittiRawSequence(drive, eye, drive.choose(eye, frames))
+                sequence = KittiRawSequence(drive, eye, drive.choose(eye, frames), labels)
                 judged = [f for f in range(sequence.frames) if sequence.judged(f)]
                 sequence.inputs = judged if split == "val" and judged else None
                 sequences.append(sequence)
@@ -107,7 +111,9 @@ def _numbered(folder: Path) -> list[int]:
     )
 
 
-def _listed(root: Path, path: Path, pose_folder: Path | None) -> list["KittiRawSequence"]:
+def _listed(
+    root: Path, path: Path, pose_folder: Path | None, labels: PseudoLabels | None
+) -> list["KittiRawSequence"]:
     """The samples of a split file, grouped into sequences."""
     samples: dict[tuple[str, str], set[int]] = {}
     for i, line in enumerate(files.read_text(path).splitlines(), 1):
@@ -134,7 +140,7 @@ def _listed(root: Path, path: Path, pose_folder: Path | None) -> list["KittiRawS
                 f"{path}: names {len(absent)} frames of {name}/{EYES[eye]} that are not on disk, "
                 f"{absent[0]:010d} first; download them or take their lines out"
             )
-        sequence = KittiRawSequence(opened[name], eye, numbers)
+        sequence = KittiRawSequence(opened[name], eye, numbers, labels)
         sequence.inputs = [f for f, number in enumerate(numbers) if number in wanted]
         sequences.append(sequence)
     return sequences
@@ -295,8 +301,10 @@ class KittiRawSequence:
     `numbers` are the frames' numbers on disk. Raises InputError on whatever is malformed.
     """
 
-    def __init__(self, drive: Drive, eye: str, numbers: list[int]):
-        self.drive, self.eye, self.numbers = drive, eye, numbers
+    def __init__(
+        self, drive: Drive, eye: str, numbers: list[int], labels: PseudoLabels | None = None
+    ):
+        self.drive, self.eye, self.numbers, self._labels = drive, eye, numbers, labels
         self.name = f"{drive.name}/{eye}"
         self.frames = len(numbers)
         self.inputs: list[int] | None = None
@@ -369,8 +377,11 @@ class KittiRawSequence:
         files.check_size(path, depth, self._size, f"{self.name}'s image")
         return depth[None]
 
-    def semantics(self, frame: int) -> None:
-        """KITTI raw has no labelled images."""
+    def semantics(self, frame: int) -> np.ndarray | None:
+        """Pseudo labels, uint8 [1, h, w]; None without --labels."""
+        if self._labels is None:
+            return None
+        return self._labels.read([self._image_path(self.eye, frame)], self._size[:2])
 
     def voxels(self, frame: int) -> None:
         """KITTI raw has no voxels."""
