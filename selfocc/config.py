@@ -254,7 +254,7 @@ _preset(
     render=dict(rays=(16, 26), eval_rays=(48, 80)),
 )
 
-_preset(
+_kitti_small = _preset(
     "kitti_small",
     "KITTI at a quarter of its resolution, for short sequences and CPUs",
     _depth,
@@ -268,6 +268,14 @@ _preset(
     backbone=dict(norm="batch"),  # as its figures were measured
     render=dict(eval_rays=(44, 152)),
     optim=dict(steps=1000),
+)
+
+_preset(
+    "kitti_raw_small",
+    "KITTI raw at a quarter of its resolution, for short slow drives and CPUs",
+    _kitti_small,
+    data=dict(dataset="kitti_raw", source=(0.5, 3.0), distance="straight"),
+    loss=dict(automask=True),
 )
 
 

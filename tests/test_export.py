@@ -7,7 +7,7 @@ import pytest
 import eval as eval_script
 from selfocc import checkpoint
 from selfocc.datasets import Folders, open_sequences
-from selfocc.datasets.export import export_kitti
+from selfocc.datasets.export_kitti import export_kitti
 
 
 @pytest.mark.parametrize("protocol", ["own", "published", "corrected"])
