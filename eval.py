@@ -29,6 +29,7 @@ from selfocc import (
     distributed,
     evaluation,
     files,
+    labels,
     panels,
     pictures,
     protocols,
@@ -111,7 +112,9 @@ def choose_settings(arguments: argparse.Namespace, saved: config.Config) -> conf
         "data.label_map": arguments.label_map,
     }
     overrides = [f"{path}={value}" for path, value in named.items() if value is not None]
-    return config.override(saved, overrides + arguments.set)
+    settings = config.override(saved, overrides + arguments.set)
+    labels.check_classes(settings)
+    return settings
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from selfocc import InputError, metrics, protocols
+from selfocc import metrics, protocols
 from selfocc.datasets.video import Batch, Frames
 from selfocc.geometry import image_to_image
 from selfocc.journal import Record
@@ -57,11 +57,6 @@ class Scores:
         if self.classes:
             self.names = voxel_names(model.config.data.dataset)
             chosen = label_map(model.config.data)
-            if len(chosen.names) != self.classes:
-                raise InputError(
-                    f"the model knows {self.classes} classes, the label map {len(chosen.names)}; "
-                    "give the --label-map that it was trained with"
-                )
             self.voxel_class = torch.tensor(chosen.voxel_classes(model.config.data.dataset))
         fixed = torch.tensor([self.settings.threshold])
         self.thresholds = {"SelfOcc": fixed}

@@ -150,6 +150,8 @@ def test_the_true_volume_scores_perfectly(model, monkeypatch):
     dataset = open_dataset(model.config, "val", Folders())
     for flip in (False, True):
         monkeypatch.setattr(model, "volume", lambda batch, flip=flip: volume_of(batch, flip))
-        tables = evaluate(model, dataset, torch.device("cpu"), ("occupancy",), frames=1, progress=False)
+        tables = evaluate(
+            model, dataset, torch.device("cpu"), ("occupancy",), frames=1, progress=False
+        )
         scores = tables["occupancy"]["SelfOcc"]["iou"], tables["semantics"]["mIoU"]["iou"]
         assert scores == (1, 1) if not flip else max(scores) < 0.7
