@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from selfocc.datasets.export import main
-from selfocc.datasets.export_nuscenes import CAMERAS, EGO_TO_GLOBAL, OCC3D, export_nuscenes
+from selfocc.datasets.export_nuscenes import CAMERAS, EGO_TO_GLOBAL, OCC3D_CLASS, export_nuscenes
 from selfocc.datasets.synthetic import SyntheticConfig, synthetic_sequences
 
 SIZE, FRAMES = (24, 40), 7  # key frames 0 and 5; frame 6 comes after the last
@@ -84,6 +84,8 @@ def test_cameras_and_images(world, folder, tables):
             mounted = tables["calibrated_sensor"][row["calibrated_sensor_token"]]
             assert np.array_equal(mounted["camera_intrinsic"], k[camera])
             assert np.array_equal(iio.imread(folder / row["filename"]), world.images(frame)[camera])
+            classes = iio.imread(folder / "labels" / row["filename"])
+            assert np.array_equal(classes, world.semantics(frame)[camera])
             assert (row["height"], row["width"]) == SIZE
             assert row["is_key_frame"] == (frame in (0, 5))
             assert row["filename"].startswith("samples/" if frame in (0, 5) else "sweeps/")
@@ -114,10 +116,10 @@ def test_samples_and_labels(world, folder, tables):
         labels = np.load(folder / "gts" / "scene-0003" / sample["token"] / "labels.npz")
         voxels = world.voxels(frame).transpose(1, 0, 2)
         assert labels["semantics"].shape == (200, 200, 16)
-        assert np.array_equal(labels["semantics"], OCC3D[voxels])
+        assert np.array_equal(labels["semantics"], OCC3D_CLASS[voxels])
         assert np.array_equal(labels["mask_camera"] == 1, voxels != 255)
         assert 0 < labels["mask_lidar"].mean() < labels["mask_camera"].mean()
-    assert OCC3D[[0, 1, 9, 11, 13, 15, 255]].tolist() == [17, 4, 11, 13, 15, 16, 17]
+    assert OCC3D_CLASS[[0, 1, 9, 11, 13, 15, 255]].tolist() == [17, 4, 11, 13, 15, 16, 17]
 
 
 def test_what_does_not_fit_is_refused(tmp_path, capsys, monkeypatch):

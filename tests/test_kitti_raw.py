@@ -14,6 +14,7 @@ from selfocc.datasets.export_kitti_raw import export_kitti_raw
 from selfocc.datasets.kitti_raw import kitti_raw_sequences, oxts_poses
 from selfocc.datasets.synthetic import SyntheticConfig, synthetic_sequences
 from selfocc.datasets.video import project_points
+from selfocc.labels import PseudoLabels
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "kitti_raw"
 SIZE, FRAMES = (24, 48), 6
@@ -71,6 +72,17 @@ def test_left_eye_equals_the_direct_path(world, exported):
         "no voxels in KITTI raw: occupancy is not scored",
     ]
     assert np.array_equal(pickle.loads(pickle.dumps(left)).images(1), left.images(1))
+
+
+def test_labels_mirror_the_images(world, exported):
+    labels = PseudoLabels(exported / "labels", exported, 20)
+    for sequence, classes in zip(
+        eyes(exported, labels=labels),
+        (world.semantics(1), world.render(1, shift=BASELINE)[2]),
+        strict=True,
+    ):
+        assert np.array_equal(sequence.semantics(1), classes)
+    assert eyes(exported)[0].semantics(1) is None
 
 
 def test_right_eye_is_a_sequence_of_its_own(world, exported):

@@ -26,7 +26,10 @@ IMU_TO_VELO = np.deg2rad([0.9, 0.1, -0.05]), np.array([-0.81, 0.32, -0.8])
 
 def export_kitti_raw(sequences: list[SyntheticSequence], folder: Path, progress: bool = True):
     """Write drives 0001, 0002, ... under folder/DATE, with improved ground truth from the exact
-    depth under folder/data_depth_annotated. Raises InputError if it cannot."""
+    depth under folder/data_depth_annotated, and 2-D classes for --labels under folder/labels.
+
+    Raises InputError if it cannot.
+    """
     for number, sequence in enumerate(sequences, 1):
         if len(sequence.rig.intrinsics) != 1:
             raise InputError(f"{sequence.name}: KITTI has one camera; export the rig `forward`")
@@ -42,13 +45,15 @@ def _write_drive(sequence, folder, drive, progress):
     oxts = _oxts(sequence)
     for frame in tqdm(range(sequence.frames), desc=drive.name, disable=not progress):
         name = f"{frame:010d}"
-        right, right_depth, _ = sequence.render(frame, shift=BASELINE)
         eyes = {
-            "image_02": (sequence.images(frame)[0], sequence.depth(frame)[0]),
-            "image_03": (right[0], right_depth[0]),
+            "image_02": (sequence.images(frame), sequence.depth(frame), sequence.semantics(frame)),
+            "image_03": sequence.render(frame, shift=BASELINE),
         }
-        for camera, (image, depth) in eyes.items():
-            write_file(drive / camera / "data" / f"{name}.png", png(image))
+        for camera, maps in eyes.items():
+            image, depth, classes = (m[0] for m in maps)
+            place = drive.relative_to(folder) / camera / "data" / f"{name}.png"
+            write_file(folder / place, png(image))
+            write_file(folder / "labels" / place, png(classes))
             metres = np.where(depth < 255, np.rint(depth * 256), 0).astype(np.uint16)
             write_file(truth / camera / f"{name}.png", png(metres))
         scan = sequence.lidar(frame) @ VELO_TO_VOLUME[:3, :3].astype(np.float32)

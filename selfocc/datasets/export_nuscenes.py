@@ -3,6 +3,7 @@
     VERSION/*.json                                    the official tables; no annotated boxes
     samples, sweeps/CHANNEL/LOG__CHANNEL__MICROSECONDS.png|pcd.bin
     gts/scene-XXXX/SAMPLE_TOKEN/labels.npz            semantics, mask_lidar, mask_camera
+    labels/samples, sweeps/CHANNEL/*.png              2-D classes, for --labels DIR/labels
 
 Frames with voxels become key frames, those between them sweeps; frames after the last key frame are
 left out, as nuScenes has none. Images are PNGs, which lose nothing. `semantics` is [x, y, z] with
@@ -24,6 +25,7 @@ from selfocc.datasets.occupancy import UNKNOWN, View, seen_cells
 from selfocc.datasets.sensors import BEAMS, ELEVATIONS
 from selfocc.datasets.synthetic import SyntheticSequence
 from selfocc.files import write_file
+from selfocc.labels import OCC3D, TABLES
 
 CAMERAS = (
     "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT",
@@ -38,11 +40,11 @@ NUMBERS = {
     "val": (3, *range(12, 19), 35, 36, 38, 39, *range(92, 100)),
 }
 FREE = 17
-# SemanticKITTI learning id (free, car, bicycle, ...) -> class of Occ3D (others, barrier, bicycle,
-# bus, car, construction vehicle, motorcycle, pedestrian, cone, trailer, truck, road, other flat,
-# sidewalk, terrain, manmade, vegetation, free)
-OCC3D = np.full(256, FREE, np.uint8)
-OCC3D[:20] = [17, 4, 2, 6, 10, 3, 7, 2, 6, 11, 11, 13, 12, 15, 15, 16, 16, 14, 15, 15]
+# class of Occ3D by the id of the embedded world; unknown counts as free, the mask leaves it out
+OCC3D_CLASS = np.full(256, FREE, np.uint8)
+OCC3D_CLASS[: len(TABLES["semantickitti20"])] = [
+    OCC3D.index(name) or FREE for _, name, _ in TABLES["semantickitti20"]
+]
 # x right, y forward, z up of nuScenes' LiDAR -> x forward, y left, z up of the ego vehicle
 LIDAR_TO_EGO = np.array([[0.0, 1, 0], [-1, 0, 0], [0, 0, 1]])
 
@@ -126,8 +128,10 @@ class _Scene:
             self._write_labels(frame, samples[i])
         for frame in tqdm(range(self.keys[-1] + 1), desc=self.name, disable=not progress):
             sample = samples[np.searchsorted(self.keys, frame)]
-            for camera, image in zip(CAMERAS, self.sequence.images(frame), strict=True):
-                self._write_data(frame, sample, camera, png(image), image.shape[:2])
+            images, classes = self.sequence.images(frame), self.sequence.semantics(frame)
+            for camera, image, ids in zip(CAMERAS, images, classes, strict=True):
+                place = self._write_data(frame, sample, camera, png(image), image.shape[:2])
+                write_file(self.folder / "labels" / place, png(ids))
             self._write_data(frame, sample, LIDAR, self._scan(frame), (0, 0))
 
     def _mount_sensors(self):
@@ -145,7 +149,8 @@ class _Scene:
                 "camera_intrinsic": intrinsics,
             })  # fmt: skip
 
-    def _write_data(self, frame, sample, channel, content, size):
+    def _write_data(self, frame, sample, channel, content, size) -> str:
+        """A file and its rows; returns its place below the data folder."""
         key = frame in self.keys
         stamp = self.start + frame * PERIOD
         kind, suffix = ("pcd", "pcd.bin") if channel == LIDAR else ("png", "png")
@@ -167,6 +172,7 @@ class _Scene:
             "prev": self.token(channel, frame - 1) if frame else "",
             "next": self.token(channel, frame + 1) if frame < self.keys[-1] else "",
         })  # fmt: skip
+        return place
 
     def _scan(self, frame):
         """Float32 x, y, z, intensity, ring of every point, in the frame of the LiDAR."""
@@ -186,7 +192,7 @@ class _Scene:
         view = self.sequence.view(frame)
         alone = View(view.lidar_to_world, view.ranges, [])
         arrays = {
-            "semantics": OCC3D[labels],
+            "semantics": OCC3D_CLASS[labels],
             "mask_lidar": seen_cells(pose, rig.box, rig.voxel, [alone]).astype(np.uint8),
             "mask_camera": (labels != UNKNOWN).astype(np.uint8),
         }
