@@ -17,6 +17,9 @@ Three protocols, named in every table:
 | taken as free | above 3.6 m, last 1.2 m ahead and aside | above 3.8 m, outer 2.4 m | |
 | depth | 0.001 to 80 m | 1 to 80 m | 0.1 to 80 m, Eigen crop |
 | novel depth | later frames, 0.4 m apart, up to 10 m | key frames 0.4 to 10 m away | as kitti |
+
+LiDAR points are projected and the rendered grid is read there, between rays. Dense truth (exact,
+stereo, KITTI's annotated depth) is in no published script: maps are compared pixel by pixel.
 """
 
 import itertools
@@ -199,6 +202,15 @@ def lidar_truth(
     lo, hi = torch.tensor(rules.window).double().view(2, 2)
     seen = (depth > rules.nearest) & ((location > lo) & (location < hi)).all(dim=-1)
     return location, torch.where(seen, depth, 0)
+
+
+def scored_depth(truth: Tensor, rules: Rules) -> Tensor:
+    """Maps of true depth [..., h, w], 0 outside the window and nearer than what is scored."""
+    h, w = truth.shape[-2:]
+    left, top, right, bottom = (int(x * n) for x, n in zip(rules.window, (w, h, w, h), strict=True))
+    inside = torch.zeros_like(truth, dtype=torch.bool)
+    inside[..., top:bottom, left:right] = True
+    return torch.where(inside & (truth > rules.nearest), truth, 0)
 
 
 def read_depth(depth: Tensor, location: Tensor, displaced: bool = False) -> Tensor:

@@ -115,6 +115,7 @@ class Scores:
         flat = self._flat_depth(batch.target, depth.shape[-2:])
         record = {}
         for name, truth in truth_maps(batch).items():
+            truth = protocols.scored_depth(truth, self.rules)
             predictions = {"SelfOcc": depth[0].cpu(), "flat ground": flat}
             if name in self.depth_priors:
                 predictions["median prior"] = self.depth_priors[name]

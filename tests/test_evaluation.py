@@ -7,10 +7,12 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 
 import eval as eval_script
 from selfocc import checkpoint, metrics, protocols
-from selfocc.datasets import Folders, open_dataset
+from selfocc.datasets import Folders, open_dataset, open_sequences
+from selfocc.datasets.export_kitti import export_kitti
 from selfocc.evaluation import Samples, evaluate
 from selfocc.journal import Journal
 from selfocc.labels import SEMANTICKITTI
@@ -18,6 +20,8 @@ from selfocc.model import SelfOcc
 from selfocc.render import render_grid
 from tests.tiny import ROOT, TORCHRUN, environment, run
 
+# with this threshold so young a model calls some voxels occupied
+SEMANTIC = {"optim__steps": "2", "loss__weight_semantic": "0.1", "volume__threshold": "1"}
 COMMON = ("--prior-frames", "2", "--pictures", "0", "--task", "all")
 
 
@@ -25,11 +29,17 @@ COMMON = ("--prior-frames", "2", "--pictures", "0", "--task", "all")
 def semantic(cache, tmp_path_factory):
     """The run folder of two steps with the semantic loss, evaluated by one process."""
     out = tmp_path_factory.mktemp("runs") / "semantic"
-    done = run("train.py", "--out", out, cache=cache, optim__steps="2", loss__weight_semantic="0.1")
+    done = run("train.py", "--out", out, cache=cache, **SEMANTIC)
     assert done.returncode == 0, done.stderr
     done = run("eval.py", "--ckpt", out, *COMMON, cache=cache)
     assert done.returncode == 0, done.stderr
     return out
+
+
+def confusion(folder):
+    """[truth, predicted] of all frames."""
+    lines = (folder / "frames.0.jsonl").read_text().splitlines()[1:]
+    return sum(torch.tensor(json.loads(line)["scores"]["semantics"]) for line in lines)
 
 
 def results(folder):
@@ -139,7 +149,7 @@ def test_the_true_volume_scores_perfectly(model, monkeypatch):
         labels = metrics.pool_voxels(batch.voxels[0], model.config.volume.voxel)
         known = torch.where(labels == 255, 0, labels).long()
         logits = torch.nn.functional.one_hot(known, 20).movedim(-1, 0).float()
-        sdf = torch.where(known > 0, -1.0, 1.0)
+        sdf = torch.where(known > 0, -9.0, 9.0)
         coarse = torch.cat([sdf[None], torch.zeros(3, *sdf.shape), logits])[None]
         if flip:
             coarse = coarse.flip(3)
@@ -155,3 +165,51 @@ def test_the_true_volume_scores_perfectly(model, monkeypatch):
         )
         scores = tables["occupancy"]["SelfOcc"]["iou"], tables["semantics"]["mIoU"]["iou"]
         assert scores == (1, 1) if not flip else max(scores) < 0.7
+
+
+@pytest.fixture(scope="module")
+def files(semantic, cache, tmp_path_factory):
+    """The scenes as KITTI files, and the labels of their images in a folder beside."""
+    folder = tmp_path_factory.mktemp("kitti")
+    data = checkpoint.load(semantic).config.data
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SELFOCC_CACHE", str(cache))
+        scenes = [s for split in ("val", "train") for s in open_sequences(data, split, Folders())]
+        export_kitti(scenes, folder / "data", progress=False)
+        for number, scene in enumerate(scenes):
+            for frame in range(scene.frames):
+                place = f"dataset/sequences/{number:02d}/image_2/{scene.frame_id(frame)}.png"
+                (folder / "labels" / place).parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(scene.semantics(frame)[0]).save(folder / "labels" / place)
+    return folder
+
+
+def kitti_options(files):
+    options = ("--dataset", "kitti", "--data", files / "data", "--val", "00", "--train", "01")
+    return (*options, "--label-map", "semantickitti20")
+
+
+def test_the_same_classes_through_files(semantic, files, cache, tmp_path):
+    options = ("--ckpt", semantic, "--out", tmp_path, *kitti_options(files), *COMMON)
+    done = run("eval.py", *options, "--protocol", "own", cache=cache)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (confusion(folder) for folder in (semantic / "eval", tmp_path))
+    assert ours[1:, 1:].sum() > 1000 and (ours - theirs).abs().sum() < 1e-4 * ours.sum()
+
+
+def test_training_with_label_files(semantic, files, cache, tmp_path):
+    options = ("--preset", "synthetic", *kitti_options(files), "--labels", files / "labels")
+    done = run("train.py", *options, "--out", tmp_path / "a", cache=cache, **SEMANTIC)
+    assert done.returncode == 0, done.stderr
+    lines = [(out / "metrics.jsonl").read_text().splitlines() for out in (semantic, tmp_path / "a")]
+    ours, theirs = (json.loads(line[0]) for line in lines)
+    assert theirs["semantic"] == pytest.approx(ours["semantic"], rel=1e-3)
+    missing = tmp_path / "labels"
+    missing.mkdir()
+    command = ("train.py", *options, "--labels", missing, "--out", tmp_path / "b")
+    done = run(*command, cache=cache, **SEMANTIC)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "no such label map; write one for every image" in done.stderr.splitlines()[-1]
+    done = run("train.py", *options[:-2], "--out", tmp_path / "c", cache=cache, **SEMANTIC)
+    assert done.returncode == 2 and "needs 2-D labels" in done.stderr.splitlines()[-1]

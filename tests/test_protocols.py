@@ -291,6 +291,16 @@ def test_true_depth_is_perfect_where_its_rays_are(protocol):
         assert min(abs_rel(moved)) > 1e-2
 
 
+def test_depth_outside_the_window_is_not_scored():
+    truth = torch.full((1, 375, 1242), 5.0)
+    truth[0, 200, 600] = 0.05  # too near for KITTI raw
+    scored = protocols.scored_depth(truth, rules("kitti_raw"))[0] > 0
+    rows, cols = scored.any(1).nonzero(), scored.any(0).nonzero()
+    assert (rows.min(), rows.max(), cols.min(), cols.max()) == (153, 370, 44, 1196)
+    assert not scored[200, 600] and scored.sum() == len(rows) * len(cols) - 1
+    assert torch.equal(protocols.scored_depth(truth, rules("kitti")), truth)
+
+
 # novel depth
 
 
