@@ -28,12 +28,13 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from selfocc import InputError, checkpoint, config, distributed, evaluation, files, pictures
+from selfocc import InputError, checkpoint, config, distributed, evaluation, files, panels, pictures
 from selfocc.commandline import Parser, Stopped, add_data_options, folders, run
 from selfocc.config import Config, OptimConfig
 from selfocc.datasets import open_dataset
 from selfocc.datasets.video import collate, start_worker
 from selfocc.geometry import cellular_pixels
+from selfocc.labels import settle_classes
 from selfocc.losses import objective
 from selfocc.model import Noise, SelfOcc
 
@@ -68,20 +69,24 @@ def choose_settings(arguments: argparse.Namespace) -> Config:
         "data.dataset": arguments.dataset,
         "data.train": arguments.train,
         "data.val": arguments.val,
+        "data.label_map": arguments.label_map,
         "backbone.weights": arguments.backbone_weights,
         "optim.steps": arguments.steps,
     }
     overrides = [f"{path}={value}" for path, value in named.items() if value is not None]
-    return config.build(preset, overrides + arguments.set)
+    return settle_classes(config.build(preset, overrides + arguments.set))
 
 
 def learning_rate(optim: OptimConfig, base: float, step: int) -> float:
-    """Linear warm-up, then cosine or one drop; the published schedule lags one step (spec 12)."""
-    step = max(step - 1, 0)
+    """Linear warm-up, then cosine or one drop; the published schedule lags one step (spec 12).
+
+    The published drop (timm's) counts from the end of the warm-up and comes one step early.
+    """
+    step = min(max(step - 1, 0), optim.steps)
     if step < optim.warmup:
         return optim.warmup_lr + (base - optim.warmup_lr) * step / optim.warmup
     if optim.schedule == "step":
-        return base * (0.1 if step >= optim.drop_at * optim.steps else 1.0)
+        return base * (0.1 if step - optim.warmup + 1 >= optim.drop_at * optim.steps else 1.0)
     return optim.min_lr + 0.5 * (base - optim.min_lr) * (1 + math.cos(math.pi * step / optim.steps))
 
 
@@ -255,7 +260,7 @@ def train(arguments: argparse.Namespace) -> None:
                 bar.set_postfix_str(f"loss {total:.3f}{shown}")
             if done % optim.picture_every == 0 or last:
                 index = (done // optim.picture_every) % len(validation)
-                picture = evaluation.panel(model, validation, index, device)
+                picture = panels.panel(model, validation, index, device)
                 pictures.write_picture(out / f"panel_{done:06d}.png", picture)
             if done % optim.save_every == 0 or last or stopping:
                 checkpoint.save(file, settings, done, model, optimizer)

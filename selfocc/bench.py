@@ -30,10 +30,10 @@ from selfocc import config
 from selfocc.commandline import Parser, run
 from selfocc.config import Config
 from selfocc.datasets.video import Batch, Frames
-from selfocc.evaluation import SPENT
 from selfocc.geometry import cellular_pixels, fixed_pixels, node_positions
 from selfocc.losses import objective
 from selfocc.model import Noise, SelfOcc
+from selfocc.render import SPENT
 from train import draw_noise, make_optimizer
 
 SAMPLES = 256  # of a ray, when depth is rendered

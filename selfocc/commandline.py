@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from selfocc import InputError, distributed
 from selfocc.datasets import Folders
+from selfocc.labels import TABLES
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,7 +25,7 @@ def add_data_options(parser: Parser) -> None:
     """The options that say which data are read, for `folders` to collect."""
     parser.add_argument(
         "--dataset",
-        choices=["synthetic", "kitti"],
+        choices=["synthetic", "kitti", "kitti_raw"],
         help="default: the preset's, or what the checkpoint was trained on",
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set")
@@ -34,10 +35,36 @@ def add_data_options(parser: Parser) -> None:
         help="sequences and frames for training (and for the priors), such as 06:0-39",
     )
     parser.add_argument("--val", metavar="SEQ[:A-B],..", help="the same for validation")
+    parser.add_argument(
+        "--split-dir",
+        type=Path,
+        metavar="DIR",
+        help="KITTI raw: folder of train_files.txt, val_files.txt, ...; --train and --val NAME "
+        "choose NAME_files.txt in it",
+    )
+    parser.add_argument(
+        "--poses", type=Path, metavar="DIR", help="KITTI raw: folder of DATE/DRIVE.txt pose files"
+    )
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        metavar="DIR",
+        help="2-D pseudo labels: 8-bit PNGs, named and laid out as the images below --data",
+    )
+    parser.add_argument(
+        "--label-map",
+        metavar="MAP",
+        help=f"what their ids mean: {', '.join(TABLES)} or a JSON file (see selfocc/labels.py)",
+    )
 
 
 def folders(arguments: argparse.Namespace) -> Folders:
-    return Folders(data=arguments.data)
+    return Folders(
+        data=arguments.data,
+        labels=arguments.labels,
+        splits=arguments.split_dir,
+        poses=arguments.poses,
+    )
 
 
 class Stopped(Exception):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import kernels
 from selfocc import InputError
-from selfocc.config import Config, LossConfig
+from selfocc.config import Config, LossConfig, QuirkConfig
 from selfocc.field import shifted_grid_sdf
 from selfocc.geometry import image_to_image, node_spacing
 
@@ -25,7 +25,14 @@ if TYPE_CHECKING:
 UNSEEN = 1e3  # error of a ray that no source sees, larger than any other
 
 
-def photometric_scene(batch: Batch, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def white_level(quirks: QuirkConfig) -> float:
+    """What white is in the colours that supervise."""
+    return 255 / 256 if quirks.white_256 else 1.0
+
+
+def photometric_scene(
+    batch: Batch, pixels: Tensor, quirks: QuirkConfig
+) -> tuple[Tensor, Tensor, Tensor]:
     """What depths of the target's rays, through pixels [R, 2], are held against.
 
     Returns target [B, N, R, 3], the colours at the rays; sources [B, K, N, 3, h, w]; projections
@@ -38,7 +45,9 @@ def photometric_scene(batch: Batch, pixels: Tensor) -> tuple[Tensor, Tensor, Ten
         sources.intrinsics,
         sources.camera_to_volume,
     )
-    return ray_colors(target.images, pixels), sources.images, projections
+    white = white_level(quirks)
+    colors = white * ray_colors(target.images, pixels, quirks.pixels_over_size)
+    return colors, sources.images if white == 1 else white * sources.images, projections
 
 
 def needs_samples(loss: LossConfig) -> bool:
@@ -55,11 +64,12 @@ def objective(
 ) -> dict[str, Tensor]:
     """The weighted losses of a training step by name, 0-d. A loss of weight 0 is left out.
 
-    shift: [B, 3] uniform random numbers that move the grid on which sparsity is measured.
+    shift: uniform random numbers that move the grid on which sparsity is measured, as in
+    `shifted_grid_sdf`.
     Raises InputError where the data lacks what a loss needs.
     """
-    weights, rays = config.loss, config.render.rays
-    scene = photometric_scene(batch, view.pixels)
+    weights, quirks, rays = config.loss, config.quirks, config.render.rays
+    scene = photometric_scene(batch, view.pixels, quirks)
     colors = scene[0]
     losses = {}
     if weights.weight_photometric:
@@ -68,21 +78,20 @@ def objective(
                 view.depth, view.pixels, *scene, rays=rays, automask=weights.automask
             )
         else:
-            combine = weights.photometric == "mvs_combined"
+            shown = dict(
+                combine=weights.photometric == "mvs_combined",
+                published_pixels=quirks.pixels_over_size,
+            )
             compared = view.compared or kernels.epipolar_photometric(
-                view.weights, view.proposals, view.pixels, *scene, combine=combine
+                view.weights, view.proposals, view.pixels, *scene, **shown
             )
             error = photometric_error(
-                compared,
-                view.pixels,
-                *scene[:2],
-                rays=rays,
-                automask=weights.automask,
-                combine=combine,
+                compared, view.pixels, *scene[:2], rays=rays, automask=weights.automask, **shown
             )
         losses["photometric"] = weights.weight_photometric * error.mean()
     if weights.weight_color:
-        losses["color"] = weights.weight_color * color_loss(view.color, colors, rays)
+        error = color_loss(white_level(quirks) * view.color, colors, rays)
+        losses["color"] = weights.weight_color * error
     if weights.weight_eikonal or weights.weight_hessian:
         spacing = node_spacing(config.volume.box, config.volume.nodes)
         sdf = volume[:, 0]
@@ -108,8 +117,11 @@ def objective(
 def _sparsity(config: Config, volume: Tensor, view: View, shift: Tensor) -> Tensor:
     if config.loss.sparsity == "adaptive":
         return adaptive_sparsity(view.sdf, view.proposals, view.depth)
+    box, pitch = config.volume.box, config.loss.sparsity_pitch
     shape = tuple(n - 1 for n in config.volume.nodes)
-    sdf = shifted_grid_sdf(volume, config.volume.box, shape, shift)
+    if pitch is not None:
+        shape = tuple(int((box[a + 3] - box[a]) / pitch + 1e-6) for a in (1, 0, 2))
+    sdf = shifted_grid_sdf(volume, box, shape, shift)
     kinds = {"soft": soft_sparsity, "smooth": smooth_sparsity, "hard": hard_sparsity}
     return kinds[config.loss.sparsity](sdf)
 

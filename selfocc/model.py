@@ -50,10 +50,13 @@ class SelfOcc(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        cameras = 6 if config.data.rig == "surround" else 1
+        data = config.data
+        around = data.dataset == "nuscenes" or data.rig == "surround"
+        cameras = config.encoder.cameras or (6 if around else 1)
         self.backbone = Backbone(config.backbone)
         self.fpn = FPN(self.backbone.channels, config.encoder.dim)
-        self.encoder = Encoder(config.encoder, config.volume, cameras)
+        transposed = config.quirks.transposed_bev_grid
+        self.encoder = Encoder(config.encoder, config.volume, cameras, transposed=transposed)
         self.lift = FrustumLift(config.encoder, config.volume) if config.encoder.lift else None
         self.decoder = FieldDecoder(config.field, config.encoder, config.volume)
         render = config.render
@@ -86,10 +89,13 @@ class SelfOcc(nn.Module):
             cameras = batch.images.shape[1]
             features = self.fpn(self.backbone(rearrange(batch.images, "b n c h w -> (b n) c h w")))
             features = [rearrange(f, "(b n) c h w -> b n c h w", n=cameras) for f in features]
-            image_size = tuple(batch.images.shape[-2:])
-            valid_size = tuple(n * self.config.data.scale for n in self.config.data.crop)
+            image_size = seen_size = tuple(batch.images.shape[-2:])
+            crop, rate = self.config.data.crop, self.config.quirks.pad_rate
+            if rate is not None:
+                seen_size = tuple(n * r for n, r in zip(crop, rate, strict=True))
+            valid_size = tuple(n * self.config.data.scale for n in crop)
             planes = self.encoder(
-                features, batch.intrinsics, batch.camera_to_volume, image_size, valid_size
+                features, batch.intrinsics, batch.camera_to_volume, seen_size, valid_size
             )
         lifted = None
         if self.lift is not None:
@@ -108,7 +114,6 @@ class SelfOcc(nn.Module):
         background: Tensor | None = None,
         keep_samples: bool = False,
         scene: tuple[Tensor, ...] | None = None,
-        combine: bool = False,
         stop_below: float = 0.0,
     ) -> View:
         """See the volume through the cameras of `frames` (spec sections 7 to 9).
@@ -117,8 +122,7 @@ class SelfOcc(nn.Module):
         [B, N, R, 3] are uniform random numbers, without which samples are centred and the
         background is black. `keep_samples` also returns what some losses need of every sample.
         With a `scene` (losses.photometric_scene) all samples are compared with the source frames on
-        the way, averaged over these if `combine`. Rays may end where less transmittance than
-        `stop_below` is left (without a scene).
+        the way. Without one, rays end where no more transmittance than `stop_below` is left.
         """
         origins, directions, stretch = pixel_rays(
             pixels, frames.intrinsics, frames.camera_to_volume
@@ -149,11 +153,18 @@ class SelfOcc(nn.Module):
         else:
             rays = (*lines, self.sharpness(), merge(stretch), pixels)
             out, *compared = kernels.render_photometric(
-                volume, *rays, *scene, combine=combine, **march
+                volume,
+                *rays,
+                *scene,
+                combine=self.config.loss.photometric == "mvs_combined",
+                published_pixels=self.config.quirks.pixels_over_size,
+                **march,
             )
         distance, opacity, color = split(out.distance), split(out.opacity), split(out.color)
         if background is not None:
             color = color + background * (1 - opacity[..., None])
+        if self.config.quirks.white_256:
+            color = color * (256 / 255)
         return View(
             pixels=pixels,
             depth=distance / stretch,
@@ -179,7 +190,6 @@ class SelfOcc(nn.Module):
             noise.jitter,
             background,
             keep_samples,
-            scene=None if keep_samples else photometric_scene(batch, pixels),
-            combine=self.config.loss.photometric == "mvs_combined",
+            scene=None if keep_samples else photometric_scene(batch, pixels, self.config.quirks),
         )
         return volume, view

@@ -9,7 +9,8 @@ import pytest
 
 from selfocc import InputError
 from selfocc.datasets import cache as disk
-from selfocc.datasets.export import RAW_LABEL, export_kitti, main
+from selfocc.datasets.export import main
+from selfocc.datasets.export_kitti import RAW_LABEL, export_kitti
 from selfocc.datasets.kitti import kitti_sequences
 from selfocc.datasets.synthetic import SyntheticConfig, prerender, synthetic_sequences
 
@@ -331,9 +332,7 @@ def test_export_command(tmp_path, monkeypatch):
     assert (tmp_path / "dataset" / "poses" / "00.txt").exists()
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--export", "nuscenes", "x"], ["--scenes", "1"], ["--frames"]]
-)
+@pytest.mark.parametrize("arguments", [["--export", "waymo", "x"], ["--scenes", "1"], ["--frames"]])
 def test_export_refuses(arguments, capsys):
     assert main(arguments) == 2
     assert capsys.readouterr().err.startswith("error: ")

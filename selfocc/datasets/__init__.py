@@ -1,13 +1,15 @@
 """Data sets: one file each, all read through `video.VideoDataset`."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from selfocc import InputError
 from selfocc.config import Config, DataConfig
 from selfocc.datasets.kitti import TRAIN_SEQUENCES, VAL_SEQUENCES, kitti_sequences
+from selfocc.datasets.kitti_files import parse_range
+from selfocc.datasets.kitti_raw import kitti_raw_sequences
 from selfocc.datasets.video import Sequence, VideoDataset
+from selfocc.labels import pseudo_labels
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,19 @@ def open_sequences(config: DataConfig, split: str, folders: Folders) -> list[Seq
         chosen = config.train if split == "train" else config.val
         if not chosen:
             chosen = ",".join(TRAIN_SEQUENCES if split == "train" else VAL_SEQUENCES)
-        parts = [_parse_range(part) for part in chosen.split(",")]
-        return [s for name, frames in parts for s in kitti_sequences(folders.data, [name], frames)]
-    raise InputError(f"unknown data set {config.dataset!r}; known: synthetic, kitti")
-
-
-def _parse_range(text: str) -> tuple[str, range | None]:
-    match = re.fullmatch(r"\s*(\w+)(?::(\d+)-(\d+))?\s*", text)
-    if not match:
-        raise InputError(
-            f"cannot read {text!r}: expected a sequence such as 06, or with frames, 06:0-39"
+        parts = [parse_range(part) for part in chosen.split(",")]
+        labels = pseudo_labels(folders.labels, folders.data, config)
+        return [
+            sequence
+            for name, frames in parts
+            for sequence in kitti_sequences(folders.data, [name], frames, labels)
+        ]
+    if config.dataset == "kitti_raw":
+        if folders.data is None:
+            raise InputError("--dataset kitti_raw needs --data DIR, which holds 2011_09_26, ...")
+        chosen = config.train if split == "train" else config.val
+        labels = pseudo_labels(folders.labels, folders.data, config)
+        return kitti_raw_sequences(
+            folders.data, split, chosen, folders.splits, folders.poses, labels
         )
-    name, first, last = match.groups()
-    return name, None if first is None else range(int(first), int(last) + 1)
+    raise InputError(f"unknown data set {config.dataset!r}; known: synthetic, kitti, kitti_raw")

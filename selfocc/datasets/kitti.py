@@ -14,10 +14,22 @@ World: cam0 of the first frame (x right, y down, z forward). Volume: p_vol = A p
 
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 
 from selfocc import InputError
+from selfocc.datasets.kitti_files import (
+    VELO_TO_VOLUME,
+    check_size,
+    numbered,
+    read_calibration,
+    read_exactly,
+    read_image,
+    read_projection,
+    read_scan,
+    read_table,
+    rigid,
+)
+from selfocc.labels import PseudoLabels
 
 TRAIN_SEQUENCES = ("00", "01", "02", "03", "04", "05", "06", "07", "09", "10")
 VAL_SEQUENCES = ("08",)
@@ -37,8 +49,6 @@ LEARNING_ID = {
 _LEARNING_LUT = np.full(1 << 16, UNKNOWN, np.uint8)
 _LEARNING_LUT[list(LEARNING_ID)] = list(LEARNING_ID.values())
 
-# A of the spec: velodyne (x forward, y left, z up) -> volume (x right, y forward, z up)
-VELO_TO_VOLUME = np.array([[0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], np.float64)
 # the camera sits 0.27 m ahead of the velodyne and 0.08 m below it
 NOMINAL_VELO_TO_CAM0 = np.array(
     [[0, -1, 0, 0], [0, 0, -1, -0.08], [1, 0, 0, -0.27], [0, 0, 0, 1]], np.float64
@@ -46,14 +56,17 @@ NOMINAL_VELO_TO_CAM0 = np.array(
 
 
 def kitti_sequences(
-    root: Path, sequences: list[str], frames: range | None = None
+    root: Path,
+    sequences: list[str],
+    frames: range | None = None,
+    labels: PseudoLabels | None = None,
 ) -> list["KittiSequence"]:
     """Open sequences by name ("06"), each restricted to the frame numbers `frames`.
 
     `root` is `dataset`, the folder that holds it, or one inside it. Raises InputError.
     """
     dataset = _dataset_folder(Path(root))
-    return [KittiSequence(dataset, name, frames) for name in sequences]
+    return [KittiSequence(dataset, name, frames, labels) for name in sequences]
 
 
 def _dataset_folder(root: Path) -> Path:
@@ -74,8 +87,15 @@ class KittiSequence:
     Raises InputError on whatever is malformed.
     """
 
-    def __init__(self, dataset: Path, name: str, frames: range | None = None):
+    def __init__(
+        self,
+        dataset: Path,
+        name: str,
+        frames: range | None = None,
+        labels: PseudoLabels | None = None,
+    ):
         self.name = name
+        self._labels = labels
         self.folder = dataset / "sequences" / name
         if not self.folder.is_dir():
             present = sorted(p.name for p in (dataset / "sequences").iterdir() if p.is_dir())
@@ -83,24 +103,24 @@ class KittiSequence:
                 f"{dataset / 'sequences'}: no sequence {name}; it holds {', '.join(present)}"
             )
         self.missing: list[str] = []
-        colour = bool(_numbered(self.folder / "image_2", ".png"))
+        colour = bool(numbered(self.folder / "image_2", ".png"))
         self.left, self.right = ("image_2", "image_3") if colour else ("image_0", "image_1")
         self.numbers = self._choose_frames(frames)
         self.frames = len(self.numbers)
 
         self._read_calibration()
         path = dataset / "poses" / f"{name}.txt"
-        self._poses = _rigid(self._read_rows(path, 12), path)[self.numbers]
+        self._poses = rigid(self._read_rows(path, 12), path)[self.numbers]
         self.positions = self._poses[:, :3, 3]
         steps = np.linalg.norm(np.diff(self.positions[:, [0, 2]], axis=0), axis=1)
         self.path = np.concatenate([[0.0], np.cumsum(steps)])  # metres driven, as in spec 1.1
 
-        self._size = self._read_png(self.left, 0).shape
+        self._size = read_image(self.folder / self.left / f"{self.frame_id(0)}.png").shape
         self._survey()
 
     def _choose_frames(self, chosen: range | None) -> list[int]:
         folder = self.folder / self.left
-        numbers = _numbered(folder, ".png")
+        numbers = numbered(folder, ".png")
         if not numbers:
             raise InputError(f"{self.folder}: no image_2/000000.png nor image_0/000000.png, ...")
         self._skipped = frozenset()
@@ -116,7 +136,7 @@ class KittiSequence:
 
     def _read_rows(self, path: Path, columns: int) -> np.ndarray:
         """A table with a line for every frame on disk, [lines, columns]."""
-        table = _read_table(path, columns)
+        table = read_table(path, columns)
         if len(table) <= self.numbers[-1]:
             raise InputError(
                 f"{path}: {len(table)} lines, but {self.folder.name}/{self.left} goes on to frame "
@@ -126,7 +146,8 @@ class KittiSequence:
 
     def _read_calibration(self) -> None:
         path = self.folder / "calib.txt"
-        self._calibration = _read_calibration(path)
+        names = ("P0", "P1", "P2", "P3", "Tr")
+        self._calibration = read_calibration(path, dict.fromkeys(names, 12))
         projection = self._projection(self.left)
         self.intrinsics = projection[:, :3]
         self._focal = projection[0, 0]
@@ -134,7 +155,7 @@ class KittiSequence:
         cam0_to_left[0, 3] = projection[0, 3] / self._focal
         self._left_to_cam0 = np.linalg.inv(cam0_to_left)
         if "Tr" in self._calibration:
-            velo_to_cam0 = _rigid(self._calibration["Tr"][None], path, "line Tr")[0]
+            velo_to_cam0 = rigid(self._calibration["Tr"][None], path, "line Tr")[0]
         else:
             velo_to_cam0 = NOMINAL_VELO_TO_CAM0
             self.missing.append("no Tr in calib.txt: nominal mounting of the velodyne assumed")
@@ -145,17 +166,13 @@ class KittiSequence:
         path, key = self.folder / "calib.txt", f"P{camera[-1]}"
         if key not in self._calibration:
             raise InputError(f"{path}: line {key} is missing, which {camera} needs; restore it")
-        projection = self._calibration[key].reshape(3, 4)
-        zeros = projection[[0, 1, 2, 2], [1, 0, 0, 1]]
-        if zeros.any() or projection[2, 2] != 1 or min(projection[0, 0], projection[1, 1]) <= 0:
-            raise InputError(f"{path}: line {key} is no rectified projection; restore it")
-        return projection
+        return read_projection(path, key, self._calibration[key])
 
     def _survey(self) -> None:
         """What is there beside images, and what its absence costs."""
 
         def chosen(folder: str, suffix: str) -> set[int]:
-            return set(self.numbers) & set(_numbered(self.folder / folder, suffix))
+            return set(self.numbers) & set(numbered(self.folder / folder, suffix))
 
         if self.left == "image_0":
             self.missing.append("no image_2: grey images stand in for colour")
@@ -203,21 +220,16 @@ class KittiSequence:
     def depth(self, frame: int) -> None:
         """KITTI odometry has no dense depth."""
 
-    def semantics(self, frame: int) -> None:
-        """KITTI odometry has no labelled images."""
+    def semantics(self, frame: int) -> np.ndarray | None:
+        """Pseudo labels, uint8 [1, h, w]; None without --labels."""
+        if self._labels is None:
+            return None
+        path = self.folder / self.left / f"{self.frame_id(frame)}.png"
+        return self._labels.read([path], self._size[:2])
 
     def lidar(self, frame: int) -> np.ndarray | None:
         """The scan of this frame, float32 [M, 3] in its volume frame; None where there is none."""
-        path = self.folder / "velodyne" / f"{self.frame_id(frame)}.bin"
-        if not path.exists():
-            return None
-        raw = path.read_bytes()
-        if not raw or len(raw) % 16:
-            raise InputError(f"{path}: torn, {len(raw)} bytes are not whole points; copy it again")
-        points = np.frombuffer(raw, "<f4").reshape(-1, 4)[:, :3]
-        if not np.isfinite(points).all():
-            raise InputError(f"{path}: holds points that are not finite; copy it again")
-        return points @ VELO_TO_VOLUME[:3, :3].T.astype(np.float32)
+        return read_scan(self.folder / "velodyne" / f"{self.frame_id(frame)}.bin")
 
     def voxels(self, frame: int) -> np.ndarray | None:
         """SemanticKITTI labels, uint8 [256, 256, 32] over (y, x, z); None where there are none.
@@ -228,8 +240,8 @@ class KittiSequence:
         if not stem.with_suffix(".label").exists():
             return None
         cells = int(np.prod(GRID))
-        labels = _LEARNING_LUT[_read_exactly(stem.with_suffix(".label"), "<u2", cells)]
-        invalid = np.unpackbits(_read_exactly(stem.with_suffix(".invalid"), "u1", cells // 8))
+        labels = _LEARNING_LUT[read_exactly(stem.with_suffix(".label"), "<u2", cells)]
+        invalid = np.unpackbits(read_exactly(stem.with_suffix(".invalid"), "u1", cells // 8))
         labels[invalid == 1] = UNKNOWN
         # stored over (x, y, z) of the velodyne: x is our y, and our x runs against its y
         return np.ascontiguousarray(labels.reshape(GRID)[:, ::-1])
@@ -251,93 +263,7 @@ class KittiSequence:
         return float(offset / self._focal)
 
     def _image(self, camera: str, frame: int) -> np.ndarray:
-        image = self._read_png(camera, frame)
-        if image.shape != self._size:
-            got, want = ("x".join(map(str, shape[:2])) for shape in (image.shape, self._size))
-            raise InputError(
-                f"{self.folder / camera / self.frame_id(frame)}.png: {got} pixels, but "
-                f"{self.left}/{self.frame_id(0)}.png has {want}; a sequence needs one size"
-            )
-        return image
-
-    def _read_png(self, camera: str, frame: int) -> np.ndarray:
         path = self.folder / camera / f"{self.frame_id(frame)}.png"
-        try:
-            image = iio.imread(path, plugin="pillow")
-        except Exception as error:  # decoders raise whatever the damage makes them raise
-            raise InputError(f"{path}: damaged or unreadable PNG; copy it again") from error
-        if image.ndim == 2:
-            image = np.repeat(image[..., None], 3, axis=2)
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise InputError(f"{path}: {image.dtype} {image.shape} is not 8-bit grey or RGB")
+        image = read_image(path)
+        check_size(path, image, self._size, f"{self.left}/{self.frame_id(0)}.png")
         return image
-
-
-def _numbered(folder: Path, suffix: str) -> list[int]:
-    """Sorted numbers of the files 000000<suffix>, ... in a folder that may be absent."""
-    stems = (path.stem for path in folder.glob(f"*{suffix}"))
-    return sorted(int(stem) for stem in stems if len(stem) == 6 and stem.isdecimal())
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "not a text file" if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise InputError(f"{path}: cannot be read ({reason}); restore the file") from error
-
-
-def _parse(text: str, count: int, where: str) -> np.ndarray:
-    """`count` finite numbers from a line of text."""
-    try:
-        values = np.array([float(word) for word in text.split()])
-    except ValueError as error:
-        raise InputError(f"{where}: {error}; restore the file") from error
-    if len(values) != count:
-        raise InputError(f"{where}: {len(values)} numbers instead of {count}; restore the file")
-    if not np.isfinite(values).all():
-        raise InputError(f"{where}: not all numbers are finite; restore the file")
-    return values
-
-
-def _read_table(path: Path, columns: int) -> np.ndarray:
-    """[rows, columns] float64 of a text file; blank lines are allowed at its end."""
-    lines = _read_text(path).rstrip().splitlines()
-    rows = [_parse(line, columns, f"{path}, line {i}") for i, line in enumerate(lines, 1)]
-    return np.array(rows).reshape(-1, columns)
-
-
-def _read_calibration(path: Path) -> dict[str, np.ndarray]:
-    """{"P0": [12], ..., "Tr": [12]} float64."""
-    entries = {}
-    for line in filter(str.strip, _read_text(path).splitlines()):
-        key, colon, numbers = line.partition(":")
-        if not colon:
-            raise InputError(f"{path}: '{line[:40]}' is no 'P2: 12 numbers'; restore the file")
-        if key in {"P0", "P1", "P2", "P3", "Tr"}:
-            entries[key] = _parse(numbers, 12, f"{path}, line {key}")
-    return entries
-
-
-def _rigid(rows: np.ndarray, path: Path, where: str | None = None) -> np.ndarray:
-    """[n, 4, 4] from [n, 12], refusing what is no rotation and translation."""
-    last = np.tile([0.0, 0.0, 0.0, 1.0], (len(rows), 1))
-    matrices = np.concatenate([rows, last], axis=1).reshape(-1, 4, 4)
-    rotation = matrices[:, :3, :3]
-    gram = rotation @ rotation.transpose(0, 2, 1)
-    skew = np.abs(gram - np.eye(3)).max(axis=(1, 2))
-    bad = np.flatnonzero((skew > 1e-3) | (np.linalg.det(rotation) < 0))
-    if len(bad):
-        where = where or f"line {bad[0] + 1}"
-        raise InputError(f"{path}, {where}: its 3x3 part is no rotation; restore the file")
-    return matrices
-
-
-def _read_exactly(path: Path, dtype: str, count: int) -> np.ndarray:
-    values = np.fromfile(path, np.uint8)
-    expected = count * np.dtype(dtype).itemsize
-    if values.nbytes != expected:
-        raise InputError(
-            f"{path}: {values.nbytes} bytes instead of {expected}; copy the file again"
-        )
-    return values.view(dtype)

@@ -148,7 +148,7 @@ class SyntheticSequence:
 
         ranges = self._stored(("lidar", frame), np.dtype(np.float32), (BEAMS * STEPS,), scan)
         hit = np.isfinite(ranges)
-        lidar_to_volume = self._lidar_to_volume()
+        lidar_to_volume = self.lidar_to_volume()
         points = (ranges[hit, None] * spin_rays()[hit]) @ lidar_to_volume[:3, :3].T
         return (points + lidar_to_volume[:3, 3]).astype(np.float32)
 
@@ -247,13 +247,14 @@ class SyntheticSequence:
         place = ("pose", "exposure", "labels").index(what)
         return np.random.default_rng([place, self.seed, frame])
 
-    def _lidar_to_volume(self):
+    def lidar_to_volume(self) -> np.ndarray:
+        """[4, 4], a shift: the axes of the LiDAR are those of the volume."""
         matrix = np.eye(4)
         matrix[2, 3] = LIDAR_HEIGHT - self.rig.volume_to_ego[2, 3]
         return matrix
 
     def _lidar_to_world(self, frame):
-        return self.true_volume_to_world(frame) @ self._lidar_to_volume()
+        return self.true_volume_to_world(frame) @ self.lidar_to_volume()
 
     @lru_cache(128)  # noqa: B019 - on purpose one small store for all sequences, most recent views
     def view(self, frame: int) -> View:

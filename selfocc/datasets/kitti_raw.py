@@ -1,0 +1,431 @@
+"""KITTI raw (Geiger et al. 2013) as sequences: the two eyes of a drive are two of them.
+
+    DATE/calib_cam_to_cam.txt, calib_velo_to_cam.txt, calib_imu_to_velo.txt
+    DATE/DATE_drive_NNNN_sync/image_02, image_03/data/0000000000.png   left, right eye; or .jpg
+                             /velodyne_points/data/0000000000.bin      float32 x, y, z, reflectance
+                             /oxts/data/0000000000.txt                 GPS and IMU
+                             /poses*.txt                               instead of oxts, see below
+    data_depth_annotated/{train,val}/DRIVE/proj_depth/groundtruth/image_02/0000000005.png
+                             16 bits, metres * 256: the improved ground truth of KITTI depth
+
+A pose file has a 3x4 matrix a line, line k for frame k, that takes rectified camera 0 to a world,
+as in KITTI odometry; where the file's name contains `cam2` it takes camera 2. Files are looked for
+in the folder of --poses (DATE/DRIVE.txt or DRIVE*.txt), then in the drive; without them poses come
+from OXTS. Volume (spec section 1): p_vol = A p_velo, x right, y forward, z up, at the velodyne. A
+camera's projection is P_rect R_rect T_velo_to_cam with the fourth column of P_rect, so that
+camera i sits at -K^-1 p_4 of rectified camera 0.
+"""
+
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from selfocc import InputError
+from selfocc.datasets import kitti_files as files
+from selfocc.labels import PseudoLabels
+
+EYES = {"l": "image_02", "r": "image_03"}
+DIGITS = 10  # of a frame's number on disk
+EARTH = 6378137.0  # metres, its radius as the KITTI devkit has it
+HELD_OUT = 0.2  # of every drive, its end, where nobody says what is for validation
+_DRIVE = re.compile(r"\d{4}_\d\d_\d\d_drive_\d{4}_\w+")
+
+
+def kitti_raw_sequences(
+    root: Path,
+    split: str,
+    chosen: str = "",
+    split_folder: Path | None = None,
+    pose_folder: Path | None = None,
+    labels: PseudoLabels | None = None,
+) -> list["KittiRawSequence"]:
+    """The sequences of a split, `train` or `val`.
+
+    With `split_folder`: the samples that `<chosen or split>_files.txt` names, a line `DATE/DRIVE
+    frame l|r` each (Eigen et al., Zhou et al.); their neighbours may be any frame on disk. Without:
+    `chosen` are drives or frames of them, `2011_09_26_drive_0052_sync:0-39,...`, both eyes; nothing
+    chosen means four fifths of every drive for training and its end for validation. Validation
+    without split files keeps to frames that have depth truth, if any have.
+
+    `root` holds the DATE folders, or is one of them or a drive. Raises InputError.
+    """
+    root = _data_folder(Path(root))
+    if split_folder is not None:
+        return _listed(
+            root, Path(split_folder) / f"{chosen or split}_files.txt", pose_folder, labels
+        )
+    if chosen:
+        parts = [files.parse_range(part) for part in chosen.split(",")]
+    else:
+        parts = [(drive, _default_range(root, drive, split)) for drive in _drives(root)]
+    sequences = []
+    for name, frames in parts:
+        drive = Drive(root, name, pose_folder)
+        for eye in EYES:
+            if drive.numbers[eye]:
+                sequence = KittiRawSequence(drive, eye, drive.choose(eye, frames), labels)
+                judged = [f for f in range(sequence.frames) if sequence.judged(f)]
+                sequence.inputs = judged if split == "val" and judged else None
+                sequences.append(sequence)
+    if not chosen:
+        ranges = ",".join(f"{name}:{frames.start}-{frames.stop - 1}" for name, frames in parts)
+        sequences[0].missing.insert(0, f"no --split-dir: the {split} split is {ranges}")
+    return sequences
+
+
+def _data_folder(root: Path) -> Path:
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; name the one that holds KITTI's 2011_09_26, ...")
+    root = root.resolve()
+    for folder in (root, root.parent, root.parent.parent):
+        if _drives(folder):
+            return folder
+    raise InputError(f"{root}: no KITTI raw data; 2011_09_26/2011_09_26_drive_0001_sync, ... "
+                     "are expected there")  # fmt: skip
+
+
+@lru_cache(8)
+def _drives(root: Path) -> tuple[str, ...]:
+    """Names of the drives on disk, sorted."""
+    found = (path.name for path in root.glob("*_*_*/*_drive_*") if path.is_dir())
+    return tuple(sorted(name for name in found if _DRIVE.fullmatch(name)))
+
+
+def _default_range(root: Path, drive: str, split: str) -> range:
+    folder = root / drive[:10] / drive / EYES["l"] / "data"
+    numbers = _numbered(folder)
+    if not numbers:
+        raise InputError(f"{folder}: no images; remove the drive or name the others with --train")
+    first_held = numbers[int(len(numbers) * (1 - HELD_OUT))]
+    if split == "train":
+        return range(numbers[0], first_held)
+    return range(first_held, numbers[-1] + 1)
+
+
+def _numbered(folder: Path) -> list[int]:
+    return sorted(
+        {n for suffix in (".png", ".jpg") for n in files.numbered(folder, suffix, DIGITS)}
+    )
+
+
+def _listed(
+    root: Path, path: Path, pose_folder: Path | None, labels: PseudoLabels | None
+) -> list["KittiRawSequence"]:
+    """The samples of a split file, grouped into sequences."""
+    samples: dict[tuple[str, str], set[int]] = {}
+    for i, line in enumerate(files.read_text(path).splitlines(), 1):
+        match = re.fullmatch(r"(\w+)/(\w+)\s+(\d+)\s+([lr])", line.strip())
+        if match:
+            date, drive, frame, eye = match.groups()
+            samples.setdefault((drive, eye), set()).add(int(frame))
+        if line.strip() and (not match or not _DRIVE.fullmatch(drive) or drive[:10] != date):
+            raise InputError(
+                f"{path}, line {i}: {line.strip()[:60]!r} is no "
+                "'2011_09_26/2011_09_26_drive_0001_sync 12 l'; mend the file"
+            )
+    if not samples:
+        raise InputError(f"{path}: names no frame; restore the file")
+    sequences = []
+    opened = {
+        name: Drive(root, name, pose_folder, path) for name in sorted({n for n, _ in samples})
+    }
+    for (name, eye), wanted in sorted(samples.items()):
+        numbers = opened[name].numbers[eye]
+        absent = sorted(wanted - set(numbers))
+        if absent:
+            raise InputError(
+                f"{path}: names {len(absent)} frames of {name}/{EYES[eye]} that are not on disk, "
+                f"{absent[0]:010d} first; download them or take their lines out"
+            )
+        sequence = KittiRawSequence(opened[name], eye, numbers, labels)
+        sequence.inputs = [f for f, number in enumerate(numbers) if number in wanted]
+        sequences.append(sequence)
+    return sequences
+
+
+class Drive:
+    """What the two eyes of a drive share: calibration and poses. Raises InputError."""
+
+    def __init__(
+        self, root: Path, name: str, pose_folder: Path | None = None, named_by: Path | None = None
+    ):
+        self.name, self.root = name, root
+        self.folder = root / name[:10] / name
+        if not self.folder.is_dir():
+            who = f"{named_by}: names" if named_by else f"{root}: there is no"
+            raise InputError(
+                f"{who} drive {name}, and {len(_drives(root))} others are on disk; download it, or "
+                "leave it out"
+            )
+        self.missing: list[str] = []
+        self.numbers = {eye: _numbered(self.folder / at / "data") for eye, at in EYES.items()}
+        if not any(self.numbers.values()):
+            raise InputError(f"{self.folder}: neither image_02/data nor image_03/data has images")
+        self._read_calibration()
+        self._find_poses(pose_folder)
+
+    def _read_calibration(self) -> None:
+        path = self.folder.parent / "calib_cam_to_cam.txt"
+        lines = files.read_calibration(path, {"R_rect_00": 9, "P_rect_02": 12, "P_rect_03": 12})
+        self.projection = {}
+        for eye, camera in EYES.items():
+            key = f"P_rect_{camera[-2:]}"
+            if self.numbers[eye]:
+                self.projection[eye] = files.read_projection(path, key, _line(lines, key, path))
+        rectify = np.eye(4)
+        rectify[:3, :3] = _line(lines, "R_rect_00", path).reshape(3, 3)
+        files.rigid(rectify[None, :3].reshape(1, 12), path, "line R_rect_00")
+        self.velo_to_cam0 = rectify @ _mounting(self.folder.parent / "calib_velo_to_cam.txt")
+
+    def _find_poses(self, pose_folder: Path | None) -> None:
+        """The file of poses, or None where OXTS has to do."""
+        candidates = sorted(self.folder.glob("poses*.txt"))
+        if pose_folder is not None:
+            if not Path(pose_folder).is_dir():
+                raise InputError(f"--poses {pose_folder}: no such folder")
+            given = [Path(pose_folder) / self.name[:10], Path(pose_folder)]
+            candidates = [p for at in given for p in sorted(at.glob(f"{self.name}*.txt"))]
+            if not candidates:
+                raise InputError(
+                    f"--poses {pose_folder}: neither {self.name[:10]}/{self.name}.txt nor "
+                    f"{self.name}.txt is there; add it, or leave --poses out to use OXTS"
+                )
+        self.pose_file = candidates[0] if candidates else None
+        if self.pose_file is None:
+            if not (self.folder / "oxts" / "data").is_dir():
+                raise InputError(
+                    f"{self.folder}: no poses: neither poses*.txt nor oxts/data is there; download "
+                    "one or give --poses DIR"
+                )
+            imu_to_velo = _mounting(self.folder.parent / "calib_imu_to_velo.txt")
+            self.imu_to_cam0 = self.velo_to_cam0 @ imu_to_velo
+            self.missing.append("no pose file: poses are taken from OXTS, good to some centimetres")
+
+    def choose(self, eye: str, frames: Iterable[int] | None) -> list[int]:
+        """Those of the frame numbers `frames` (None: all), which must be on disk."""
+        numbers = self.numbers[eye]
+        if frames is None:
+            return numbers
+        absent = sorted(set(frames) - set(numbers))
+        if absent or not frames:
+            what = f"no frame {absent[0]}" if absent else f"{frames} chooses nothing"
+            raise InputError(
+                f"{self.folder / EYES[eye]}: {what}; it holds {numbers[0]} to {numbers[-1]}"
+            )
+        return sorted(frames)
+
+    def camera(self, eye: str) -> tuple[np.ndarray, np.ndarray]:
+        """intrinsics [3, 3] in pixels, and camera to rectified camera 0 [4, 4]."""
+        projection = self.projection[eye]
+        intrinsics = projection[:, :3]
+        camera_to_cam0 = np.eye(4)
+        camera_to_cam0[:3, 3] = -np.linalg.solve(intrinsics, projection[:, 3])
+        return intrinsics, camera_to_cam0
+
+    def poses(self, numbers: list[int]) -> np.ndarray:
+        """Rectified camera 0 to a world, [frames, 4, 4]."""
+        if self.pose_file is None:
+            imu_to_world = oxts_poses(self._oxts(numbers))
+            return imu_to_world @ np.linalg.inv(self.imu_to_cam0)
+        table = files.read_table(self.pose_file, 12)
+        if len(table) <= numbers[-1]:
+            raise InputError(
+                f"{self.pose_file}: {len(table)} lines, but {self.name} goes on to frame "
+                f"{numbers[-1]:010d}; restore the file or choose fewer frames"
+            )
+        poses = files.rigid(table, self.pose_file)[numbers]
+        if "cam2" in self.pose_file.name:
+            if "l" not in self.projection:
+                raise InputError(
+                    f"{self.pose_file}: poses of camera 2 need image_02 and its calibration"
+                )
+            poses = poses @ np.linalg.inv(self.camera("l")[1])
+        return poses
+
+    def _oxts(self, numbers: list[int]) -> np.ndarray:
+        rows = []
+        for number in numbers:
+            path = self.folder / "oxts" / "data" / f"{number:010d}.txt"
+            rows.append(files.parse(files.read_text(path), 30, str(path))[:6])
+            if not (abs(rows[-1][0]) < 89 and abs(rows[-1][1]) <= 180):
+                raise InputError(f"{path}: latitude and longitude are impossible; restore the file")
+        return np.array(rows)
+
+
+def _line(lines: dict[str, np.ndarray], key: str, path: Path) -> np.ndarray:
+    if key not in lines:
+        raise InputError(f"{path}: line {key} is missing; restore it")
+    return lines[key]
+
+
+def _mounting(path: Path) -> np.ndarray:
+    """[4, 4] from the lines R and T of a calibration file."""
+    lines = files.read_calibration(path, {"R": 9, "T": 3})
+    parts = _line(lines, "R", path).reshape(3, 3), _line(lines, "T", path)[:, None]
+    return files.rigid(np.concatenate(parts, 1).reshape(1, 12), path, "lines R and T")[0]
+
+
+def oxts_poses(rows: np.ndarray) -> np.ndarray:
+    """IMU to world [frames, 4, 4] from latitude, longitude (degrees), altitude, roll, pitch, yaw.
+
+    Mercator projection at the latitude of the first row, x east, y north, z up, metres, as in the
+    KITTI devkit; the first IMU position is the origin.
+    """
+    latitude, longitude, altitude, roll, pitch, yaw = rows.T
+    scale = np.cos(np.deg2rad(latitude[0])) * EARTH
+    x = scale * np.deg2rad(longitude)
+    y = scale * np.log(np.tan(np.deg2rad(90 + latitude) / 2))
+    poses = np.tile(np.eye(4), (len(rows), 1, 1))
+    poses[:, :3, :3] = _turn(2, yaw) @ _turn(1, pitch) @ _turn(0, roll)
+    poses[:, :3, 3] = np.stack([x, y, altitude], 1)
+    poses[:, :3, 3] -= poses[0, :3, 3].copy()
+    return poses
+
+
+def _turn(axis: int, angle: np.ndarray) -> np.ndarray:
+    """Rotations [n, 3, 3] about an axis, radians."""
+    i, j = (axis + 1) % 3, (axis + 2) % 3
+    matrices = np.tile(np.eye(3), (len(angle), 1, 1))
+    matrices[:, i, i] = matrices[:, j, j] = np.cos(angle)
+    matrices[:, j, i] = np.sin(angle)
+    matrices[:, i, j] = -np.sin(angle)
+    return matrices
+
+
+class KittiRawSequence:
+    """One eye of a drive, `l` or `r`; the protocol of `datasets.video`.
+
+    `numbers` are the frames' numbers on disk. Raises InputError on whatever is malformed.
+    """
+
+    def __init__(
+        self, drive: Drive, eye: str, numbers: list[int], labels: PseudoLabels | None = None
+    ):
+        self.drive, self.eye, self.numbers, self._labels = drive, eye, numbers, labels
+        self.name = f"{drive.name}/{eye}"
+        self.frames = len(numbers)
+        self.inputs: list[int] | None = None
+        self.labelled: list[int] = []
+        self.intrinsics, camera_to_cam0 = drive.camera(eye)
+        cam0_to_world = drive.poses(numbers)
+        self._poses = cam0_to_world @ camera_to_cam0
+        self._volume_to_world = (
+            cam0_to_world @ drive.velo_to_cam0 @ np.linalg.inv(files.VELO_TO_VOLUME)
+        )
+        self.positions = self._poses[:, :3, 3]
+        steps = np.linalg.norm(np.diff(self.positions, axis=0), axis=1)
+        self.path = np.concatenate([[0.0], np.cumsum(steps)])
+        self._truth = _depth_folder(drive.root, drive.name, EYES[eye])
+        self._size = files.read_image(self._image_path(eye, 0)).shape
+        self.missing = [*drive.missing, *self._survey()]
+
+    def _survey(self) -> list[str]:
+        """What is not there, and what its absence costs."""
+        missing = []
+        other = "r" if self.eye == "l" else "l"
+        if not set(self.drive.numbers[other]) & set(self.numbers):
+            missing.append(f"no {EYES[other]}: no stereo source, no stereo depth")
+        if not any(self.judged(frame) for frame in range(self.frames)):
+            missing.append("no velodyne_points nor data_depth_annotated: depth is not judged by it")
+        elif self._truth is None:
+            missing.append("no data_depth_annotated: depth is judged against raw Velodyne scans")
+        missing.append("no voxels in KITTI raw: occupancy is not scored")
+        return missing
+
+    def judged(self, frame: int) -> bool:
+        """Whether there is a scan or improved ground truth of a frame."""
+        truth = self._truth and (self._truth / f"{self.frame_id(frame)}.png").exists()
+        return bool(truth) or self._scan(frame).exists()
+
+    def frame_id(self, frame: int) -> str:
+        """The frame's name on disk, "0000000040"."""
+        return f"{self.numbers[frame]:0{DIGITS}d}"
+
+    def cameras(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
+        """intrinsics [1, 3, 3] in pixels, camera_to_world [1, 4, 4], float64."""
+        return self.intrinsics[None].copy(), self._poses[frame][None]
+
+    def volume_to_world(self, frame: int) -> np.ndarray:
+        """[4, 4] float64."""
+        return self._volume_to_world[frame]
+
+    def images(self, frame: int) -> np.ndarray:
+        """uint8 [1, h, w, 3] RGB."""
+        return self._image(self.eye, frame)[None]
+
+    def other_eye(self, frame: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """intrinsics, camera_to_world and image of the other eye; None where it is not on disk."""
+        other = "r" if self.eye == "l" else "l"
+        if not self._image_path(other, frame).exists():
+            return None
+        intrinsics, other_to_cam0 = self.drive.camera(other)
+        cam0_to_here = np.linalg.inv(self.drive.camera(self.eye)[1])
+        pose = self._poses[frame] @ cam0_to_here @ other_to_cam0
+        return intrinsics[None].copy(), pose[None], self._image(other, frame)[None]
+
+    def depth(self, frame: int) -> np.ndarray | None:
+        """The improved ground truth, float32 [1, h, w] metres, 0 where there is none; or None."""
+        if self._truth is None:
+            return None
+        path = self._truth / f"{self.frame_id(frame)}.png"
+        if not path.exists():
+            return None
+        depth = files.read_depth(path)
+        files.check_size(path, depth, self._size, f"{self.name}'s image")
+        return depth[None]
+
+    def semantics(self, frame: int) -> np.ndarray | None:
+        """Pseudo labels, uint8 [1, h, w]; None without --labels."""
+        if self._labels is None:
+            return None
+        return self._labels.read([self._image_path(self.eye, frame)], self._size[:2])
+
+    def voxels(self, frame: int) -> None:
+        """KITTI raw has no voxels."""
+
+    def lidar(self, frame: int) -> np.ndarray | None:
+        """The scan of this frame, float32 [M, 3] in its volume frame; None where there is none."""
+        return files.read_scan(self._scan(frame))
+
+    def stereo_pair(self, frame: int) -> tuple[np.ndarray, np.ndarray, float, float] | None:
+        """Left and right uint8 [h, w, 3], focal length in pixels, baseline in metres.
+
+        None for the right eye and where an image is not on disk.
+        """
+        if self.eye == "r" or not self._image_path("r", frame).exists():
+            return None
+        (intrinsics, left), (_, right) = (self.drive.camera(eye) for eye in EYES)
+        baseline = right[0, 3] - left[0, 3]
+        if baseline <= 0:
+            path = self.drive.folder.parent / "calib_cam_to_cam.txt"
+            raise InputError(f"{path}: P_rect_03 is not to the right of P_rect_02; restore it")
+        images = (self._image(eye, frame) for eye in EYES)
+        return *images, float(intrinsics[0, 0]), float(baseline)
+
+    def _scan(self, frame: int) -> Path:
+        return self.drive.folder / "velodyne_points" / "data" / f"{self.frame_id(frame)}.bin"
+
+    def _image_path(self, eye: str, frame: int) -> Path:
+        stem = self.drive.folder / EYES[eye] / "data" / self.frame_id(frame)
+        jpeg = stem.with_suffix(".jpg")
+        return jpeg if jpeg.exists() else stem.with_suffix(".png")
+
+    def _image(self, eye: str, frame: int) -> np.ndarray:
+        path = self._image_path(eye, frame)
+        image = files.read_image(path)
+        files.check_size(path, image, self._size, self._image_path(self.eye, 0).name)
+        return image
+
+
+def _depth_folder(root: Path, drive: str, camera: str) -> Path | None:
+    """Where the improved ground truth of a drive is; None where it is not."""
+    places = (root / "data_depth_annotated", root, root.parent / "data_depth_annotated")
+    for place in places:
+        for split in ("train", "val"):
+            folder = place / split / drive / "proj_depth" / "groundtruth" / camera
+            if folder.is_dir():
+                return folder
+    return None

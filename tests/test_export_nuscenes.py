@@ -1,0 +1,131 @@
+"""The embedded world written as nuScenes says what the world says, by the tables alone."""
+
+import json
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+
+from selfocc.datasets.export import main
+from selfocc.datasets.export_nuscenes import CAMERAS, EGO_TO_GLOBAL, OCC3D_CLASS, export_nuscenes
+from selfocc.datasets.synthetic import SyntheticConfig, synthetic_sequences
+
+SIZE, FRAMES = (24, 40), 7  # key frames 0 and 5; frame 6 comes after the last
+TABLES = (
+    "attribute", "calibrated_sensor", "category", "ego_pose", "instance", "log", "map", "sample",
+    "sample_annotation", "sample_data", "scene", "sensor", "visibility",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    config = SyntheticConfig(rig="surround", image_size=SIZE, frames=FRAMES)
+    return synthetic_sequences(config, "val", 1, cache=tmp_path_factory.mktemp("cache"))[0]
+
+
+@pytest.fixture(scope="module")
+def folder(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nuscenes")
+    export_nuscenes([world], folder, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tables(folder):
+    """{table: {token: row}}."""
+    files = {name: folder / "v1.0-trainval" / f"{name}.json" for name in TABLES}
+    return {n: {row["token"]: row for row in json.loads(f.read_text())} for n, f in files.items()}
+
+
+def matrix(row):
+    """[4, 4] of a translation and a quaternion w, x, y, z."""
+    w, x, y, z = row["rotation"]
+    pose = np.eye(4)
+    pose[:3, :3] = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    pose[:3, 3] = row["translation"]
+    return pose
+
+
+def chain(tables, channel):
+    """The sample_data of a channel in the order of `next`, with their sensor-to-global matrices."""
+    mounted = tables["calibrated_sensor"]
+    rows = [
+        row
+        for row in tables["sample_data"].values()
+        if tables["sensor"][mounted[row["calibrated_sensor_token"]]["sensor_token"]]["channel"]
+        == channel
+    ]
+    (row,) = (row for row in rows if not row["prev"])
+    ordered = [row]
+    while row["next"]:
+        row = tables["sample_data"][row["next"]]
+        assert row["prev"] == ordered[-1]["token"]
+        ordered.append(row)
+    assert len(ordered) == len(rows)
+    return [
+        (row, matrix(tables["ego_pose"][row["ego_pose_token"]])
+         @ matrix(mounted[row["calibrated_sensor_token"]]))
+        for row in ordered
+    ]  # fmt: skip
+
+
+def test_cameras_and_images(world, folder, tables):
+    for camera, channel in enumerate(CAMERAS):
+        rows = chain(tables, channel)
+        assert len(rows) == 6
+        for frame, (row, camera_to_global) in enumerate(rows):
+            k, poses = world.cameras(frame)
+            camera_to_global[:3, 3] -= EGO_TO_GLOBAL
+            assert np.allclose(camera_to_global, poses[camera], atol=1e-9)
+            mounted = tables["calibrated_sensor"][row["calibrated_sensor_token"]]
+            assert np.array_equal(mounted["camera_intrinsic"], k[camera])
+            assert np.array_equal(iio.imread(folder / row["filename"]), world.images(frame)[camera])
+            classes = iio.imread(folder / "labels" / row["filename"])
+            assert np.array_equal(classes, world.semantics(frame)[camera])
+            assert (row["height"], row["width"]) == SIZE
+            assert row["is_key_frame"] == (frame in (0, 5))
+            assert row["filename"].startswith("samples/" if frame in (0, 5) else "sweeps/")
+
+
+def test_scans(world, folder, tables):
+    for frame, (row, lidar_to_global) in enumerate(chain(tables, "LIDAR_TOP")):
+        scan = np.fromfile(folder / row["filename"], "<f4").reshape(-1, 5)
+        lidar_to_global[:3, 3] -= EGO_TO_GLOBAL
+        to_volume = np.linalg.inv(world.volume_to_world(frame)) @ lidar_to_global
+        points = scan[:, :3] @ to_volume[:3, :3].T + to_volume[:3, 3]
+        assert np.allclose(points, world.lidar(frame), atol=1e-4)
+        # x is to the right of the vehicle, y ahead, z up
+        assert np.allclose(to_volume[:3, :3], [[0, 1, 0], [-1, 0, 0], [0, 0, 1]], atol=1e-9)
+        assert set(scan[:, 4]) <= set(range(64))
+
+
+def test_samples_and_labels(world, folder, tables):
+    (scene,) = tables["scene"].values()
+    assert scene["name"] == "scene-0003" and scene["nbr_samples"] == 2
+    first = tables["sample"][scene["first_sample_token"]]
+    last = tables["sample"][first["next"]]
+    assert last["token"] == scene["last_sample_token"] and last["prev"] == first["token"]
+    assert not first["prev"] and not last["next"]
+    sweeps = [r for r in tables["sample_data"].values() if not r["is_key_frame"]]
+    assert {row["sample_token"] for row in sweeps} == {last["token"]}
+    for frame, sample in ((0, first), (5, last)):
+        labels = np.load(folder / "gts" / "scene-0003" / sample["token"] / "labels.npz")
+        voxels = world.voxels(frame).transpose(1, 0, 2)
+        assert labels["semantics"].shape == (200, 200, 16)
+        assert np.array_equal(labels["semantics"], OCC3D_CLASS[voxels])
+        assert np.array_equal(labels["mask_camera"] == 1, voxels != 255)
+        assert 0 < labels["mask_lidar"].mean() < labels["mask_camera"].mean()
+    assert OCC3D_CLASS[[0, 1, 9, 11, 13, 15, 255]].tolist() == [17, 4, 11, 13, 15, 16, 17]
+
+
+def test_what_does_not_fit_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SELFOCC_CACHE", str(tmp_path))
+    common = ["--scenes", "1", "--frames", "1", "--size", "8", "16"]
+    assert main(["--export", "nuscenes", str(tmp_path / "a"), "--split", "test", *common]) == 2
+    assert "splits train and val" in capsys.readouterr().err
+    assert main(["--export", "openoccupancy", str(tmp_path / "a"), *common]) == 2
+    assert "known: kitti, kitti_raw, nuscenes" in capsys.readouterr().err
