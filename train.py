@@ -190,7 +190,8 @@ def train(arguments: argparse.Namespace) -> None:
         start = resumed.step
     parallel = model
     if world > 1:
-        distributed.synchronise_batch_norm(model, device)
+        if settings.backbone.norm == "batch":
+            distributed.synchronise_batch_norm(model, device)
         parallel = torch.nn.parallel.DistributedDataParallel(model)
     keys = Keys(len(training), optim, start * optim.accumulate, rank, world)
     loader = DataLoader(

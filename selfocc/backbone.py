@@ -121,8 +121,8 @@ class Backbone(nn.Module):
                     "or --backbone-weights none"
                 )
             _normalise_groups(self)
-        elif config.norm != "batch":
-            raise InputError(f"backbone.norm is batch or group, not {config.norm!r}")
+        elif config.norm not in ("batch", "local"):
+            raise InputError(f"backbone.norm is batch, local or group, not {config.norm!r}")
         self._init_weights()
         if config.weights == "imagenet":
             self._load(_download(config.depth), f"ImageNet weights of ResNet-{config.depth}")

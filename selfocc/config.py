@@ -68,7 +68,9 @@ class VolumeConfig:
 class BackboneConfig:
     depth: int = 50  # 18 | 34 | 50 | 101
     width: int = 64  # channels of the stem; 64 is the standard network
-    norm: str = "batch"  # batch | group; group needs no word between processes, nor large batches
+    # batch | local | group: over the images of all processes, of a process, or of one image; only
+    # the first needs words between processes, and gives what a single process would
+    norm: str = "batch"
     weights: str = "imagenet"  # none | imagenet | a torchvision file
     frozen_stem: bool = True  # conv1 and bn1 keep their weights
 

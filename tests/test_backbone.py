@@ -155,7 +155,7 @@ def test_group_norm_treats_every_image_alone():
 
 
 def test_norm_that_cannot_be():
-    with pytest.raises(InputError, match=r"backbone\.norm is batch or group"):
+    with pytest.raises(InputError, match=r"backbone\.norm is batch, local or group"):
         Backbone(small(norm="layer"))
     with pytest.raises(InputError, match=r"--backbone-weights none"):
         Backbone(small(norm="group", weights="imagenet"))
