@@ -49,7 +49,8 @@ COLUMNS = {  # key in metrics.json -> title
 }  # fmt: skip
 EXPLAINED = """columns:
   IoU, precision, recall  of occupied voxels, over all frames, where the truth is known; in the
-                          table `semantics` of a class, and mIoU the mean over the classes seen
+                          table `semantics` of a class; mIoU is the mean over the classes seen,
+                          and as published classes that are never seen count 1
   IoU>0.3m                of voxels more than 0.3 m above the ground below them
   threshold               a voxel is occupied where the SDF (or prior) is at most this
   AbsRel .. a3            errors of z-depth in metres, averaged over points, frames and cameras;
