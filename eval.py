@@ -65,6 +65,9 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--ckpt", type=Path, required=True, metavar="FILE", help="checkpoint or run folder"
     )
+    parser.add_argument(
+        "--preset", metavar="NAME", help="of a published checkpoint; default: guessed, and said"
+    )
     add_data_options(parser)
     parser.add_argument(
         "--task",
@@ -122,7 +125,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     device = distributed.choose_device(arguments.device)
     rank, world = distributed.start(device)
     chief = rank == 0
-    saved = checkpoint.load(arguments.ckpt)
+    saved = checkpoint.load(arguments.ckpt, arguments.preset, arguments.set)
     settings = choose_settings(arguments, saved.config)
     tasks = TASKS if "all" in arguments.task else tuple(arguments.task)
     untrained = replace(settings, backbone=replace(settings.backbone, weights="none"))
