@@ -60,6 +60,13 @@ EXPLAINED = """columns:
 """
 
 
+def count(text: str) -> int:
+    """Of frames or pictures on the command line."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+    return int(text)
+
+
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, epilog=f"{EXPLAINED}\n{protocols.__doc__}")
     parser.add_argument(
@@ -85,11 +92,11 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
         "--resume", action="store_true", help="keep the frames that an earlier run has scored"
     )
     parser.add_argument(
-        "--frames", type=int, metavar="N", help="evaluate N frames, evenly spread; default: all"
+        "--frames", type=count, metavar="N", help="evaluate N frames, evenly spread; default: all"
     )
     parser.add_argument(
         "--prior-frames",
-        type=int,
+        type=count,
         default=24,
         metavar="N",
         help="training frames for the baselines",
@@ -97,7 +104,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="default: `eval` beside the checkpoint"
     )
-    parser.add_argument("--pictures", type=int, default=6, metavar="N", help="panels to write")
+    parser.add_argument("--pictures", type=count, default=6, metavar="N", help="panels to write")
     parser.add_argument(
         "--video", action="store_true", help="write a video along the first sequence"
     )
@@ -183,9 +190,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     }
     files.write_file(out / "metrics.json", json.dumps(summary | tables, indent=1).encode())
 
-    count = min(arguments.pictures, len(dataset))
-    for number in tqdm(range(count), desc="pictures"):
-        index = number * len(dataset) // count
+    shown = min(arguments.pictures, len(dataset))
+    for number in tqdm(range(shown), desc="pictures"):
+        index = number * len(dataset) // shown
         panel = panels.panel(model, dataset, index, device)
         pictures.write_picture(out / f"frame_{index:04d}.png", panel)
     if arguments.video:

@@ -105,6 +105,7 @@ def test_another_evaluation_is_not_resumed(semantic, cache, capsys, monkeypatch,
         (("--set", "volume.threshold=0.2"), "is of another evaluation"),
         (("--frames", "2"), "is of another evaluation"),
         (("--label-map", "openseed21"), "knows 20 classes, the label map 21"),
+        (("--pictures", "-1"), "--pictures: '-1' is no whole number"),
         ((), "is damaged"),
     ):
         file.write_text(content if change else content.replace("scores", "scorn"))
