@@ -11,7 +11,8 @@ import pytest
 from selfocc import InputError
 from selfocc.datasets.export_kitti import BASELINE
 from selfocc.datasets.export_kitti_raw import export_kitti_raw
-from selfocc.datasets.kitti_raw import kitti_raw_sequences, oxts_poses
+from selfocc.datasets.kitti_drive import oxts_poses
+from selfocc.datasets.kitti_raw import kitti_raw_sequences
 from selfocc.datasets.synthetic import SyntheticConfig, synthetic_sequences
 from selfocc.datasets.video import project_points
 from selfocc.labels import PseudoLabels
