@@ -45,6 +45,7 @@ class Drive:
                 "download it, or leave it out"
             )
         self.missing: list[str] = []
+        self._rows: dict[int, np.ndarray] = {}
         self.numbers = {eye: image_numbers(self.folder / at / "data") for eye, at in EYES.items()}
         if not any(self.numbers.values()):
             raise InputError(f"{self.folder}: neither image_02/data nor image_03/data has images")
@@ -130,13 +131,17 @@ class Drive:
         return poses
 
     def _oxts(self, numbers: list[int]) -> np.ndarray:
-        rows = []
+        """Latitude, longitude, altitude, roll, pitch, yaw [frames, 6]; read once for both eyes."""
         for number in numbers:
-            path = self.folder / "oxts" / "data" / f"{number:010d}.txt"
-            rows.append(files.parse(files.read_text(path), 30, str(path))[:6])
-            if not (abs(rows[-1][0]) < 89 and abs(rows[-1][1]) <= 180):
-                raise InputError(f"{path}: latitude and longitude are impossible; restore the file")
-        return np.array(rows)
+            if number not in self._rows:
+                path = self.folder / "oxts" / "data" / f"{number:010d}.txt"
+                row = files.parse(files.read_text(path), 30, str(path))[:6]
+                if abs(row[0]) >= 89 or abs(row[1]) > 180:
+                    raise InputError(
+                        f"{path}: latitude and longitude are impossible; restore the file"
+                    )
+                self._rows[number] = row
+        return np.array([self._rows[number] for number in numbers])
 
 
 def _line(lines: dict[str, np.ndarray], key: str, path: Path) -> np.ndarray:
