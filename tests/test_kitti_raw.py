@@ -7,14 +7,16 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch
 
 from selfocc import InputError
+from selfocc.config import build
 from selfocc.datasets.export_kitti import BASELINE
 from selfocc.datasets.export_kitti_raw import export_kitti_raw
 from selfocc.datasets.kitti_drive import oxts_poses
 from selfocc.datasets.kitti_raw import kitti_raw_sequences
 from selfocc.datasets.synthetic import SyntheticConfig, synthetic_sequences
-from selfocc.datasets.video import project_points
+from selfocc.datasets.video import VideoDataset, project_points
 from selfocc.labels import PseudoLabels
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "kitti_raw"
@@ -73,6 +75,27 @@ def test_left_eye_equals_the_direct_path(world, exported):
         "no voxels in KITTI raw: occupancy is not scored",
     ]
     assert np.array_equal(pickle.loads(pickle.dumps(left)).images(1), left.images(1))
+
+
+def test_samples_equal_those_of_the_direct_path(world, exported):
+    settings = ("data.crop=24,48", "data.pad=32,64", "data.scale=1", "data.target_scale=1")
+    data = build("kitti_raw_small", settings).data
+    direct, read = (
+        VideoDataset.every_frame(sequence, data) for sequence in (world, eyes(exported)[0])
+    )
+    for frame in (0, 3):
+        want, got = direct[frame], read[frame]
+        assert torch.equal(got.images, want.images)
+        assert torch.equal(got.sources.images, want.sources.images)
+        for part in ("target", "sources"):
+            frames, true = getattr(got, part), getattr(want, part)
+            assert torch.allclose(frames.intrinsics, true.intrinsics, rtol=1e-9)
+            assert torch.allclose(frames.camera_to_volume, true.camera_to_volume, atol=1e-6)
+        # a point in a hundred may fall into the next pixel by rounding
+        assert (got.lidar - want.lidar).abs().lt(1e-3).float().mean() > 0.99
+        assert got.lidar.gt(0).float().mean() > 0.1
+        near = want.depth < 255
+        assert (got.depth - want.depth)[near].abs().max() <= 0.5 / 256 + 1e-4
 
 
 def test_labels_mirror_the_images(world, exported):
