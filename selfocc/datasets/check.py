@@ -43,10 +43,12 @@ class Report:
         self.agreements: list[tuple[float, float]] = []
 
     def check(self, frames: int | None, pairs: int = 8) -> None:
-        """Everything; reads `frames` frames, evenly spread (None: all)."""
+        """Everything; reads `frames` frames, evenly spread (None: all), and some that have voxels."""
         for sequence in self.sequences:
             self._check_poses(sequence)
         places = _spread(self.places, frames)
+        labelled = [(s, f) for s in self.sequences for f in s.labelled]
+        places += [place for place in _spread(labelled, 10) if place not in places]
         for sequence, frame in tqdm(places, desc=f"reading {self.split}", unit="frame"):
             self._read(sequence, frame)
         self.read = len(places)
@@ -61,7 +63,11 @@ class Report:
             return None
 
     def _read(self, sequence: Sequence, frame: int) -> None:
-        parts = {name: self._try(lambda n=name: getattr(sequence, n)(frame)) for name in PARTS}
+        parts = {
+            name: self._try(lambda n=name: getattr(sequence, n)(frame))
+            for name in PARTS
+            if name != "voxels" or frame in sequence.labelled
+        }
         self.found.update(name for name, part in parts.items() if part is not None)
         images = parts["images"]
         where = f"{sequence.name} frame {sequence.frame_id(frame)}"
@@ -230,7 +236,7 @@ def _next(sequence: Sequence, frame: int) -> int | None:
 
 def _spread(items: list, count: int | None) -> list:
     if count is None or count >= len(items):
-        return items
+        return list(items)
     return [items[i] for i in np.linspace(0, len(items) - 1, count).round().astype(int)]
 
 
