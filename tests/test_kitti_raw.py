@@ -18,6 +18,7 @@ from selfocc.datasets.kitti_raw import kitti_raw_sequences
 from selfocc.datasets.synthetic import SyntheticConfig, synthetic_sequences
 from selfocc.datasets.video import VideoDataset, project_points
 from selfocc.labels import PseudoLabels
+from tests.tiny import run
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "kitti_raw"
 SIZE, FRAMES = (24, 48), 6
@@ -378,6 +379,27 @@ def test_broken_poses_and_wrong_places_are_named_in_one_line(root):
         with pytest.raises(InputError) as caught:
             read()
         assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_scripts_train_and_evaluate_on_a_split(exported, tmp_path, cache):
+    names = {"train": (1, 2), "val": (3,), "test": (4,)}
+    for name, frames in names.items():
+        lines = [f"{DATE}/{DRIVE} {frame} {eye}" for frame in frames for eye in "lr"]
+        (tmp_path / f"{name}_files.txt").write_text("\n".join(lines))
+    common = ("--dataset", "kitti_raw", "--data", exported, "--split-dir", tmp_path)
+    out = tmp_path / "run"
+    done = run("train.py", "--preset", "kitti_raw_small", *common, "--out", out, cache=cache,
+               data__crop="24,48", data__pad="32,64", data__scale=1, data__target_scale=1,
+               optim__steps=1)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "4 training and 2 validation frames" in done.stderr + done.stdout
+    done = run("eval.py", "--ckpt", out, *common, "--val", "test", "--pictures", "0", cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert "2 frames" in done.stdout and "depth, lidar" in done.stdout
+    wrong = (*common[:-1], tmp_path / "none")
+    done = run("eval.py", "--ckpt", out, *wrong, "--pictures", "0", cache=cache)
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
+    assert "val_files.txt: cannot be read" in done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ class Report:
         self.agreements: list[tuple[float, float]] = []
 
     def check(self, frames: int | None, pairs: int = 8) -> None:
-        """Everything; reads `frames` frames, evenly spread (None: all), and some that have voxels."""
+        """Everything; reads `frames` frames, evenly spread (None: all), and some with voxels."""
         for sequence in self.sequences:
             self._check_poses(sequence)
         places = _spread(self.places, frames)
