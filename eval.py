@@ -1,7 +1,12 @@
 """Evaluate a checkpoint: tables, pictures, video.
 
-python eval.py --ckpt runs/synthetic
-python eval.py --ckpt FILE --dataset kitti --data DIR --task all --video
+    python eval.py --ckpt runs/synthetic
+    python eval.py --ckpt FILE --dataset kitti --data DIR --task all --video
+    python eval.py --ckpt FILE --dataset kitti --data DIR --resume     # go on where it was stopped
+    torchrun --nproc-per-node 8 eval.py --ckpt FILE --dataset kitti --data DIR
+
+The output folder receives metrics.json (the tables), frames.R.jsonl (the scores of every frame),
+panel pictures of some frames, and the video.
 """
 
 import os
@@ -17,22 +22,45 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from selfocc import InputError, checkpoint, config, distributed, evaluation, files, pictures
+from selfocc import (
+    InputError,
+    checkpoint,
+    config,
+    distributed,
+    evaluation,
+    files,
+    labels,
+    panels,
+    pictures,
+    protocols,
+)
 from selfocc.commandline import Parser, add_data_options, folders, run
 from selfocc.datasets import open_sequences
 from selfocc.datasets.video import VideoDataset
+from selfocc.journal import Journal
 from selfocc.model import SelfOcc
+from selfocc.scores import Table
 
 TASKS = ("occupancy", "depth", "novel_depth")
-COLUMNS = {
+COLUMNS = {  # key in metrics.json -> title
     "iou": "IoU", "iou_above": "IoU>0.3m", "precision": "precision", "recall": "recall",
     "threshold": "threshold", "abs_rel": "AbsRel", "sq_rel": "SqRel", "rmse": "RMSE",
     "rmse_log": "RMSElog", "a1": "a1", "a2": "a2", "a3": "a3", "scale": "scale", "error": "SSIM+L1",
 }  # fmt: skip
+EXPLAINED = """columns:
+  IoU, precision, recall  of occupied voxels, over all frames, where the truth is known; in the
+                          table `semantics` of a class, and mIoU the mean over the classes seen
+  IoU>0.3m                of voxels more than 0.3 m above the ground below them
+  threshold               a voxel is occupied where the SDF (or prior) is at most this
+  AbsRel .. a3            errors of z-depth in metres, averaged over points, frames and cameras;
+                          a1 is the share of points off by a factor below 1.25, a2 1.25^2, a3 1.25^3
+  scale                   depth was multiplied by it: median of the truth / of the prediction
+  SSIM+L1                 difference of an image and its neighbours warped by the rendered depth
+"""
 
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__)
+    parser = Parser(description=__doc__, epilog=f"{EXPLAINED}\n{protocols.__doc__}")
     parser.add_argument(
         "--ckpt", type=Path, required=True, metavar="FILE", help="checkpoint or run folder"
     )
@@ -43,6 +71,14 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
         default=["occupancy", "depth"],
         choices=[*TASKS, "all"],
         help="one or more; default: occupancy depth",
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=protocols.PROTOCOLS,
+        help="see below; default: published, and own for the embedded world",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the frames that an earlier run has scored"
     )
     parser.add_argument(
         "--frames", type=int, metavar="N", help="evaluate N frames, evenly spread; default: all"
@@ -68,9 +104,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def evaluate(arguments: argparse.Namespace) -> None:
-    device = distributed.choose_device(arguments.device)
-    saved = checkpoint.load(arguments.ckpt)
+def choose_settings(arguments: argparse.Namespace, saved: config.Config) -> config.Config:
     named = {
         "data.dataset": arguments.dataset,
         "data.train": arguments.train,
@@ -78,7 +112,18 @@ def evaluate(arguments: argparse.Namespace) -> None:
         "data.label_map": arguments.label_map,
     }
     overrides = [f"{path}={value}" for path, value in named.items() if value is not None]
-    settings = config.override(saved.config, overrides + arguments.set)
+    settings = config.override(saved, overrides + arguments.set)
+    labels.check_classes(settings)
+    return settings
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    device = distributed.choose_device(arguments.device)
+    rank, world = distributed.start(device)
+    chief = rank == 0
+    saved = checkpoint.load(arguments.ckpt)
+    settings = choose_settings(arguments, saved.config)
+    tasks = TASKS if "all" in arguments.task else tuple(arguments.task)
     untrained = replace(settings, backbone=replace(settings.backbone, weights="none"))
     model = SelfOcc(untrained).to(device).eval()
     checkpoint.restore(saved, model)
@@ -86,39 +131,66 @@ def evaluate(arguments: argparse.Namespace) -> None:
     out = files.make_folder(arguments.out or folder / "eval")
 
     where = folders(arguments)
-    dataset, training = (
-        VideoDataset(open_sequences(settings.data, split, where), settings.data, train=False)
-        for split in ("val", "train")
-    )
-    for line in dict.fromkeys(line for s in dataset.sequences for line in s.missing):
-        print(f"note: {line}")
+    with distributed.chief_first():  # it fills the cache of the synthetic data
+        dataset, training = (
+            VideoDataset(open_sequences(settings.data, split, where), settings.data, train=False)
+            for split in ("val", "train")
+        )
+    if chief:
+        for line in dict.fromkeys(line for s in dataset.sequences for line in s.missing):
+            print(f"note: {line}")
 
-    tasks = TASKS if "all" in arguments.task else arguments.task
-    priors = evaluation.gather_priors(model, training, arguments.prior_frames)
-    tables = evaluation.evaluate(model, dataset, device, tasks, priors, arguments.frames)
+    rules = protocols.choose(settings, arguments.protocol)
+    what = evaluation.identity(
+        model, dataset, tasks, rules, frames=arguments.frames, prior_frames=arguments.prior_frames
+    )
+    journal = Journal(out, what, rank, arguments.resume)
+    priors = evaluation.gather_priors(model, training, arguments.prior_frames, rules, chief)
+    tables = evaluation.evaluate(
+        model,
+        dataset,
+        device,
+        tasks,
+        priors,
+        arguments.frames,
+        rules,
+        journal,
+        rank,
+        world,
+        progress=chief,
+    )
     if not tables:
         raise InputError(
             f"nothing to score: the data has no truth for --task {' '.join(tasks)} (see the notes)"
         )
-    print(f"{settings.preset} at step {saved.step}, {settings.data.dataset}, {len(dataset)} frames")
+    if not chief:
+        return
+    print(
+        f"{settings.preset} at step {saved.step}, {settings.data.dataset}, {len(dataset)} frames, "
+        f"protocol: {rules.protocol}"
+    )
     for name, table in tables.items():
-        print(f"\n{format_table(name, table)}")
-    summary = {"preset": settings.preset, "step": saved.step, "dataset": settings.data.dataset}
-    summary |= tables
-    files.write_file(out / "metrics.json", json.dumps(summary, indent=1).encode())
+        print(f"\n{format_table(f'{name} ({rules.protocol})', table)}")
+    summary = {
+        "preset": settings.preset,
+        "step": saved.step,
+        "dataset": settings.data.dataset,
+        "protocol": rules.protocol,
+    }
+    files.write_file(out / "metrics.json", json.dumps(summary | tables, indent=1).encode())
 
     count = min(arguments.pictures, len(dataset))
     for number in tqdm(range(count), desc="pictures"):
         index = number * len(dataset) // count
-        panel = evaluation.panel(model, dataset, index, device)
+        panel = panels.panel(model, dataset, index, device)
         pictures.write_picture(out / f"frame_{index:04d}.png", panel)
     if arguments.video:
-        frames = evaluation.fly_through(model, dataset, device)
+        frames = panels.fly_through(model, dataset, device)
         print(f"video: {pictures.write_video(out / 'video', tqdm(frames, desc='video'))}")
     print(f"\nwritten to {out}")
 
 
-def format_table(name: str, table: evaluation.Table) -> str:
+def format_table(name: str, table: Table) -> str:
     columns = [key for key in COLUMNS if any(key in row for row in table.values())]
     width = max(len(name), *(len(method) for method in table)) + 2
     lines = [name.ljust(width) + "".join(COLUMNS[c].rjust(10) for c in columns)]

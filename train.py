@@ -28,7 +28,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from selfocc import InputError, checkpoint, config, distributed, evaluation, files, pictures
+from selfocc import InputError, checkpoint, config, distributed, evaluation, files, panels, pictures
 from selfocc.commandline import Parser, Stopped, add_data_options, folders, run
 from selfocc.config import Config, OptimConfig
 from selfocc.datasets import open_dataset
@@ -257,7 +257,7 @@ def train(arguments: argparse.Namespace) -> None:
                 bar.set_postfix_str(f"loss {total:.3f}{shown}")
             if done % optim.picture_every == 0 or last:
                 index = (done // optim.picture_every) % len(validation)
-                picture = evaluation.panel(model, validation, index, device)
+                picture = panels.panel(model, validation, index, device)
                 pictures.write_picture(out / f"panel_{done:06d}.png", picture)
             if done % optim.save_every == 0 or last or stopping:
                 checkpoint.save(file, settings, done, model, optimizer)

@@ -67,6 +67,15 @@ def mean(value: Tensor) -> Tensor:
     return _Mean.apply(value) if dist.is_initialized() else value
 
 
+def gather_dicts(entries: dict) -> dict:
+    """The entries of all processes' dictionaries, in every process."""
+    if not dist.is_initialized():
+        return entries
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, entries)
+    return {key: value for part in parts for key, value in part.items()}
+
+
 class _Mean(torch.autograd.Function):
     """Its gradient is the mean of the gradients, as each process's loss is a share of the whole."""
 

@@ -94,7 +94,7 @@ TABLES = {
         ("sidewalk", "sidewalk", "sidewalk"),
         ("other-ground", "other_flat", "other-ground"),
         ("building", "manmade", "building"),
-        ("fence", "barrier", "fence"),
+        ("fence", "manmade", "fence"),
         ("vegetation", "vegetation", "vegetation"),
         ("trunk", "vegetation", "trunk"),
         ("terrain", "terrain", "terrain"),
@@ -178,6 +178,18 @@ def settle_classes(config: Config) -> Config:
         return config
     classes = len(label_map(config.data).names)
     return dataclasses.replace(config, field=dataclasses.replace(config.field, classes=classes))
+
+
+def check_classes(config: Config) -> None:
+    """Raises InputError unless the label map names the classes of a model that knows classes."""
+    if not config.field.classes:
+        return
+    named = len(label_map(config.data).names)
+    if named != config.field.classes:
+        raise InputError(
+            f"the model knows {config.field.classes} classes, the label map {named}; give the "
+            "--label-map that it was trained with"
+        )
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,15 @@
 
 Voxels are [ny, nx, nz] over (y, x, z); labels are uint8, 0 free, 1.. class, 255 unknown and never
 scored. Depth is z-depth in metres, 0 in truth where there is none. Every metric accumulates frames
-with `update` and reports with `results`. Arguments are tensors on the CPU or numpy arrays.
+with `update` and reports with `results`; what it knows of them is one tensor, `state`, and the
+state of many frames is the sum of theirs. Arguments are tensors on the CPU or numpy arrays.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 UNKNOWN = 255
-GROUND_CLASSES = (9, 10, 11, 12, 17)  # road, parking, sidewalk, other-ground, terrain
+GROUND = (9, 10, 11, 12, 17)  # SemanticKITTI: road, parking, sidewalk, other-ground, terrain
 
 
 def _ratio(numerator, denominator) -> float:
@@ -26,23 +26,6 @@ def _scores(tp, fp, fn) -> dict[str, float]:
 
 
 # voxels
-
-
-def crop_margins_kitti(prediction: Tensor, factor: int = 1) -> Tensor:
-    """The published post-processing: free near the top, the far end and both sides of the box.
-
-    That is above 3.6 m, the farthest 1.2 m and 1.2 m at either side. prediction [ny, nx, nz]:
-    occupancy or classes (free = 0) or SDF (free = inf); a copy is returned. `factor` is by how much
-    the voxels of 0.2 m were pooled.
-    """
-    prediction = torch.as_tensor(prediction).clone()
-    free = torch.inf if prediction.is_floating_point() else 0
-    margin = -(-6 // factor)
-    prediction[..., 28 // factor :] = free
-    prediction[-margin:] = free
-    prediction[:, :margin] = free
-    prediction[:, -margin:] = free
-    return prediction
 
 
 def pool_voxels(labels: Tensor, factor: int) -> Tensor:
@@ -93,19 +76,21 @@ def fill_nearest(values: Tensor, known: Tensor) -> Tensor:
     return torch.where(seed >= 0, filled, values)
 
 
-def above_ground(labels: Tensor, voxel_size: float, margin: float = 0.3) -> Tensor:
+def above_ground(
+    labels: Tensor, voxel_size: float, margin: float = 0.3, ground: tuple[int, ...] = GROUND
+) -> Tensor:
     """Which voxels [ny, nx, nz] lie more than `margin` metres above the ground, centre to centre.
 
-    The ground of a column is its highest voxel of a ground class, or that of the nearest column
-    that has one. Labels without any ground say nothing about height: no voxel is above it.
+    The ground of a column is its highest voxel of a class in `ground`, or that of the nearest
+    column that has one. Labels without any ground say nothing about height: no voxel is above it.
     """
     labels = torch.as_tensor(labels)
-    ground = torch.isin(labels, torch.tensor(GROUND_CLASSES, dtype=labels.dtype))
+    grounded = torch.isin(labels, torch.tensor(ground, dtype=labels.dtype))
     level = torch.arange(labels.shape[2])
-    height = torch.where(ground, level, -1).amax(dim=2)
+    height = torch.where(grounded, level, -1).amax(dim=2)
     known = height >= 0
     if not known.any():
-        return torch.zeros_like(ground)
+        return torch.zeros_like(grounded)
     return (level - fill_nearest(height, known)[..., None]) * voxel_size > margin + 1e-6
 
 
@@ -113,45 +98,44 @@ class OccupancyMetrics:
     """IoU, precision and recall of occupied voxels, pooled over all frames."""
 
     def __init__(self):
-        self.tp = self.fp = self.fn = 0
+        self.state = torch.zeros(3, dtype=torch.int64)  # true and false positives, false negatives
 
     def update(self, prediction: Tensor, labels: Tensor, mask: Tensor | None = None) -> None:
         """prediction bool, labels uint8, mask bool (scored where true): [ny, nx, nz]."""
         prediction, labels = torch.as_tensor(prediction).bool(), torch.as_tensor(labels)
         scored = labels != UNKNOWN if mask is None else (labels != UNKNOWN) & mask
         occupied = (labels > 0) & scored
-        self.tp += int((prediction & occupied).sum())
-        self.fp += int((prediction & scored & ~occupied).sum())
-        self.fn += int((~prediction & occupied).sum())
+        found, false = prediction & occupied, prediction & scored & ~occupied
+        self.state = self.state + torch.stack(
+            [found.sum(), false.sum(), (~prediction & occupied).sum()]
+        )
 
     def results(self) -> dict[str, float]:
-        return _scores(self.tp, self.fp, self.fn)
+        return _scores(*self.state.tolist())
 
 
 class ThresholdCurve:
     """IoU, precision and recall of `field <= threshold` for many ascending thresholds at once."""
 
-    def __init__(self, thresholds: Tensor | None = None):
-        self.thresholds = (
-            torch.linspace(-2, 2, 81) if thresholds is None else torch.as_tensor(thresholds)
-        )
+    def __init__(self, thresholds: Tensor):
+        self.thresholds = torch.as_tensor(thresholds)
         # how many free and occupied voxels have how many thresholds below their value
-        self.histogram = torch.zeros(2, len(self.thresholds) + 1, dtype=torch.int64)
+        self.state = torch.zeros(2, len(self.thresholds) + 1, dtype=torch.int64)
 
     def update(self, field: Tensor, labels: Tensor, mask: Tensor | None = None) -> None:
         """field [ny, nx, nz] float: SDF in metres, or any score that is low where occupied."""
         field, labels = torch.as_tensor(field), torch.as_tensor(labels)
         scored = labels != UNKNOWN if mask is None else (labels != UNKNOWN) & mask
         rank = torch.searchsorted(self.thresholds, field[scored].to(self.thresholds.dtype))
-        bins = self.histogram.shape[1]
-        self.histogram += torch.bincount(
+        bins = self.state.shape[1]
+        self.state = self.state + torch.bincount(
             (labels[scored] > 0) * bins + rank, minlength=2 * bins
         ).view(2, bins)
 
     def results(self) -> dict:
         """Lists over the thresholds, and the `best` of them by IoU."""
-        predicted = self.histogram.cumsum(dim=1)[:, :-1]
-        total = int(self.histogram[1].sum())
+        predicted = self.state.cumsum(dim=1)[:, :-1]
+        total = int(self.state[1].sum())
         curve = [
             {"threshold": float(t), **_scores(tp, fp, total - tp)}
             for t, fp, tp in zip(self.thresholds, *predicted.tolist(), strict=True)
@@ -164,15 +148,15 @@ class SemanticMetrics:
     """IoU of each class over known voxels, pooled over all frames; class 0 is free."""
 
     def __init__(self, classes: int = 20):
-        self.confusion = torch.zeros(classes, classes, dtype=torch.int64)  # [truth, prediction]
+        self.state = torch.zeros(classes, classes, dtype=torch.int64)  # [truth, prediction]
 
     def update(self, prediction: Tensor, labels: Tensor) -> None:
         """prediction: class ids, 0 where free; labels uint8: [ny, nx, nz]."""
         prediction, labels = torch.as_tensor(prediction), torch.as_tensor(labels)
         known = labels != UNKNOWN
-        n = len(self.confusion)
+        n = len(self.state)
         pairs = labels[known].long() * n + prediction[known].long()
-        self.confusion += torch.bincount(pairs, minlength=n * n).view(n, n)
+        self.state = self.state + torch.bincount(pairs, minlength=n * n).view(n, n)
 
     def results(self) -> dict:
         """`iou` of every class, and its mean over classes 1.. by three customs.
@@ -181,8 +165,8 @@ class SemanticMetrics:
             (SemanticKITTI);
         miou_published: all, 1 where a class never occurs in the truth (spec section 13, item 22).
         """
-        correct, seen = self.confusion.diagonal(), self.confusion.sum(dim=1)
-        positive = self.confusion.sum(dim=0)
+        correct, seen = self.state.diagonal(), self.state.sum(dim=1)
+        positive = self.state.sum(dim=0)
         iou = [_ratio(*counts) for counts in zip(correct, seen + positive - correct, strict=True)]
         present = (seen[1:] > 0).tolist()
         occurring = [value for value, here in zip(iou[1:], present, strict=True) if here]
@@ -219,30 +203,28 @@ class DepthMetrics:
 
     def __init__(self, maximum: float = MAX_DEPTH):
         self.maximum = maximum
-        self.sums = 0  # [2 scalings, N cameras, errors and the scale]
-        self.frames = 0  # [N] frames in which the camera had any truth
+        # [2 scalings, N cameras, sums of errors and scale, and frames with truth]
+        self.state: Tensor | int = 0
 
     def update(self, predicted: Tensor, truth: Tensor) -> None:
         """predicted, truth: [N, ...] of one frame; scored where MIN_DEPTH < truth < maximum."""
         predicted, truth = torch.as_tensor(predicted), torch.as_tensor(truth)
-        sums = torch.zeros(2, len(truth), len(DEPTH_ERRORS) + 1, dtype=torch.float64)
-        valid = (truth > MIN_DEPTH) & (truth < self.maximum)
-        for camera, mask in enumerate(valid):
+        state = torch.zeros(2, len(truth), len(DEPTH_ERRORS) + 2, dtype=torch.float64)
+        for camera, mask in enumerate((truth > MIN_DEPTH) & (truth < self.maximum)):
             if mask.any():
                 p, t = predicted[camera][mask], truth[camera][mask]
                 for i, scale in enumerate((1.0, float(t.median() / p.median()))):
                     errors = depth_errors((p * scale).clamp(MIN_DEPTH, self.maximum), t)
-                    sums[i, camera] = torch.cat([errors, errors.new_tensor([scale])])
-        self.sums = self.sums + sums
-        self.frames = self.frames + valid.flatten(1).any(dim=1)
+                    state[i, camera] = torch.cat([errors, errors.new_tensor([scale, 1])])
+        self.state = self.state + state
 
     def per_camera(self) -> Tensor:
         """float64 [2, N, 8]: raw and median; DEPTH_ERRORS and the scale; NaN without truth."""
-        return self.sums / self.frames[:, None]
+        return self.state[..., :-1] / self.state[..., -1:]
 
     def results(self) -> dict[str, dict[str, float]]:
         """{"raw" | "median": {error: mean over cameras}}, or {} if there was no truth."""
-        if not torch.as_tensor(self.frames).any():
+        if not torch.as_tensor(self.state).any():
             return {}
         means = self.per_camera().nanmean(dim=1).tolist()
         names = (*DEPTH_ERRORS, "scale")
@@ -250,44 +232,6 @@ class DepthMetrics:
             kind: dict(zip(names, row, strict=True))
             for kind, row in zip(("raw", "median"), means, strict=True)
         }
-
-
-class NovelDepthMetrics:
-    """Depth errors by metres ahead of the input: bucket k holds distances in (k - 1, k]."""
-
-    def __init__(self, maximum: float = MAX_DEPTH):
-        self.maximum = maximum
-        self.buckets: dict[int, DepthMetrics] = {}
-
-    def update(self, distance: float, predicted: Tensor, truth: Tensor) -> None:
-        bucket = -int(-distance // 1)
-        self.buckets.setdefault(bucket, DepthMetrics(self.maximum)).update(predicted, truth)
-
-    def results(self) -> dict[int, dict[str, dict[str, float]]]:
-        """{bucket: as DepthMetrics.results}, nearest first."""
-        return {bucket: self.buckets[bucket].results() for bucket in sorted(self.buckets)}
-
-
-def lidar_truth(
-    points: Tensor, volume_to_image: Tensor, size: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """LiDAR points as the published protocol reads them: location [N, M, 2], depth [N, M].
-
-    points [M, 3] in the volume frame; volume_to_image [N, 4, 4] projects to (u d, v d, d, 1); size
-    (h, w). Locations are fractions of the image; depth is 0 where a point is not seen.
-    """
-    matrix = torch.as_tensor(volume_to_image).double()
-    q = F.pad(torch.as_tensor(points).double(), (0, 1), value=1.0) @ matrix.transpose(-1, -2)
-    depth = q[..., 2]
-    location = q[..., :2] / depth.clamp_min(1e-5)[..., None] / torch.tensor([size[1], size[0]])
-    seen = (depth > MIN_DEPTH) & ((location > 0) & (location < 1)).all(dim=-1)
-    return location, torch.where(seen, depth, 0)
-
-
-def sample_depth(depth: Tensor, location: Tensor) -> Tensor:
-    """Depth maps [N, h, w] read bilinearly at image fractions [N, M, 2]; [N, M]."""
-    grid = (2 * location[:, None] - 1).to(depth.dtype)
-    return F.grid_sample(depth[:, None], grid, padding_mode="border", align_corners=True)[:, 0, 0]
 
 
 # baselines

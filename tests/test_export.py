@@ -20,6 +20,7 @@ def test_kitti_export_gives_the_same_metrics(finished, cache, tmp_path, monkeypa
     for name, options in (("synthetic", ()), ("kitti", kitti)):
         out = tmp_path / name
         common = ("--ckpt", str(finished), "--out", str(out), "--prior-frames", "2")
+        common += ("--protocol", "own")
         assert eval_script.main([*common, *options, "--pictures", "0"]) == 0
         tables[name] = json.loads((out / "metrics.json").read_text())
     ours, theirs = tables["synthetic"], tables["kitti"]

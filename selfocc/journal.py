@@ -1,0 +1,91 @@
+"""Scores of single frames on disk, so that an evaluation that was broken off can go on.
+
+A line a frame, written when it is scored: `frames.R.jsonl` of process R in the evaluation's folder,
+{"frame": 12, "scores": {name: numbers}}. The first line says what was evaluated. A killed process
+loses the frame it was working on.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selfocc import InputError, distributed, files
+
+Record = dict[str, Tensor]  # what a metric knows of a frame (its `state`), by name
+
+
+class Journal:
+    """The scores of the frames of one evaluation, by frame.
+
+    With `resume` the frames that an earlier run of the same evaluation left in `folder` are
+    there at once; without it they are removed. `identity` says what the same evaluation is.
+    InputError if the folder holds another one, or cannot be written.
+    """
+
+    def __init__(self, folder: Path, identity: str, rank: int, resume: bool):
+        self.header = json.dumps({"evaluation": identity}) + "\n"
+        first = folder / "frames.0.jsonl"
+        with distributed.chief_first():
+            if rank == 0:
+                kept = self._read_all(folder, identity) if resume else {}
+                lines = (_line(frame, record) for frame, record in sorted(kept.items()))
+                others = [p for p in folder.glob("frames.*.jsonl") if p != first]
+                files.write_file(first, (self.header + "".join(lines)).encode())
+                for path in others:
+                    path.unlink()
+            else:
+                kept = self._read(first, identity)
+        self.records: dict[int, Record] = kept
+        path = folder / f"frames.{rank}.jsonl"
+        try:
+            self._file = path.open("a")
+            if rank > 0:
+                self._file.write(self.header)
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+    def add(self, frame: int, record: Record) -> None:
+        """Keep the scores of a frame. Raises InputError if they cannot be written."""
+        line = _line(frame, record)
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise InputError(f"cannot write {self._file.name}: {error.strerror}") from None
+        self.records[frame] = _parse(line)[1]
+
+    @classmethod
+    def _read_all(cls, folder: Path, identity: str) -> dict[int, Record]:
+        records = {}
+        for path in sorted(folder.glob("frames.*.jsonl")):
+            records |= cls._read(path, identity)
+        return records
+
+    @staticmethod
+    def _read(path: Path, identity: str) -> dict[int, Record]:
+        # what follows the last line break was being written when the process died
+        header, *lines = path.read_text().rpartition("\n")[0].splitlines() or [""]
+        try:
+            if header and json.loads(header) != {"evaluation": identity}:
+                raise InputError(
+                    f"{path} is of another evaluation (checkpoint, data or options differ); run "
+                    "without --resume to start anew, or choose another --out"
+                )
+            return dict(_parse(line) for line in lines)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is damaged ({error}); run without --resume") from None
+
+
+def _line(frame: int, record: Record) -> str:
+    scores = {name: state.tolist() for name, state in record.items()}
+    return json.dumps({"frame": frame, "scores": scores}) + "\n"
+
+
+def _parse(line: str) -> tuple[int, Record]:
+    entry = json.loads(line)
+    # numpy keeps whole numbers whole, and gives every float64 back exactly
+    scores = {name: torch.from_numpy(np.array(s)) for name, s in entry["scores"].items()}
+    return entry["frame"], scores

@@ -1,0 +1,254 @@
+"""How each data set is judged (spec sections 12 and 13): what is scored, where, and how it is read.
+
+Three protocols, named in every table:
+
+- `published`: what the published evaluation scripts compute, so that figures compare with papers.
+- `corrected`: the same without their errors. Voxels are read at their centres, not on points that
+  run from end to end of the box (quirk 23). The depth map is read where its rays are, not up to a
+  stride to the left of it and above (24). Metres ahead are those driven, not the sum over skipped
+  frames too (20). Scans are projected with the cameras of their own time stamp (21).
+- `own`: the embedded world's. Voxels at their centres, pooled and cropped as the preset says; depth
+  maps interpolated to the pixels of the image and compared with maps (exact, LiDAR or stereo), the
+  nearest point of a pixel. Also there for the other data sets, to compare with the embedded world.
+
+| | SemanticKITTI (`kitti`) | Occ3D (`nuscenes`) | `kitti_raw` |
+|---|---|---|---|
+| voxels | 256 x 256 x 32 of 0.2 m | 200 x 200 x 16 of 0.4 m, camera mask | none |
+| taken as free | above 3.6 m, last 1.2 m ahead and aside | above 3.8 m, outer 2.4 m | |
+| depth | 0.001 to 80 m | 1 to 80 m | 0.1 to 80 m, Eigen crop |
+| novel depth | later frames, 0.4 m apart, up to 10 m | key frames 0.4 to 10 m away | as kitti |
+
+LiDAR points are projected and the rendered grid is read there, between rays. Dense truth (exact,
+stereo, KITTI's annotated depth) is in no published script: maps are compared pixel by pixel.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from selfocc import InputError
+from selfocc.config import Config
+from selfocc.datasets.video import Sequence
+from selfocc.field import occupancy_grid
+from selfocc.geometry import Box
+from selfocc.metrics import GROUND, MIN_DEPTH
+
+PROTOCOLS = ("published", "corrected", "own")
+EIGEN = (0.03594771, 0.40810811, 0.96405229, 0.99189189)  # left, top, right, bottom of the image
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a protocol says of one data set."""
+
+    protocol: str  # published | corrected | own
+    dataset: str  # kitti | kitti_raw | nuscenes
+    box: Box | None = None  # that the labelled voxels divide; None: the model's own
+    crop: Callable[[Tensor], Tensor] | None = None  # frees what is not scored as occupied
+    ground: tuple[int, ...] = GROUND  # voxel classes of the ground
+    nearest: float = MIN_DEPTH  # metres; LiDAR points between this and 80 m count
+    window: tuple[float, float, float, float] = WHOLE  # of the image: left, top, right, bottom
+    axes: tuple[int, ...] = (0, 1, 2)  # of positions, in which distances are measured
+    novel_rays: tuple[int, int] | None = None  # rows, columns of novel depth, at most
+
+    @property
+    def ends(self) -> bool:
+        """Whether voxels are read on points from end to end of the box, not at their centres."""
+        return self.protocol == "published"
+
+
+def choose(settings: Config, name: str | None = None) -> Rules:
+    """The rules for a configuration's data under a protocol; None is the data set's default.
+
+    The embedded world follows SemanticKITTI, or Occ3D where its rig is a ring. InputError for a
+    protocol that does not exist.
+    """
+    embedded = settings.data.dataset == "synthetic"
+    name = name or ("own" if embedded else "published")
+    if name not in PROTOCOLS:
+        raise InputError(f"--protocol {name}: unknown; known: {', '.join(PROTOCOLS)}")
+    dataset = settings.data.dataset
+    if embedded:
+        dataset = "nuscenes" if settings.data.rig == "surround" else "kitti"
+    ground_axes = (0, 1, 2) if embedded else (0, 2)
+    rules = {
+        "kitti": Rules(
+            name,
+            dataset,
+            (-25.6, 0.0, -2.0, 25.6, 51.2, 4.4),
+            crop_margins_kitti,
+            axes=ground_axes,
+        ),
+        "kitti_raw": Rules(name, dataset, nearest=0.1, window=EIGEN, axes=ground_axes),
+        "nuscenes": Rules(
+            name,
+            dataset,
+            (-40.0, -40.0, -1.0, 40.0, 40.0, 5.4),
+            crop_margins_occ3d,
+            GROUND if embedded else (11, 12, 13, 14),
+            nearest=1.0,
+            novel_rays=(96, 200),
+        ),
+    }[dataset]
+    if name != "own":
+        return rules
+    crop = rules.crop if settings.volume.crop_margins else None
+    if crop is crop_margins_kitti:
+        crop = partial(crop, factor=settings.volume.voxel)
+    return replace(rules, box=None, crop=crop, nearest=MIN_DEPTH, window=WHOLE, novel_rays=None)
+
+
+# voxels
+
+
+def crop_margins_kitti(prediction: Tensor, factor: int = 1) -> Tensor:
+    """The published post-processing: free near the top, the far end and both sides of the box.
+
+    That is above 3.6 m, the farthest 1.2 m and 1.2 m at either side. prediction [ny, nx, nz]:
+    occupancy or classes (free = 0) or SDF (free = inf); a copy is returned. `factor` is by how much
+    the voxels of 0.2 m were pooled.
+    """
+    margin = -(-6 // factor)
+    top, sides = slice(28 // factor, None), (slice(0, margin), slice(-margin, None))
+    return _freed(prediction, [(..., top), sides[1], *((slice(None), side) for side in sides)])
+
+
+def crop_margins_occ3d(prediction: Tensor) -> Tensor:
+    """The same for Occ3D: above 3.8 m and the outer 2.4 m on all four sides of 0.4 m voxels."""
+    sides = slice(0, 6), slice(-6, None)
+    return _freed(prediction, [(..., slice(12, None)), *sides, *((slice(None), s) for s in sides)])
+
+
+def _freed(prediction: Tensor, places) -> Tensor:
+    prediction = torch.as_tensor(prediction).clone()
+    for place in places:
+        prediction[place] = torch.inf if prediction.is_floating_point() else 0
+    return prediction
+
+
+def read_voxels(
+    volume: Tensor,
+    classes: int,
+    rules: Rules,
+    box: Box,
+    shape: tuple[int, int, int],
+    voxels_to_volume: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """SDF [ny, nx, nz] in metres and, of a volume with classes, the likeliest one (int64).
+
+    Args:
+        volume: [1, C, H, W, Z] over `box`, the last `classes` channels logits.
+        shape: (ny, nx, nz) labelled voxels.
+        voxels_to_volume: [4, 4] where the labels have another frame than the volume.
+    """
+    extent = rules.box or box
+    channels = [0, *range(volume.shape[1] - classes, volume.shape[1])]
+    grid = torch.cat(
+        [occupancy_grid(volume[:, c : c + 1], box, shape, rules.ends, extent) for c in channels]
+    )
+    if voxels_to_volume is not None:
+        grid = move_grid(grid, extent, voxels_to_volume, rules.ends)
+    return grid[0], grid[1:].argmax(0) if classes else None
+
+
+def move_grid(grid: Tensor, box: Box, matrix: Tensor, ends: bool) -> Tensor:
+    """A grid [C, ny, nx, nz] over `box`, read where `matrix` [4, 4] moves its points; trilinear.
+
+    With `ends` its points run from end to end of the box and beyond lies 0, as published (which
+    there is occupied); otherwise they are the centres of voxels and the border goes on.
+    """
+    lo, hi = (torch.tensor(box[i : i + 3], dtype=torch.float64) for i in (0, 3))
+    shares = [
+        torch.linspace(0, 1, n, dtype=torch.float64)
+        if ends
+        else (torch.arange(n).double() + 0.5) / n
+        for n in (grid.shape[2], grid.shape[1], grid.shape[3])
+    ]
+    x, y, z = (lo[a] + share * (hi[a] - lo[a]) for a, share in enumerate(shares))
+    y, x, z = torch.meshgrid(y, x, z, indexing="ij")
+    matrix = torch.as_tensor(matrix).double().cpu()
+    points = torch.stack([x, y, z], dim=-1) @ matrix[:3, :3].T + matrix[:3, 3]
+    place = (2 * (points - lo) / (hi - lo) - 1)[..., [2, 0, 1]]  # the fastest axis comes first
+    return F.grid_sample(
+        grid[None],
+        place[None].to(grid),
+        align_corners=ends,
+        padding_mode="zeros" if ends else "border",
+    )[0]
+
+
+# depth
+
+
+def lidar_truth(
+    points: Tensor, volume_to_image: Tensor, size: tuple[int, int], rules: Rules
+) -> tuple[Tensor, Tensor]:
+    """LiDAR points as the published protocol reads them: location [N, M, 2], depth [N, M].
+
+    points [M, 3] in the volume frame; volume_to_image [N, 4, 4] projects to (u d, v d, d, 1); size
+    (h, w). Locations are fractions of the image; depth is 0 where a point is not scored.
+    """
+    matrix = torch.as_tensor(volume_to_image).double()
+    q = F.pad(torch.as_tensor(points).double(), (0, 1), value=1.0) @ matrix.transpose(-1, -2)
+    depth = q[..., 2]
+    location = q[..., :2] / depth.clamp_min(1e-5)[..., None] / torch.tensor([size[1], size[0]])
+    lo, hi = torch.tensor(rules.window).double().view(2, 2)
+    seen = (depth > rules.nearest) & ((location > lo) & (location < hi)).all(dim=-1)
+    return location, torch.where(seen, depth, 0)
+
+
+def scored_depth(truth: Tensor, rules: Rules) -> Tensor:
+    """Maps of true depth [..., h, w], 0 outside the window and nearer than what is scored."""
+    h, w = truth.shape[-2:]
+    left, top, right, bottom = (int(x * n) for x, n in zip(rules.window, (w, h, w, h), strict=True))
+    inside = torch.zeros_like(truth, dtype=torch.bool)
+    inside[..., top:bottom, left:right] = True
+    return torch.where(inside & (truth > rules.nearest), truth, 0)
+
+
+def read_depth(depth: Tensor, location: Tensor, displaced: bool = False) -> Tensor:
+    """Maps of depth [N, rows, cols] read bilinearly at fractions [N, M, 2] of the image; [N, M].
+
+    Row i and column j of a map are at fractions i / rows and j / cols of the image. `displaced`
+    reads as published: as if the last row and column were at the image's end.
+    """
+    size = torch.tensor([depth.shape[2], depth.shape[1]]).to(location)
+    grid = location if displaced else location * size / (size - 1).clamp_min(1)
+    grid = (2 * grid[:, None] - 1).to(depth.dtype)
+    return F.grid_sample(depth[:, None], grid, padding_mode="border", align_corners=True)[:, 0, 0]
+
+
+def novel_targets(sequence: Sequence, frame: int, rules: Rules) -> Iterator[tuple[float, int]]:
+    """Frames from whose cameras depth is rendered, encoding only `frame`: (metres away, frame).
+
+    nuScenes: key frames before and after it, in a straight line 0.4 to 10 m away (the published
+    list of neighbours is a file whose making is not public). KITTI: frames that follow, each 0.4 m
+    or more from the one chosen before, until 10 m.
+    """
+    positions = sequence.positions
+    if rules.dataset == "nuscenes":
+        keys = range(sequence.frames) if sequence.inputs is None else sequence.inputs
+        away = np.linalg.norm(positions - positions[frame], axis=1)
+        for side in ([k for k in reversed(keys) if k < frame], [k for k in keys if k > frame]):
+            for other in itertools.takewhile(lambda k: away[k] <= 10, side):
+                if away[other] > 0.4:
+                    yield float(away[other]), other
+        return
+    last, driven = frame, 0.0
+    for other in range(frame + 1, sequence.frames):
+        step = float(np.linalg.norm((positions[other] - positions[last])[list(rules.axes)]))
+        driven += step
+        if step < 0.4:
+            continue
+        metres = driven if rules.ends else float(sequence.path[other] - sequence.path[frame])
+        if metres > 10:
+            return
+        last = other
+        yield metres, other

@@ -1,0 +1,283 @@
+"""What the frames of an evaluation score: a record for each, and tables of them all.
+
+A record holds the states of the metrics (see metrics.py) after one frame, so that the table of many
+frames is made of the sum of their records, whatever process scored which frame.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels
+from selfocc import metrics, protocols
+from selfocc.datasets.video import Batch, Frames
+from selfocc.geometry import image_to_image
+from selfocc.journal import Record
+from selfocc.labels import label_map, voxel_names
+from selfocc.model import SelfOcc
+from selfocc.protocols import Rules
+
+Table = dict[str, dict[str, float]]  # method (or class) -> metric -> value
+SWEEP = torch.linspace(-1, 1, 81)  # thresholds among which the best is looked for, metres
+UNKNOWN_FREE = "SelfOcc, unknown counts as free"
+
+
+def truth_maps(batch: Batch) -> dict[str, Tensor]:
+    """The depth truths of a batch by name, each [B, N, h, w] with 0 where there is none."""
+    maps = {"exact": batch.depth, "lidar": batch.lidar, "stereo": batch.stereo}
+    return {name: truth for name, truth in maps.items() if truth is not None}
+
+
+class Priors:
+    """What can be guessed without looking at the image, learnt from training truth."""
+
+    def __init__(self):
+        self.occupancy = metrics.ConstantPrior()
+        self.depth: dict[str, metrics.MedianDepth] = {}
+
+    def add(self, labels: Tensor | None, batch: Batch) -> None:
+        """labels [ny, nx, nz] as they are scored, and the depth truths of a single sample."""
+        if labels is not None:
+            self.occupancy.add(labels)
+        for name, truth in truth_maps(batch).items():
+            self.depth.setdefault(name, metrics.MedianDepth()).add(truth[0])
+
+
+class Scores:
+    """Scores a model's frames beside baselines on the same frames; `tables` sums them up."""
+
+    def __init__(self, model: SelfOcc, rules: Rules, priors: Priors | None = None):
+        self.settings = model.config.volume
+        self.rules = rules
+        self.classes = model.config.field.classes
+        if self.classes:
+            self.names = voxel_names(model.config.data.dataset)
+            chosen = label_map(model.config.data)
+            self.voxel_class = torch.tensor(chosen.voxel_classes(model.config.data.dataset))
+        fixed = torch.tensor([self.settings.threshold])
+        self.thresholds = {"SelfOcc": fixed}
+        if rules.dataset == "kitti" and rules.protocol != "own":
+            self.thresholds[UNKNOWN_FREE] = fixed
+        self.thresholds["SelfOcc, best threshold"] = SWEEP
+        self.thresholds["flat ground, best threshold"] = SWEEP
+        self.depth_priors, self.occupancy_prior = {}, None
+        if priors is not None:
+            self.depth_priors = {name: prior.depth() for name, prior in priors.depth.items()}
+        if priors is not None and isinstance(priors.occupancy.known, Tensor):
+            self.occupancy_prior = -priors.occupancy.probability()
+            curve = metrics.ConstantPrior.curve()
+            self.thresholds["constant prior, best threshold"] = curve.thresholds
+
+    def occupancy(
+        self, volume: Tensor, labels: Tensor, voxels_to_volume: Tensor | None = None
+    ) -> Record:
+        """Scores of voxels, and of their classes where the volume has any.
+
+        volume [1, C, H, W, Z]; labels [ny, nx, nz] uint8; the matrix as in `read_voxels`.
+        """
+        rules, shape = self.rules, tuple(labels.shape)
+        box = rules.box or self.settings.box
+        sdf, likeliest = protocols.read_voxels(
+            volume, self.classes, rules, self.settings.box, shape, voxels_to_volume
+        )
+        sdf, edge = sdf.cpu(), (box[5] - box[2]) / shape[2]
+        z = box[2] + (torch.arange(shape[2]) + 0.5) * edge
+        flat = metrics.flat_ground_sdf(z, self.settings.ground).expand(shape)
+        if rules.crop is not None:
+            sdf, flat = rules.crop(sdf), rules.crop(flat)
+        fields = dict.fromkeys(self.thresholds, sdf)
+        fields["flat ground, best threshold"] = flat
+        if self.occupancy_prior is not None:
+            fields["constant prior, best threshold"] = self.occupancy_prior
+        above = metrics.above_ground(labels, edge, ground=rules.ground)
+        record = {}
+        for method, thresholds in self.thresholds.items():
+            whole, high = metrics.ThresholdCurve(thresholds), metrics.ThresholdCurve(thresholds)
+            truth = labels
+            if method == UNKNOWN_FREE:
+                truth = torch.where(labels == metrics.UNKNOWN, 0, labels)
+            whole.update(fields[method], truth)
+            high.update(fields[method], truth, above)
+            record[f"occupancy/{method}"] = torch.stack([whole.state, high.state])
+        if likeliest is not None:
+            semantic = metrics.SemanticMetrics(len(self.names))
+            predicted = self.voxel_class[likeliest.cpu()]
+            semantic.update(torch.where(sdf <= self.settings.threshold, predicted, 0), labels)
+            record["semantics"] = semantic.state
+        return record
+
+    def depth_maps(self, depth: Tensor, batch: Batch) -> Record:
+        """Maps of depth [1, N, h, w], rendered for the target, against maps of truth."""
+        flat = self._flat_depth(batch.target, depth.shape[-2:])
+        record = {}
+        for name, truth in truth_maps(batch).items():
+            truth = protocols.scored_depth(truth, self.rules)
+            predictions = {"SelfOcc": depth[0].cpu(), "flat ground": flat}
+            if name in self.depth_priors:
+                predictions["median prior"] = self.depth_priors[name]
+            for method, prediction in predictions.items():
+                metric = metrics.DepthMetrics()
+                metric.update(prediction, truth[0].cpu())
+                record[f"depth/{name}/{method}"] = metric.state
+        return record
+
+    def depth_points(self, grid: Tensor, target: Frames, location: Tensor, truth: Tensor) -> Record:
+        """Depth of fixed rays [1, N, rows, cols] against LiDAR points as `lidar_truth` has them."""
+        size = target.images.shape[-2:]
+        readings = {
+            "SelfOcc": (grid[0].cpu(), self.rules.ends),
+            "flat ground": (self._flat_depth(target, size), False),
+        }
+        if "lidar" in self.depth_priors:
+            readings["median prior"] = (self.depth_priors["lidar"], False)
+        record = {}
+        for method, (depth, displaced) in readings.items():
+            metric = metrics.DepthMetrics()
+            metric.update(protocols.read_depth(depth, location, displaced), truth)
+            record[f"depth/lidar/{method}"] = metric.state
+        return record
+
+    def _flat_depth(self, target: Frames, size: tuple[int, int]) -> Tensor:
+        return metrics.flat_ground_depth(
+            target.intrinsics[0].cpu(),
+            target.camera_to_volume[0].cpu(),
+            size,
+            self.settings.ground,
+        )
+
+    def tables(self, records: Iterable[Record]) -> dict[str, Table]:
+        """{task: {method: {metric: value}}} of all frames; tasks without truth are left out."""
+        totals = merge(records)
+        tables: dict[str, Table] = {}
+        for method, thresholds in self.thresholds.items():
+            if f"occupancy/{method}" in totals:
+                row = _occupancy_row(thresholds, totals[f"occupancy/{method}"])
+                tables.setdefault("occupancy", {})[method] = row
+        if "semantics" in totals:
+            tables["semantics"] = self._semantic_table(totals["semantics"])
+        for name, state in totals.items():
+            if name.startswith("depth/"):
+                _, truth, method = name.split("/")
+                for scaling, row in _depth_rows(state).items():
+                    table = tables.setdefault(f"depth, {truth}", {})
+                    table[method if scaling == "raw" else f"{method}, median scaled"] = row
+        novel = {int(name[6:]): state for name, state in totals.items() if name[:6] == "novel/"}
+        rows = {f"{k - 1} to {k} m away": _depth_rows(novel[k]) for k in sorted(novel)}
+        if novel:
+            rows["all"] = _depth_rows(sum(novel.values()))
+        if any(rows.values()):
+            tables["novel depth"] = {name: row["raw"] for name, row in rows.items() if row}
+        if "photometric" in totals:
+            warped, identity, frames = totals["photometric"].tolist()
+            tables["photometric"] = {
+                "SelfOcc": {"error": warped / frames},
+                "identity": {"error": identity / frames},
+            }
+        return tables
+
+    def _semantic_table(self, confusion: Tensor) -> Table:
+        metric = metrics.SemanticMetrics(len(self.names))
+        metric.state = confusion
+        results = metric.results()
+        table = {
+            "mIoU": {"iou": results["miou"]},
+            "mIoU, never seen classes count 1": {"iou": results["miou_published"]},
+            "mIoU, never seen classes count 0": {"iou": results["miou_ssc"]},
+        }
+        seen = confusion.sum(dim=1)[1:].tolist()
+        classes = zip(self.names[1:], results["iou"][1:], seen, strict=True)
+        return table | {name: {"iou": iou} for name, iou, count in classes if count}
+
+
+def novel_record(distance: float, predicted: Tensor, truth: Tensor) -> Record:
+    """Depth [N, ...] seen from `distance` metres away; bucket k holds distances in (k - 1, k]."""
+    metric = metrics.DepthMetrics()
+    metric.update(predicted, truth)
+    return {f"novel/{math.ceil(distance)}": metric.state}
+
+
+def merge(records: Iterable[Record]) -> Record:
+    """The sum of records."""
+    total: Record = {}
+    for record in records:
+        for name, state in record.items():
+            total[name] = total[name] + state if name in total else state
+    return total
+
+
+def _depth_rows(state: Tensor) -> dict[str, dict[str, float]]:
+    metric = metrics.DepthMetrics()
+    metric.state = state
+    return metric.results()
+
+
+def _occupancy_row(thresholds: Tensor, state: Tensor) -> dict[str, float]:
+    best = []
+    for part in state:
+        curve = metrics.ThresholdCurve(thresholds)
+        curve.state = part
+        best.append(curve.results()["best"])
+    return {
+        "iou": best[0]["iou"],
+        "precision": best[0]["precision"],
+        "recall": best[0]["recall"],
+        "threshold": best[0]["threshold"],
+        "iou_above": best[1]["iou"],
+        "threshold_above": best[1]["threshold"],
+    }
+
+
+def photometric_record(depth: Tensor, batch: Batch) -> Record:
+    """Mean over pixels of the sources' least SSIM + L1, warped by depth [1, N, h, w] and unwarped.
+
+    Empty where there is no other frame to warp.
+    """
+    errors = _photometric_errors(depth, batch)
+    return {} if errors is None else {"photometric": torch.tensor([*errors, 1]).double()}
+
+
+def _photometric_errors(depth: Tensor, batch: Batch) -> tuple[float, float] | None:
+    target, sources = batch.target, _other_frames(batch)
+    height, width = depth.shape[-2:]
+    if not sources.images.shape[1]:
+        return None
+    v, u = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    pixels = torch.stack([u, v, torch.ones_like(u)]).to(depth).flatten(1)  # [3, h w]
+    points = F.pad(pixels * depth.flatten(2)[:, :, None], (0, 0, 0, 1), value=1.0)
+    matrix = image_to_image(
+        target.intrinsics[:, None],
+        target.camera_to_volume[:, None],
+        sources.intrinsics,
+        sources.camera_to_volume,
+    )
+    projected = matrix.to(depth) @ points[:, None]  # [1, K, N, 4, h w]
+    z = projected[..., 2, :].clamp_min(1e-5)
+    x, y = projected[..., 0, :] / z, projected[..., 1, :] / z
+    seen = (projected[..., 2, :] > 0) & (x > 0) & (x < width - 1) & (y > 0) & (y < height - 1)
+    grid = torch.stack([2 * x / (width - 1) - 1, 2 * y / (height - 1) - 1], dim=-1)
+    images = sources.images.flatten(0, 2)
+    warped = F.grid_sample(
+        images, grid.flatten(0, 2).unflatten(1, (height, width)), align_corners=True
+    )
+    goal = target.images[:, None].expand_as(sources.images).flatten(0, 2)
+    seen = seen.flatten(0, 2).unflatten(1, (height, width))
+    error = torch.where(seen, kernels.ssim_l1(warped, goal), torch.inf)
+    error, identity = (
+        e.unflatten(0, (sources.images.shape[1], -1)).amin(0)
+        for e in (error, kernels.ssim_l1(images, goal))
+    )
+    seen = error.isfinite()
+    return error[seen].mean().item(), identity[seen].mean().item()
+
+
+def _other_frames(batch: Batch) -> Frames:
+    """The sources of a single sample that are not the target itself, as at the ends of a drive."""
+    sources, here = batch.sources, batch.target.camera_to_volume
+    other = [
+        k for k, pose in enumerate(sources.camera_to_volume[0]) if not torch.equal(pose, here[0])
+    ]
+    return Frames(*(getattr(sources, f.name)[:, other] for f in dataclasses.fields(Frames)))

@@ -1,0 +1,357 @@
+"""The published protocols against recorded numbers; truth is perfect, and moved truth is not."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from selfocc import InputError, config, labels, metrics, protocols
+from selfocc.metrics import (
+    DEPTH_ERRORS,
+    DepthMetrics,
+    OccupancyMetrics,
+    SemanticMetrics,
+)
+from selfocc.scores import Scores
+
+GOLDENS = Path(__file__).parent / "data" / "metrics"
+
+
+@pytest.fixture(scope="module")
+def published():
+    return json.loads((GOLDENS / "metrics.json").read_text())
+
+
+def load(name):
+    with np.load(GOLDENS / name) as file:
+        return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+def rules(dataset, protocol="published"):
+    return protocols.choose(config.build("kitti", [f"data.dataset={dataset}"]), protocol)
+
+
+def percent(value):
+    """Of the published metrics, which count in float32."""
+    return pytest.approx(value / 100, rel=2e-7)
+
+
+# recorded numbers
+
+
+def kitti_frames():
+    volumes = load("kitti_volumes.npz")
+    for frame in ("frame0", "frame1"):
+        of_frame = {k.split(".")[1]: v for k, v in volumes.items() if k.startswith(frame)}
+        yield of_frame["gt_raw"].flip(1), of_frame
+
+
+def test_kitti_occupancy_equals_the_published(published):
+    occupancy, unknown_as_free = OccupancyMetrics(), OccupancyMetrics()
+    for truth, frame in kitti_frames():
+        occupied = protocols.crop_margins_kitti(frame["sdf"] <= 0)
+        assert torch.equal(occupied, frame["pred_occ_post"].bool())
+        assert torch.equal(protocols.crop_margins_kitti(frame["sdf"]) <= 0, occupied)
+        occupancy.update(occupied, truth)
+        unknown_as_free.update(occupied, torch.where(truth == 255, 0, truth))
+    want, counts = published["kitti"]["SSCMetrics2"], published["kitti"]["SSCMetrics2_counts"]
+    assert occupancy.state.tolist() == [counts[key] for key in ("tp", "fp", "fn")]
+    for key in ("iou", "precision", "recall"):
+        assert occupancy.results()[key] == pytest.approx(want[key], rel=1e-7)
+    counts = published["kitti"]["IoU_counts"]
+    tp, fp, fn = unknown_as_free.state.tolist()
+    assert [[tp], [tp + fp], [tp + fn]] == [counts[k] for k in ("correct", "positive", "seen")]
+    assert unknown_as_free.results()["iou"] == percent(published["kitti"]["IoU_class_percent"])
+
+
+def test_kitti_semantics_equal_the_published(published):
+    metric = SemanticMetrics(20)
+    for truth, frame in kitti_frames():
+        classes = torch.where(frame["sdf"] <= 0, frame["pred_sem"], 0)
+        classes = protocols.crop_margins_kitti(classes)
+        assert torch.equal(classes, frame["pred_miou"])
+        metric.update(classes, truth)
+    want, results = published["kitti"], metric.results()
+    correct = metric.state.diagonal()
+    assert correct.tolist() == want["SSCMetrics20_tps"]
+    assert (metric.state.sum(dim=0) - correct).tolist() == want["SSCMetrics20_fps"]
+    assert (metric.state.sum(dim=1) - correct).tolist() == want["SSCMetrics20_fns"]
+    assert results["iou"] == pytest.approx(want["SSCMetrics20"]["iou_ssc"], rel=1e-6)
+    assert results["miou_ssc"] == pytest.approx(want["SSCMetrics20"]["iou_ssc_mean"], rel=1e-6)
+    check_mean_iou(metric, want["MeanIoU"])
+
+
+def check_mean_iou(metric, want):
+    """Counts of every class, and their mean with 1 for classes never seen."""
+    seen, positive = metric.state.sum(dim=1), metric.state.sum(dim=0)
+    counts = zip(seen, positive, metric.state.diagonal(), strict=True)
+    ours = [{"seen": s, "positive": p, "correct": c} for s, p, c in counts][1:]
+    assert ours == want["counts"]
+    assert metric.results()["miou_published"] == percent(want["mIoU_percent"])
+
+
+@pytest.fixture(scope="module")
+def nuscenes():
+    """Recorded SDF and logits [22, y, x, z] on the published grid, truth [y, x, z], mask, results.
+
+    Only a coarse volume is kept; the grid was made of it in this way.
+    """
+    recorded = load("nuscenes_volumes.npz")
+    size = recorded["gt_semantics"].shape
+    grid = F.interpolate(recorded["lowres"], size, mode="trilinear", align_corners=True)[0]
+    grid[0] += 0.15
+    truth = recorded["gt_semantics"].transpose(0, 1)
+    return (
+        grid,
+        torch.where(truth == 17, 0, truth),
+        recorded["mask_camera"].transpose(0, 1),
+        recorded,
+    )
+
+
+@pytest.mark.parametrize("pose", ["identity", "shifted"])
+def test_occ3d_equals_the_published(pose, nuscenes, published):
+    grid, truth, mask, recorded = nuscenes
+    of_nuscenes = rules("nuscenes")
+    if pose == "shifted":
+        grid = protocols.move_grid(grid, of_nuscenes.box, recorded["shifted.ego2lidar"], ends=True)
+    sdf = of_nuscenes.crop(grid[0])
+    lut = torch.tensor(
+        labels.label_map(config.DataConfig(label_map="openseed21")).voxel_classes("nuscenes")
+    )
+    classes = torch.where(sdf <= 0, lut[grid[1:].argmax(0)], 0)
+    if pose == "shifted":
+        assert torch.equal((sdf <= 0).transpose(0, 1), recorded["shifted.pred_occ"].bool())
+        assert torch.equal(classes.transpose(0, 1), recorded["shifted.pred_miou"])
+    want = published[f"nuscenes_{pose}"]
+    for scored, key in ((mask, "iou"), (torch.ones_like(mask), "iou_nomask")):
+        occupancy = OccupancyMetrics()
+        occupancy.update(sdf <= 0, truth, scored)
+        tp, fp, fn = occupancy.state.tolist()
+        assert want[key]["counts"] == [{"seen": tp + fn, "correct": tp, "positive": tp + fp}]
+        assert occupancy.results()["iou"] == percent(want[key]["mIoU_percent"])
+    semantic = SemanticMetrics(17)
+    semantic.update(classes, torch.where(mask, truth, 255))
+    check_mean_iou(semantic, want["miou"])
+
+
+def test_depth_equals_the_published(published):
+    data, metric = load("depth.npz"), DepthMetrics()
+    for frame in ("frame0", "frame1"):
+        predicted, location, truth, mask = (
+            data[f"{frame}.{key}"] for key in ("pred", "loc", "gt", "mask")
+        )
+        read = protocols.read_depth(predicted, location, displaced=True)
+        metric.update(read, torch.where(mask, truth, 0))
+    want = published["depth"]
+    for i, name in enumerate((*DEPTH_ERRORS, "scaling")):
+        ours = metric.per_camera()[..., i]
+        theirs = torch.tensor(want["per_type_cam"][name]).double()
+        assert torch.allclose(ours, theirs, rtol=1e-6, atol=0), name  # theirs is float32
+    for i, kind in enumerate(("raw", "median")):
+        results = metric.results()[kind]
+        for ours, theirs in (*zip(DEPTH_ERRORS, DEPTH_ERRORS), ("scale", "scaling")):  # noqa: B905
+            assert results[ours] == pytest.approx(want["all_cams"][theirs][i], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "points", "matrix", "size"),
+    [
+        ("kitti", "kitti", "points", "lidar2img_kitti", (96, 320)),
+        ("kitti_raw", "kitti_raw", "points", "lidar2img_kitti", (96, 320)),
+        ("nus", "nuscenes", "nus_points", "lidar2img_nus", (128, 256)),
+    ],
+)
+def test_lidar_truth_equals_the_published(name, dataset, points, matrix, size):
+    data = load("lidar_depth_gt.npz")
+    cloud = data[points][:, :3]
+    if points == "points":  # recorded in the velodyne's axes
+        cloud = torch.stack([-cloud[:, 1], cloud[:, 0], cloud[:, 2]], 1)
+    location, depth = protocols.lidar_truth(cloud, data[matrix], size, rules(dataset))
+    mask = (depth > 0) & (depth < 80)
+    assert torch.equal(mask, data[f"{name}.mask"])
+    assert torch.allclose(depth[mask], data[f"{name}.depth"][mask], rtol=1e-12, atol=0)
+    assert torch.allclose(location[mask], data[f"{name}.loc"][mask], rtol=1e-12, atol=0)
+
+
+# truth and moved truth
+
+MOVES = {
+    "shifted in x": lambda v: v.roll(1, -2),
+    "shifted in y": lambda v: v.roll(-3, -3),
+    "shifted in z": lambda v: v.roll(1, -1),
+    "mirrored": lambda v: v.flip(-2),
+    "rotated": lambda v: v.rot90(1, (-3, -2)),
+}
+
+
+def truth_and_volume(dataset, protocol, seed=0):
+    """Random labels, and settings and a volume that say the same where the protocol reads it.
+
+    Nodes lie on the points that are read: from end to end as published, else at voxel centres.
+    """
+    name = {"kitti": "semantickitti20", "nuscenes": "openseed21"}[dataset]
+    settings = [f"data.dataset={dataset}", f"data.label_map={name}"]
+    of_data = protocols.choose(config.build("kitti", settings), protocol)
+    shape = (256, 256, 32) if dataset == "kitti" else (200, 200, 16)
+    lo, hi = np.array(of_data.box).reshape(2, 3)
+    if not of_data.ends:
+        half = (hi - lo) / np.array([shape[1], shape[0], shape[2]]) / 2
+        lo, hi = lo + half, hi - half
+    box = ",".join(str(float(x)) for x in (*lo, *hi))
+    lut = labels.label_map(config.build("kitti", settings).data).voxel_classes(dataset)
+    settings += [f"volume.box={box}", "volume.nodes=" + ",".join(map(str, shape))]
+    settings.append(f"field.classes={len(lut)}")
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(len(lut), shape, generator=generator)
+    truth = of_data.crop(torch.tensor(lut, dtype=torch.uint8)[ids])
+    logits = F.one_hot(ids, len(lut)).movedim(-1, 0).float()
+    volume = torch.cat([torch.where(truth > 0, -1.0, 1.0)[None], logits])[None]
+    truth[torch.rand(shape, generator=generator) < 0.1] = metrics.UNKNOWN
+    return config.build("kitti", settings), of_data, truth, volume
+
+
+@pytest.mark.parametrize(
+    ("dataset", "protocol"),
+    [("kitti", "published"), ("nuscenes", "published"), ("nuscenes", "corrected")],
+)
+def test_true_voxels_are_perfect(dataset, protocol):
+    settings, of_data, truth, volume = truth_and_volume(dataset, protocol)
+    scores = Scores(SimpleNamespace(config=settings), of_data)
+    tables = scores.tables([scores.occupancy(volume, truth)])
+    row = tables["occupancy"]["SelfOcc"]
+    assert (row["iou"], row["precision"], row["recall"], row["iou_above"]) == (1, 1, 1, 1)
+    assert all(row["iou"] == 1 for row in tables["semantics"].values())
+    assert len(tables["semantics"]) == 3 + len(truth[truth != metrics.UNKNOWN].unique()) - 1
+
+
+@pytest.mark.parametrize(
+    ("protocol", "move"), [("published", "shifted in x"), ("corrected", "mirrored")]
+)
+def test_moved_voxels_are_not(protocol, move):
+    settings, of_data, truth, volume = truth_and_volume("nuscenes", protocol)
+    scores = Scores(SimpleNamespace(config=settings), of_data)
+    tables = scores.tables([scores.occupancy(MOVES[move](volume), truth)])
+    assert tables["occupancy"]["SelfOcc"]["iou"] < 0.95  # most voxels of random labels are full
+    assert tables["semantics"]["mIoU"]["iou"] < 0.1
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_a_moved_street_does_not_score(move):
+    """A wall, a road and a car, as SDF and as labels, moved by a voxel or more."""
+    truth = torch.zeros(256, 256, 32, dtype=torch.uint8)
+    truth[10:240, 20:230, 5] = 9
+    truth[10:240, 60, 6:20] = 13
+    truth[30:52, 100:110, 6:13] = 1
+    occupancy = OccupancyMetrics()
+    occupancy.update(protocols.crop_margins_kitti(move(truth)) > 0, truth)
+    exact = OccupancyMetrics()
+    exact.update(protocols.crop_margins_kitti(truth) > 0, truth)
+    assert exact.results()["iou"] == 1 and occupancy.results()["iou"] < 0.98
+
+
+@pytest.mark.parametrize("protocol", ["published", "corrected"])
+def test_voxels_of_another_frame(protocol):
+    """A volume turned by a quarter: read through the matrix it is what it was."""
+    of_data = rules("nuscenes", protocol)
+    grid = torch.randn(2, 200, 200, 16, generator=torch.Generator().manual_seed(0))
+    turned = grid.rot90(1, (1, 2))  # what was at (x, y) is at (y, -x)
+    matrix = torch.tensor([[0.0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    back = protocols.move_grid(turned, of_data.box, matrix, of_data.ends)
+    assert torch.allclose(back, grid, atol=1e-4)
+    moved = torch.eye(4)
+    moved[0, 3] = 30.0  # the last 30 m along x come from beyond the box
+    beyond = protocols.move_grid(grid, of_data.box, moved, of_data.ends)[:, :, -70:]
+    assert (beyond == 0).all() if of_data.ends else (beyond != 0).all()
+
+
+def plane_depth(u, v, size):
+    """A depth that changes evenly over the image, as bilinear reading reproduces."""
+    return 10 + 20 * u / size[1] + 15 * v / size[0]
+
+
+@pytest.mark.parametrize("protocol", ["published", "corrected"])
+def test_true_depth_is_perfect_where_its_rays_are(protocol):
+    size, rays = (60, 90), (12, 18)
+    # the published reading takes the first and last ray for the ends of the image
+    steps = [n / (r - (protocol == "published")) for n, r in zip(size, rays, strict=True)]
+    v, u = torch.meshgrid(*(torch.arange(r) * s for r, s in zip(rays, steps, strict=True)),
+                          indexing="ij")  # fmt: skip
+    grid = plane_depth(u, v, size)[None]
+    # within the last ray, as beyond it nothing is known
+    location = torch.rand(1, 500, 2, generator=torch.Generator().manual_seed(0)) * 0.9
+    truth = plane_depth(location[..., 0] * size[1], location[..., 1] * size[0], size)
+
+    def abs_rel(depth, protocol=protocol):
+        metric = DepthMetrics()
+        metric.update(protocols.read_depth(depth, location, protocol == "published"), truth)
+        return [metric.results()[kind]["abs_rel"] for kind in ("raw", "median")]
+
+    assert max(abs_rel(grid)) < 1e-6
+    other = "corrected" if protocol == "published" else "published"
+    assert min(abs_rel(grid, other)) > 1e-3  # the displacement
+    for moved in (grid.roll(1, 2), grid.flip(2), grid.flip(1), grid.flip(1, 2)):
+        assert min(abs_rel(moved)) > 1e-2
+
+
+def test_depth_outside_the_window_is_not_scored():
+    truth = torch.full((1, 375, 1242), 5.0)
+    truth[0, 200, 600] = 0.05  # too near for KITTI raw
+    scored = protocols.scored_depth(truth, rules("kitti_raw"))[0] > 0
+    rows, cols = scored.any(1).nonzero(), scored.any(0).nonzero()
+    assert (rows.min(), rows.max(), cols.min(), cols.max()) == (153, 370, 44, 1196)
+    assert not scored[200, 600] and scored.sum() == len(rows) * len(cols) - 1
+    assert torch.equal(protocols.scored_depth(truth, rules("kitti")), truth)
+
+
+# novel depth
+
+
+def drive(positions, inputs=None):
+    positions = np.array(positions, float)
+    steps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
+    return SimpleNamespace(
+        positions=positions,
+        path=np.concatenate([[0], np.cumsum(steps)]),
+        frames=len(positions),
+        inputs=inputs,
+    )
+
+
+def test_novel_targets_of_kitti():
+    """Slow, so that frames are skipped: published distances then grow too fast (quirk 20)."""
+    sequence = drive([[0, 0, 0.15 * k] for k in range(7)] + [[0, 5, 2.0], [0, 0, 12.0]])
+    published = list(protocols.novel_targets(sequence, 0, rules("kitti")))
+    # 0.15 + 0.30 + 0.45, then the same again, then 1.1; heights do not count; 12 m is too far
+    assert [frame for _, frame in published] == [3, 6, 7]
+    assert [metres for metres, _ in published] == pytest.approx([0.9, 1.8, 2.9])
+    corrected = list(protocols.novel_targets(drive([[0, 0, 0.15 * k] for k in range(7)]), 0,
+                                             rules("kitti", "corrected")))  # fmt: skip
+    assert [frame for _, frame in corrected] == [3, 6]
+    assert [metres for metres, _ in corrected] == pytest.approx([0.45, 0.9])
+
+
+def test_novel_targets_of_nuscenes():
+    sequence = drive([[0.3 * k, 0, 0] for k in range(60)], inputs=[0, 10, 20, 21, 22, 30, 50])
+    targets = dict((f, m) for m, f in protocols.novel_targets(sequence, 21, rules("nuscenes")))
+    assert targets == pytest.approx({10: 3.3, 0: 6.3, 30: 2.7, 50: 8.7})
+    assert not list(protocols.novel_targets(drive([[0, 0, 0]] * 3), 1, rules("nuscenes")))
+
+
+# choice
+
+
+def test_the_default_protocol():
+    assert rules("kitti", None).protocol == "published"
+    embedded = protocols.choose(config.build("synthetic"))
+    assert (embedded.protocol, embedded.box, embedded.crop) == ("own", None, None)
+    ring = protocols.choose(config.build("synthetic_surround"), "published")
+    assert ring.dataset == "nuscenes" and ring.ground == metrics.GROUND
+    with pytest.raises(InputError, match="--protocol paper: unknown"):
+        rules("kitti", "paper")
+    pooled = protocols.choose(config.build("kitti", ["volume.voxel=2"]), "own")
+    assert (pooled.crop(torch.ones(128, 128, 16)) == 1).sum() == 125 * 122 * 14
