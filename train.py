@@ -78,12 +78,15 @@ def choose_settings(arguments: argparse.Namespace) -> Config:
 
 
 def learning_rate(optim: OptimConfig, base: float, step: int) -> float:
-    """Linear warm-up, then cosine or one drop; the published schedule lags one step (spec 12)."""
-    step = max(step - 1, 0)
+    """Linear warm-up, then cosine or one drop; the published schedule lags one step (spec 12).
+
+    The published drop (timm's) counts from the end of the warm-up and comes one step early.
+    """
+    step = min(max(step - 1, 0), optim.steps)
     if step < optim.warmup:
         return optim.warmup_lr + (base - optim.warmup_lr) * step / optim.warmup
     if optim.schedule == "step":
-        return base * (0.1 if step >= optim.drop_at * optim.steps else 1.0)
+        return base * (0.1 if step - optim.warmup + 1 >= optim.drop_at * optim.steps else 1.0)
     return optim.min_lr + 0.5 * (base - optim.min_lr) * (1 + math.cos(math.pi * step / optim.steps))
 
 

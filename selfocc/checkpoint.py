@@ -1,11 +1,16 @@
 """Checkpoints: one safetensors file with weights, optimiser moments, configuration and step.
 
+    python -m selfocc.checkpoint import published.pth out.safetensors [--preset NAME]
+    python -m selfocc.checkpoint export ours.safetensors published.pth
+
 There is no random state to store: every random number of a training step is a function of
 (seed, step), so that step k of a resumed run is step k of the uninterrupted one.
 """
 
 import json
-from dataclasses import dataclass
+import sys
+import zipfile
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,12 +18,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from selfocc import InputError
+from selfocc import InputError, published
+from selfocc.commandline import Parser, run
 from selfocc.config import Config, from_dict, to_dict
 from selfocc.files import replacing
 
 FILE_NAME = "checkpoint.safetensors"
 _FORMAT = "selfocc-1"
+_PARTS = ("model", "optimizer", "inert")
 
 
 @dataclass
@@ -26,7 +33,10 @@ class Checkpoint:
     config: Config
     step: int  # optimiser steps taken
     model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]  # "<parameter name>/<exp_avg | exp_avg_sq | step>"
+    # "<parameter name>/<exp_avg | exp_avg_sq | step>"
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    # what the published network has and does not use, by its names
+    inert: dict[str, Tensor] = field(default_factory=dict)
 
 
 def save(path: Path, config: Config, step: int, model: nn.Module, optimizer: torch.optim.Optimizer):
@@ -34,12 +44,26 @@ def save(path: Path, config: Config, step: int, model: nn.Module, optimizer: tor
 
     Raises InputError if it cannot be written (full disk, no permission).
     """
-    tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer/{name}/{key}"] = value
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": _FORMAT, "step": str(step), "config": json.dumps(to_dict(config))}
+    moments = {
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    write(path, Checkpoint(config, step, model.state_dict(), moments))
+
+
+def write(path: Path, checkpoint: Checkpoint):
+    """Write a checkpoint as `save` does."""
+    tensors = {
+        f"{part}/{name}": tensor.detach().cpu().contiguous()
+        for part in _PARTS
+        for name, tensor in getattr(checkpoint, part).items()
+    }
+    metadata = {
+        "format": _FORMAT,
+        "step": str(checkpoint.step),
+        "config": json.dumps(to_dict(checkpoint.config)),
+    }
     with replacing(path) as temporary:
         try:
             save_file(tensors, temporary, metadata)
@@ -47,9 +71,10 @@ def save(path: Path, config: Config, step: int, model: nn.Module, optimizer: tor
             raise OSError(str(error)) from None
 
 
-def load(path: Path) -> Checkpoint:
-    """Read a checkpoint file, or the one in a run folder.
+def load(path: Path, preset: str | None = None, overrides: list[str] = ()) -> Checkpoint:
+    """Read a checkpoint file, the one in a run folder, or a published one.
 
+    `preset` and overrides say what a published file is, as in `published.import_published`.
     Raises InputError if there is none, or if it is truncated or not a SelfOcc checkpoint.
     """
     path = Path(path)
@@ -59,6 +84,9 @@ def load(path: Path) -> Checkpoint:
         raise InputError(
             f"no checkpoint at {path}; train one with `python train.py`, or name another"
         )
+    if path.suffix in (".pth", ".pt", ".ckpt") or zipfile.is_zipfile(path):
+        config, model, inert = published.import_published(path, preset, overrides)
+        return Checkpoint(config, 0, model, inert=inert)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -67,11 +95,14 @@ def load(path: Path) -> Checkpoint:
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a readable checkpoint (truncated?): {error}") from None
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
         parts[part][rest] = tensor
-    return Checkpoint(from_dict(json.loads(metadata["config"])), int(metadata["step"]), **parts)
+    config = from_dict(json.loads(metadata["config"]))
+    if preset not in (None, config.preset):
+        raise InputError(f"{path} is of preset {config.preset}, not {preset}; leave --preset out")
+    return Checkpoint(config, int(metadata["step"]), **parts)
 
 
 def restore(
@@ -97,3 +128,38 @@ def restore(
     for key, value in checkpoint.optimizer.items():
         name, _, moment = key.rpartition("/")
         optimizer.state[parameters[name]][moment] = value.to(parameters[name].device)
+
+
+def convert(words: list[str] | None = None) -> None:
+    """The command line: to and from published checkpoints. Raises InputError as they do."""
+    parser = Parser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("import", "a published checkpoint as one of ours"),
+        ("export", "one of ours as the published scripts read it"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("source", type=Path)
+        command.add_argument("out", type=Path)
+        if name == "import":
+            command.add_argument("--preset", metavar="NAME", help="default: guessed, and said")
+            command.add_argument(
+                "--set",
+                action="append",
+                default=[],
+                metavar="SECTION.FIELD=VALUE",
+                help="what cannot be read off the file, such as encoder.heads",
+            )
+    arguments = parser.parse_args(words)
+    if arguments.command == "import":
+        found = published.import_published(arguments.source, arguments.preset, arguments.set)
+        config, model, inert = found
+        write(arguments.out, Checkpoint(config, 0, model, inert=inert))
+    else:
+        saved = load(arguments.source)
+        published.export_published(arguments.out, saved.config, saved.model, saved.inert)
+    print(f"written to {arguments.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(convert))

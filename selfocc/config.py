@@ -92,9 +92,7 @@ class EncoderConfig:
     )
     lift_bins: int = 24  # depths at which a pixel describes its ray
     plane_scale: float = 1.0  # of the last LayerNorm at the start; small lets the lift speak first
-    transposed_bev_grid: bool = (
-        False  # the published BEV self-attention reads a transposed reference grid
-    )
+    cameras: int | None = None  # camera embeddings; None: as many as the data set has cameras
 
 
 @dataclass(frozen=True)
@@ -135,6 +133,7 @@ class LossConfig:
     compact_hessian: bool = True  # diagonal second differences over one node instead of two
     weight_sparsity: float = 0.005
     sparsity: str = "soft"  # soft | smooth | hard | adaptive
+    sparsity_pitch: float | None = None  # metres between the points it reads; None: the nodes'
     weight_edge: float = 0.0
     weight_semantic: float = 0.0
     semantic: str = "ce"  # ce | bce
@@ -142,7 +141,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    steps: int = 91_800  # 24 epochs of KITTI on eight GPUs
+    steps: int = 69_504  # 24 epochs of KITTI, 2,896 steps each on eight GPUs
     batch: int = 1  # of one process
     accumulate: int = 1
     lr: float = 1e-3
@@ -153,7 +152,7 @@ class OptimConfig:
     warmup_lr: float = 1e-6
     schedule: str = "cosine"  # cosine | step
     min_lr: float = 1e-6
-    drop_at: float = 0.75  # step schedule: lr / 10 after this share of the steps
+    drop_at: float = 0.75  # step schedule: lr / 10 after this share of the steps and the warm-up
     bf16: bool = False  # autocast backbone and encoder to bfloat16
     seed: int = 42
     workers: int = 4
@@ -161,6 +160,26 @@ class OptimConfig:
     validate_frames: int = 32
     picture_every: int = 500
     save_every: int = 1000
+
+
+@dataclass(frozen=True)
+class QuirkConfig:
+    """Where the published code computes something else than it says (spec section 13).
+
+    The published presets switch these on, since their checkpoints were trained with them; nobody
+    else should. What published checkpoints need and does no harm is always done: plane nodes at i/n
+    (13.2), SDF and colour at interval starts (13.4), the epsilons of compositing and of rays (13.5
+    to 13.7), halved differences at the volume's border (13.9). The clip of depth to the batch's
+    nearest and farthest sample (13.8) is left out: a ray's depth is a mean of its own samples, so
+    it never bites. The quirks of the evaluation scripts are in protocols.py.
+    """
+
+    transposed_bev_grid: bool = False  # 13.1: BEV node (h, w) attends around (w, h)
+    white_256: bool = False  # 13.13: images that supervise are bytes / 256, white is 255/256
+    pixels_over_size: bool = False  # 13.12: the same images are read at u (W - 1) / W instead of u
+    # height, width of the padded input over the cropped image before scaling, as the published
+    # configuration rounds it; None: exact
+    pad_rate: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -174,6 +193,7 @@ class Config:
     render: RenderConfig = dataclasses.field(default_factory=RenderConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    quirks: QuirkConfig = dataclasses.field(default_factory=QuirkConfig)
 
 
 PRESETS: dict[str, tuple[str, Config]] = {}
@@ -187,11 +207,123 @@ def _preset(name: str, summary: str, base: Config, **sections: dict) -> Config:
     return config
 
 
+_PUBLISHED = dict(white_256=True, pixels_over_size=True)
+
 _kitti = _preset(
     "kitti",
     "SemanticKITTI occupancy as published (8 GPUs, 24 epochs)",
     Config(),
     data=dict(dataset="kitti", crop=(352, 1216), pad=(352, 1216)),
+    loss=dict(sparsity_pitch=0.4),
+    quirks=_PUBLISHED,
+)
+
+_preset(
+    "kitti_novel_depth",
+    "SemanticKITTI, depth of views ahead, as published",
+    _kitti,
+    data=dict(crop=(370, 1216), pad=(384, 1216), anchor_input=0.5, anchor_past=0.0),
+    loss=dict(weight_hessian=0.01, compact_hessian=False, weight_sparsity=0.0),
+    quirks=dict(pad_rate=(1.038, 1.0)),
+)
+
+_preset(
+    "kitti_raw",
+    "KITTI raw depth, stereo and video, as published",
+    _kitti,
+    data=dict(
+        dataset="kitti_raw",
+        crop=(370, 1216),
+        scale=0.84,
+        pad=(320, 1024),
+        anchor_input=1.0,
+        past=(1.0, 5.0),
+        future=(1.0, 5.0),
+        source=(1.0, 5.0),
+        distance="straight",
+        stereo_source=True,
+    ),
+    field=dict(colors=0),
+    render=dict(rays=(44, 152)),
+    loss=dict(weight_color=0.0, weight_hessian=0.0, weight_sparsity=0.0, weight_edge=0.01),
+    optim=dict(lr=1e-4, schedule="step", steps=24 * 4976),
+    quirks=dict(pad_rate=(0.8649, 0.8421)),
+)
+
+_nuscenes = _preset(
+    "nuscenes",
+    "nuScenes occupancy and semantics (Occ3D) as published (8 GPUs, 12 epochs)",
+    Config(),
+    data=dict(
+        dataset="nuscenes",
+        crop=(768, 1600),
+        scale=0.5,
+        pad=(384, 800),
+        mean=(123.675, 116.28, 103.53),
+        std=(58.395, 57.12, 57.375),
+        anchor_past=0.5,
+        past=(0.4, 30.0),
+        future=(0.4, 30.0),
+        source=(0.4, 30.0),
+        distance="straight",
+        neighbours="composite",
+        label_map="openseed21",
+    ),
+    volume=dict(box=(-40.0, -40.0, -1.0, 40.0, 40.0, 5.4), nodes=(257, 257, 25), ground=0.0),
+    field=dict(classes=21),
+    render=dict(rays=(48, 100), eval_rays=(450, 800)),
+    loss=dict(
+        photometric="mvs_combined",
+        weight_hessian=0.01,
+        compact_hessian=False,
+        weight_sparsity=0.0,
+        weight_semantic=0.1,
+    ),
+    optim=dict(lr=1e-4, schedule="step", steps=12 * 3516),
+    quirks=_PUBLISHED,
+)
+
+_preset(
+    "nuscenes_bev",
+    "the same with one bird's-eye plane, as published",
+    _nuscenes,
+    encoder=dict(kind="bev"),
+    loss=dict(semantic="bce", weight_sparsity=0.001, sparsity_pitch=0.4),
+    quirks=dict(transposed_bev_grid=True),
+)
+
+_nuscenes_novel = _preset(
+    "nuscenes_novel_depth",
+    "nuScenes, depth of views ahead, as published (24 epochs)",
+    _nuscenes,
+    data=dict(
+        volume_frame="lidar",
+        past=(0.4, 10.0),
+        future=(0.4, 10.0),
+        source=(0.4, 10.0),
+        label_map="",
+    ),
+    volume=dict(box=(-51.2, -51.2, -4.0, 51.2, 51.2, 5.0), nodes=(257, 257, 31), ground=-1.84),
+    field=dict(classes=0),
+    loss=dict(weight_semantic=0.0),
+    optim=dict(steps=24 * 3516),
+)
+
+_preset(
+    "nuscenes_depth",
+    "nuScenes depth as published (24 epochs)",
+    _nuscenes_novel,
+    data=dict(
+        crop=(896, 1600),
+        target_crop=(900, 1600),
+        pad=(448, 800),
+        anchor_input=1.0,
+        past=(0.4, 6.0),
+        future=(0.4, 6.0),
+        source=(0.4, 6.0),
+    ),
+    field=dict(colors=0),
+    loss=dict(weight_color=0.0, weight_hessian=0.0, weight_edge=0.01),
 )
 
 _synthetic = _preset(
@@ -369,6 +501,10 @@ def from_dict(values: dict) -> Config:
 
     Raises InputError for fields this version lacks.
     """
+    encoder, quirks = dict(values.get("encoder", {})), dict(values.get("quirks", {}))
+    if "transposed_bev_grid" in encoder:  # where it was before quirks had a section of their own
+        quirks["transposed_bev_grid"] = encoder.pop("transposed_bev_grid")
+    values = values | {"encoder": encoder, "quirks": quirks}
     sections = {}
     for entry in dataclasses.fields(Config):
         if entry.name == "preset":

@@ -22,10 +22,17 @@ class Encoder(nn.Module):
     """Camera features and poses -> plane features.
 
     The cameras of a rig keep their order (each has an embedding), but every batch item has its own
-    matrices.
+    matrices. `transposed` is `QuirkConfig.transposed_bev_grid`.
     """
 
-    def __init__(self, config: EncoderConfig, volume: VolumeConfig, cameras: int, levels: int = 4):
+    def __init__(
+        self,
+        config: EncoderConfig,
+        volume: VolumeConfig,
+        cameras: int,
+        levels: int = 4,
+        transposed: bool = False,
+    ):
         super().__init__()
         dim = config.dim
         self.planes = PLANES[config.kind]
@@ -63,7 +70,7 @@ class Encoder(nn.Module):
         reference = (
             self._cross_view_reference(config.points_self)
             if config.kind == "tpv"
-            else self._bev_reference(config.points_self, config.transposed_bev_grid)
+            else self._bev_reference(config.points_self, transposed)
         )
         self.register_buffer("self_reference", reference, persistent=False)
 
@@ -81,7 +88,7 @@ class Encoder(nn.Module):
             features: image levels [B, N, dim, h_l, w_l], finest first.
             intrinsics: [B, N, 3, 3] in pixels of the network's images.
             camera_to_volume: [B, N, 4, 4].
-            image_size: (h, w) of the network's images.
+            image_size: (h, w) of the network's images, padding included.
             valid_size: the part of it, from the top left, that is not padding.
         """
         batch = len(intrinsics)

@@ -253,7 +253,9 @@ def identity(
     """A digest of everything on which the records of an evaluation depend."""
     digest = hashlib.sha256()
     names = [f"{s.name}/{s.frame_id(f)}" for s, f in map(dataset.locate, range(len(dataset)))]
-    what = [config.to_dict(model.config), sorted(tasks), rules.protocol, names, more]
+    settings = config.to_dict(model.config)
+    settings["optim"] = {"bf16": model.config.optim.bf16}  # the rest is of training
+    what = [settings, sorted(tasks), rules.protocol, names, more]
     digest.update(json.dumps(what).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())

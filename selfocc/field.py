@@ -100,14 +100,18 @@ def sample_sdf(volume: Tensor, box: Box, points: Tensor) -> Tensor:
 def shifted_grid_sdf(
     volume: Tensor, box: Box, shape: tuple[int, int, int], shift: Tensor
 ) -> Tensor:
-    """SDF [B, ny, nx, nz] on a grid from one end of the box to the other, moved by shift [B, 3].
+    """SDF [B, ny, nx, nz] on a grid from one end of the box to the other, its points moved.
 
-    The shift along x, y, z is in voxels of the box divided by `shape`.
+    shift: [B, 3] of the whole grid, or [B, ny, nx, nz, 3] of every point, along x, y, z in voxels
+    of the box divided by `shape`.
     """
     counts = (shape[1], shape[0], shape[2])
     pitch = volume.new_tensor([(box[a + 3] - box[a]) / n for a, n in enumerate(counts)])
     grid = node_positions(box, shape, device=volume.device).to(volume.dtype)
-    return sample_sdf(volume, box, grid + (shift.to(volume) * pitch)[:, None, None, None])
+    shift = shift.to(volume) * pitch
+    return sample_sdf(
+        volume, box, grid + (shift[:, None, None, None] if shift.ndim == 2 else shift)
+    )
 
 
 def occupancy_grid(

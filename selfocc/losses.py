@@ -30,19 +30,21 @@ def objective(
 ) -> dict[str, Tensor]:
     """The weighted losses of a training step by name, 0-d. A loss of weight 0 is left out.
 
-    shift: [B, 3] uniform random numbers that move the grid on which sparsity is measured.
+    shift: uniform random numbers that move the grid on which sparsity is measured, as in
+    `shifted_grid_sdf`.
     Raises InputError where the data lacks what a loss needs.
     """
-    weights = config.loss
+    weights, quirks = config.loss, config.quirks
     target, sources = batch.target, batch.sources
-    colors = ray_colors(target.images, view.pixels)
+    white = 255 / 256 if quirks.white_256 else 1.0
+    colors = white * ray_colors(target.images, view.pixels, quirks.pixels_over_size)
     losses = {}
     if weights.weight_photometric:
         seen = dict(
             pixels=view.pixels,
             rays=config.render.rays,
             target=colors,
-            sources=sources.images,
+            sources=sources.images if white == 1 else white * sources.images,
             projections=image_to_image(
                 target.intrinsics[:, None],
                 target.camera_to_volume[:, None],
@@ -55,10 +57,17 @@ def objective(
             error = reprojection_error(view.depth, **seen)
         else:
             combine = weights.photometric == "mvs_combined"
-            error = photometric_error(view.weights, view.proposals, combine=combine, **seen)
+            error = photometric_error(
+                view.weights,
+                view.proposals,
+                combine=combine,
+                published_pixels=quirks.pixels_over_size,
+                **seen,
+            )
         losses["photometric"] = weights.weight_photometric * error.mean()
     if weights.weight_color:
-        losses["color"] = weights.weight_color * color_loss(view.color, colors, config.render.rays)
+        error = color_loss(white * view.color, colors, config.render.rays)
+        losses["color"] = weights.weight_color * error
     if weights.weight_eikonal or weights.weight_hessian:
         spacing = node_spacing(config.volume.box, config.volume.nodes)
         sdf = volume[:, 0]
@@ -84,8 +93,11 @@ def objective(
 def _sparsity(config: Config, volume: Tensor, view: View, shift: Tensor) -> Tensor:
     if config.loss.sparsity == "adaptive":
         return adaptive_sparsity(view.sdf, view.proposals, view.depth)
+    box, pitch = config.volume.box, config.loss.sparsity_pitch
     shape = tuple(n - 1 for n in config.volume.nodes)
-    sdf = shifted_grid_sdf(volume, config.volume.box, shape, shift)
+    if pitch is not None:
+        shape = tuple(int((box[a + 3] - box[a]) / pitch + 1e-6) for a in (1, 0, 2))
+    sdf = shifted_grid_sdf(volume, box, shape, shift)
     kinds = {"soft": soft_sparsity, "smooth": smooth_sparsity, "hard": hard_sparsity}
     return kinds[config.loss.sparsity](sdf)
 

@@ -48,10 +48,13 @@ class SelfOcc(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        cameras = 6 if config.data.rig == "surround" else 1
+        data = config.data
+        around = data.dataset == "nuscenes" or data.rig == "surround"
+        cameras = config.encoder.cameras or (6 if around else 1)
         self.backbone = Backbone(config.backbone)
         self.fpn = FPN(self.backbone.channels, config.encoder.dim)
-        self.encoder = Encoder(config.encoder, config.volume, cameras)
+        transposed = config.quirks.transposed_bev_grid
+        self.encoder = Encoder(config.encoder, config.volume, cameras, transposed=transposed)
         self.lift = FrustumLift(config.encoder, config.volume) if config.encoder.lift else None
         self.decoder = FieldDecoder(config.field, config.encoder, config.volume)
         render = config.render
@@ -84,10 +87,13 @@ class SelfOcc(nn.Module):
             cameras = batch.images.shape[1]
             features = self.fpn(self.backbone(rearrange(batch.images, "b n c h w -> (b n) c h w")))
             features = [rearrange(f, "(b n) c h w -> b n c h w", n=cameras) for f in features]
-            image_size = tuple(batch.images.shape[-2:])
-            valid_size = tuple(n * self.config.data.scale for n in self.config.data.crop)
+            image_size = seen_size = tuple(batch.images.shape[-2:])
+            crop, rate = self.config.data.crop, self.config.quirks.pad_rate
+            if rate is not None:
+                seen_size = tuple(n * r for n, r in zip(crop, rate, strict=True))
+            valid_size = tuple(n * self.config.data.scale for n in crop)
             planes = self.encoder(
-                features, batch.intrinsics, batch.camera_to_volume, image_size, valid_size
+                features, batch.intrinsics, batch.camera_to_volume, seen_size, valid_size
             )
         lifted = None
         if self.lift is not None:
@@ -143,6 +149,8 @@ class SelfOcc(nn.Module):
         distance, opacity, color = split(out.distance), split(out.opacity), split(out.color)
         if background is not None:
             color = color + background * (1 - opacity[..., None])
+        if self.config.quirks.white_256:
+            color = color * (256 / 255)
         return View(
             pixels=pixels,
             depth=distance / stretch,

@@ -66,10 +66,12 @@ def record(request):
     box = tuple(inputs["aabb"].tolist())
     config = EncoderConfig(
         kind="tpv" if tpv else "bev", dim=48, heads=6, layers=2, points_self=5 if tpv else 4,
-        points_cross=(4, 6, 7) if tpv else (5, 0, 0), transposed_bev_grid=True,
+        points_cross=(4, 6, 7) if tpv else (5, 0, 0),
     )  # fmt: skip
     lidar_to_image = inputs["meta.lidar2img"]
-    encoder = Encoder(config, VolumeConfig(box=box, nodes=nodes), len(lidar_to_image)).eval()
+    encoder = Encoder(
+        config, VolumeConfig(box=box, nodes=nodes), len(lidar_to_image), transposed=True
+    ).eval()
     state = torch.load(goldens.path(f"{request.param}/state_dict.pth"), weights_only=True)
     encoder.load_state_dict(published_weights(state["state_dict"], encoder.planes))
     # the record has only the product of intrinsics and pose, in pixels before scaling
@@ -195,7 +197,7 @@ def rig(batch: int, cameras: int, seed: int = 3, dim: int = 12):
     return images, intrinsics.expand(batch, cameras, 3, 3), pose, SIZE, SIZE
 
 
-def build(kind="tpv", cameras=2, **changes) -> Encoder:
+def build(kind="tpv", cameras=2, transposed=False, **changes) -> Encoder:
     """An encoder whose attention weights are not at their start, where they ignore the queries."""
     torch.manual_seed(0)
     settings = {
@@ -206,7 +208,9 @@ def build(kind="tpv", cameras=2, **changes) -> Encoder:
         "points_self": 3,
         "dropout": 0.0,
     }
-    encoder = Encoder(EncoderConfig(kind=kind, **(settings | changes)), VOLUME, cameras)
+    encoder = Encoder(
+        EncoderConfig(kind=kind, **(settings | changes)), VOLUME, cameras, transposed=transposed
+    )
     for name, parameter in encoder.named_parameters():
         if name.endswith(("offsets.weight", "weights.weight", "bias")):
             torch.nn.init.normal_(parameter, std=0.3)
@@ -273,7 +277,7 @@ def test_bev_reads_its_own_cell_unless_transposed():
     torch.testing.assert_close(
         build("bev").self_reference[0, :, 0, 0], nodes.flip(-1).flatten(0, 1)
     )
-    transposed = build("bev", transposed_bev_grid=True).self_reference[0, :, 0, 0].view(9, 11, 2)
+    transposed = build("bev", transposed=True).self_reference[0, :, 0, 0].view(9, 11, 2)
     torch.testing.assert_close(transposed[2, 5], torch.tensor([2 / 8, 5 / 10]))
 
 

@@ -329,6 +329,9 @@ def test_novel_targets_of_kitti():
     # 0.15 + 0.30 + 0.45, then the same again, then 1.1; heights do not count; 12 m is too far
     assert [frame for _, frame in published] == [3, 6, 7]
     assert [metres for metres, _ in published] == pytest.approx([0.9, 1.8, 2.9])
+    sequence.skipped = [3]  # then frame 4 is the first that is 0.4 m away: 0.15 + ... + 0.6
+    published = list(protocols.novel_targets(sequence, 0, rules("kitti")))
+    assert published[0] == (pytest.approx(1.5), 4)
     corrected = list(protocols.novel_targets(drive([[0, 0, 0.15 * k] for k in range(7)]), 0,
                                              rules("kitti", "corrected")))  # fmt: skip
     assert [frame for _, frame in corrected] == [3, 6]

@@ -1,0 +1,425 @@
+"""Published SelfOcc checkpoints: their names and values, and how ours become of them and back.
+
+Every parameter of the published network has its counterpart here, with these exceptions:
+
+- Colour: the published network renders BGR bytes / 256, ours RGB in [0, 1]. On import the rows of
+  the last layer that make blue, green and red change places, which is exact. The factor 256/255
+  stays outside the weights, in `QuirkConfig.white_256`: the rendered colour is multiplied by it, so
+  that a round trip gives back every bit. Weights that were trained without that quirk are exported
+  with the factor inside: since colour = relu(SH0 f + 0.5) is homogeneous, the feature f becomes
+  (255 f - 0.5 / SH0) / 256.
+- `field_background`, `field.aabb` and `device_indicator_param` compute nothing. They are kept, and
+  written back; where there are none to write back, as the published code starts them. The volume's
+  box is read off `field.aabb`.
+- Shapes: plane queries have a leading 1, `variance` is [1].
+"""
+
+import math
+import pickle
+import re
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from selfocc import InputError, config
+from selfocc.config import Config
+from selfocc.files import replacing
+from selfocc.model import SelfOcc
+
+PRESETS = (
+    "kitti", "kitti_novel_depth", "kitti_raw", "nuscenes", "nuscenes_bev", "nuscenes_novel_depth",
+    "nuscenes_depth",
+)  # fmt: skip
+SH0 = 0.28209479177387814  # of the spherical harmonic that makes colour of a feature
+LISTED = 20  # names in doubt that are listed one by one
+_ATTENTION = {
+    "sampling_offsets": "offsets",
+    "attention_weights": "weights",
+    "value_proj": "value",
+    "output_proj": "output",
+}
+_FIELD = "head.model.field.density_net."
+_LAST = f"{_FIELD}3."
+_AABB = "head.model.field.aabb"
+_INERT = ("head.model.field_background", "head.model.device_indicator_param", _AABB)
+
+
+def published_names(settings: Config) -> dict[str, str | None]:
+    """Published name -> ours, in the published order; None for what computes nothing."""
+    tpv = settings.encoder.kind == "tpv"
+    model = _empty(settings)
+    names: dict[str, str | None] = {}
+    for theirs, module in (("img_backbone", model.backbone), ("img_neck", model.fpn)):
+        ours = "backbone" if theirs == "img_backbone" else "fpn"
+        names |= {f"{theirs}.{name}": f"{ours}.{name}" for name in module.state_dict()}
+    planes = model.encoder.planes
+    for plane in planes:
+        names[f"lifter.tpv_{plane}" if tpv else "lifter.bev"] = f"encoder.queries.{plane}"
+    names["encoder.level_embeds"] = "encoder.level_embedding"
+    names["encoder.cams_embeds"] = "encoder.camera_embedding"
+    modules = {
+        f"encoder.positional_encoding.position_layer{f'_{plane}' if tpv else ''}": (
+            f"encoder.position.{plane}"
+        )
+        for plane in planes
+    }
+    for i in range(settings.encoder.layers):
+        layer = f"encoder.layers.{i}"
+        for theirs, ours in _ATTENTION.items():
+            modules[f"{layer}.attentions.0.{theirs}"] = f"{layer}.self_attention.{ours}"
+        for plane in planes:
+            cross = f"{layer}.attentions.1.{f'attn_{plane}.' if tpv else ''}"
+            for theirs, ours in _ATTENTION.items():
+                inner = "" if theirs == "output_proj" else "deformable_attention."
+                modules[f"{cross}{inner}{theirs}"] = f"{layer}.cross.{plane}.{ours}"
+        modules[f"{layer}.ffns.0.layers.0.0"] = f"{layer}.ffn.0"
+        modules[f"{layer}.ffns.0.layers.1"] = f"{layer}.ffn.3"
+        modules |= {f"{layer}.norms.{k}": f"{layer}.norms.{k}" for k in range(3)}
+    head = {f"{_FIELD}{k}": f"decoder.net.{k}" for k in (1, 3)}
+    for part in (modules, dict.fromkeys(_INERT), head):
+        for theirs, ours in part.items():
+            if ours is None:
+                names[theirs] = None
+            else:
+                names |= {f"{theirs}.{kind}": f"{ours}.{kind}" for kind in ("weight", "bias")}
+    names["head.model.field.deviation_network.variance"] = "variance"
+    return names
+
+
+def published_shapes(settings: Config) -> dict[str, tuple[int, ...]]:
+    """Published name -> shape, in the published order."""
+    ours = {name: tuple(t.shape) for name, t in _empty(settings).state_dict().items()}
+    fixed = dict(zip(_INERT, ((1,), (0,), (2, 3)), strict=True))
+    shapes = {}
+    for theirs, name in published_names(settings).items():
+        leading = (1,) if theirs.startswith("lifter.") or name == "variance" else ()
+        shapes[theirs] = fixed[theirs] if name is None else leading + ours[name]
+    return shapes
+
+
+def _empty(settings: Config) -> SelfOcc:
+    """The model without memory for its parameters."""
+    backbone = replace(settings.backbone, weights="none")
+    with torch.device("meta"):
+        return SelfOcc(replace(settings, backbone=backbone))
+
+
+# Import
+
+
+def import_published(
+    path: Path, preset: str | None = None, overrides: list[str] = ()
+) -> tuple[Config, dict[str, Tensor], dict[str, Tensor]]:
+    """A published checkpoint as our configuration, our state dict, and what computes nothing.
+
+    Sizes are read off the file, all else is the preset's with `section.field=value` overrides. The
+    preset is guessed, and printed, where none is named. Heads cannot be read off, nor a BEV that is
+    not square: `encoder.heads` and `volume.nodes` tell them. The tensors are views of the file.
+
+    Raises InputError if the file is damaged, runs code, or does not fit: then every name that is
+    missing, unexpected or of another shape has been printed, a line each.
+    """
+    state = read_state(path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    settings = _choose(path, state, shapes, preset, list(overrides))
+    names = published_names(settings)
+    _check(path, shapes, published_shapes(settings), settings.preset)
+    ours = _empty(settings).state_dict()
+    model, inert = {}, {}
+    for theirs, name in names.items():
+        tensor = state[theirs]
+        if name is None:
+            inert[theirs] = tensor
+            continue
+        if tensor.is_floating_point() != ours[name].is_floating_point():
+            raise InputError(f"{path}: {theirs} is {tensor.dtype}; fetch the checkpoint again")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise InputError(f"{path}: {theirs} holds NaN or infinity; use another checkpoint")
+        if theirs.startswith(_LAST):
+            tensor = swap_colors(tensor, settings)
+        model[name] = tensor.to(ours[name].dtype).reshape(ours[name].shape)
+    return settings, model, inert
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The state dict of a file of torch.save, memory mapped, without `module.` before its names.
+
+    Raises InputError, before any of it is held in memory, if the file is damaged, larger than it
+    says, or needs code to run.
+    """
+    _check_archive(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)|global (\S+) ", str(error))
+        what = next(filter(None, found.groups()), "code") if found else "code"
+        raise InputError(
+            f"{path} needs to run {what.rstrip('.,')} to be read, which could do anything; save "
+            "its state_dict alone, with torch.save, where you trust the file"
+        ) from None
+    except Exception as error:  # torch raises whatever the broken byte leads to
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{path} cannot be read ({reason}); fetch it again") from None
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not state:
+        raise InputError(f"{path} holds no state dict; name a published SelfOcc checkpoint")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise InputError(
+                f"{path}: {str(name)[:80]!r} is a {type(tensor).__name__}, not a tensor; name a "
+                "published SelfOcc checkpoint"
+            )
+    held = sum(t.numel() * t.element_size() for t in state.values())
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state.values()
+    }
+    if max(held, sum(storages.values())) > path.stat().st_size:
+        raise InputError(f"{path} claims more numbers than it has bytes for; fetch it again")
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _check_archive(path: Path) -> None:
+    """Raise InputError unless the file is an archive as torch writes it, nothing packed."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if any(e.compress_type != zipfile.ZIP_STORED for e in entries):
+                raise InputError(f"{path} is compressed, which torch.save never does; not read")
+            if sum(e.file_size for e in entries) > path.stat().st_size:
+                raise InputError(f"{path} claims to hold more than its size; not read")
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
+        raise InputError(
+            f"{path} is not a whole file of torch.save, 1.6 or newer ({error}); fetch it again"
+        ) from None
+    if damaged is not None:
+        raise InputError(f"{path} is damaged (in {damaged}); fetch it again")
+
+
+def _choose(path, state, shapes, preset: str | None, overrides: list[str]) -> Config:
+    """The configuration of a state dict: the preset named or the nearest one, sizes as found."""
+    kind = {"lifter.tpv_hw": "tpv", "lifter.bev": "bev"}
+    kinds = {kind[name] for name in kind if name in shapes}
+    if len(kinds) != 1 or "encoder.cams_embeds" not in shapes:
+        raise InputError(
+            f"{path} has no SelfOcc in it (such as {min(shapes)}); name a published checkpoint"
+        )
+    (kind,) = kinds
+    if preset is not None:
+        base = config.build(preset, overrides)
+        if base.encoder.kind != kind:
+            raise InputError(
+                f"{path} has the planes of a {kind} network, --preset {preset} is "
+                f"{base.encoder.kind}; name another or none"
+            )
+        return _read_sizes(path, state, shapes, base)
+    likeness: dict[str, tuple] = {}
+    found: dict[str, Config] = {}
+    for name in PRESETS:
+        base = config.build(name, overrides)
+        if base.encoder.kind != kind:
+            continue
+        settings = found[name] = _read_sizes(path, state, shapes, base)
+        likeness[name] = (
+            settings == base,
+            settings.encoder.cameras is None,
+            (settings.field.colors, settings.field.classes)
+            == (base.field.colors, base.field.classes),
+            settings.volume.box == base.volume.box,
+            settings.volume.nodes == base.volume.nodes,
+        )
+    best = max(likeness, key=likeness.get)
+    alike = [name for name in likeness if likeness[name] == likeness[best] and name != best]
+    how = "guessed by names and shapes" if likeness[best][0] else "the nearest, with other sizes"
+    also = f", which are those of {', '.join(alike)} too" if alike else ""
+    print(f"{path} is a published checkpoint of preset {best} ({how}{also}); --preset says another")
+    return found[best]
+
+
+def _read_sizes(path, state, shapes, base: Config) -> Config:
+    """The preset with the sizes that names and shapes show, or as it is where names are missing."""
+    try:
+        return _sizes(path, state, shapes, base)
+    except (KeyError, IndexError, ValueError, ZeroDivisionError):
+        return base  # what is missing is listed later
+
+
+def _sizes(path, state, shapes, base: Config) -> Config:
+    encoder = base.encoder
+    tpv = encoder.kind == "tpv"
+    planes = ("hw", "zh", "wz") if tpv else ("hw",)
+    cameras, dim = shapes["encoder.cams_embeds"]
+    levels, _ = shapes["encoder.level_embeds"]
+    hidden, _ = shapes[f"{_FIELD}1.weight"]
+    rows, _ = shapes[f"{_LAST}weight"]
+    if tpv:
+        hw, zh, wz = (shapes[f"lifter.tpv_{plane}"][1] for plane in planes)
+        products = (hw * zh, wz), (hw * wz, zh), (zh * wz, hw)
+        nodes, channels = tuple(math.isqrt(ab // c) for ab, c in products), rows
+    else:
+        nodes, channels = _bev_nodes(path, shapes["lifter.bev"][1], rows, base)
+    colors, classes = base.field.colors, base.field.classes
+    if 1 + colors + classes != channels:
+        colors, classes = (3, channels - 4) if channels > 3 else (0, channels - 1)
+
+    def points(attention: str, levels: int) -> int:
+        count, odd = divmod(
+            shapes[f"encoder.layers.0.attentions.{attention}.attention_weights.bias"][0],
+            encoder.heads * levels,
+        )
+        if odd or dim % encoder.heads:
+            raise InputError(
+                f"{path}: {encoder.heads} heads do not divide what attention has; its number "
+                "cannot be read off, so give --set encoder.heads=N"
+            )
+        return count
+
+    cross = [f"1.{f'attn_{plane}.' if tpv else ''}deformable_attention" for plane in planes]
+    points_cross = tuple(points(attention, levels) for attention in cross)
+    position = f"encoder.positional_encoding.position_layer{'_hw' if tpv else ''}.weight"
+    layers = {int(m[1]) for n in shapes if (m := re.match(r"encoder\.layers\.(\d+)\.", n))}
+    default = replace(base, encoder=replace(encoder, cameras=None))
+    usual, _ = _empty(default).encoder.camera_embedding.shape
+    encoder = replace(
+        encoder,
+        dim=dim,
+        layers=len(layers),
+        points_cross=points_cross + encoder.points_cross[len(points_cross) :],
+        points_self=points("0", len(planes)),
+        frequencies=shapes[position][1] // 4,
+        cameras=None if cameras == usual else cameras,
+    )
+    depth = _depth(shapes, base.backbone.depth)
+    return replace(
+        base,
+        encoder=encoder,
+        backbone=replace(base.backbone, depth=depth, width=shapes["img_backbone.conv1.weight"][0]),
+        field=replace(base.field, hidden=hidden, colors=colors, classes=classes),
+        volume=replace(base.volume, nodes=nodes, box=_box(state, base.volume.box)),
+    )
+
+
+def _bev_nodes(path, tokens: int, rows: int, base: Config) -> tuple[tuple[int, int, int], int]:
+    """Nodes and channels of a BEV: only H W and Z C can be read off, the preset knows the rest."""
+    height, width, depth = base.volume.nodes
+    channels = 1 + base.field.colors + base.field.classes
+    if height * width != tokens:
+        height = width = math.isqrt(tokens)
+    if rows % depth == 0:
+        channels = rows // depth
+    elif rows % channels == 0:
+        depth = rows // channels
+    if height * width != tokens or depth * channels != rows:
+        raise InputError(
+            f"{path} has {tokens} BEV nodes, neither square nor the preset's; give --set "
+            "volume.nodes=H,W,Z"
+        )
+    return (height, width, depth), channels
+
+
+def _depth(shapes, usual: int) -> int:
+    """Which ResNet it is, from its blocks."""
+    blocks = [
+        len({n.split(".")[2] for n in shapes if n.startswith(f"img_backbone.layer{stage}.")})
+        for stage in (1, 2, 3, 4)
+    ]
+    narrow = "img_backbone.layer1.0.conv3.weight" not in shapes
+    known = {(True, 2): 18, (True, 3): 34, (False, 3): 50}
+    return 101 if blocks[2] == 23 else known.get((narrow, blocks[0]), usual)
+
+
+def _box(state, usual: tuple[float, ...]) -> tuple[float, ...]:
+    """The volume's box of a state dict, in the decimals that its float32 numbers stand for."""
+    found = state[_AABB].flatten()
+    if not (found[:3] < found[3:]).all() or torch.equal(found, torch.tensor(usual).float()):
+        return usual
+    return tuple(float(str(number)) for number in found.float().numpy())
+
+
+def _check(path, found, expected, preset: str) -> None:
+    """Print what does not fit, a line a name, and raise InputError if there is any."""
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    other = [name for name in expected if name in found and found[name] != expected[name]]
+    lines = [f"missing: {name} {list(expected[name])}" for name in missing]
+    lines += [f"unexpected: {name} {list(found[name])}" for name in unexpected]
+    lines += [
+        f"of another shape: {name} is {list(found[name])}, preset {preset} has "
+        f"{list(expected[name])}"
+        for name in other
+    ]
+    if not lines:
+        return
+    lines, more = lines[:LISTED], len(lines) - LISTED
+    print("\n".join([*lines, *([f"and {more} more"] if more > 0 else [])]), file=sys.stderr)
+    raise InputError(
+        f"{path} does not fit preset {preset}: {len(missing)} names missing, {len(unexpected)} "
+        f"unexpected, {len(other)} of another shape; name the right one with --preset"
+    )
+
+
+def swap_colors(last: Tensor, settings: Config) -> Tensor:
+    """Weight or bias of the last layer with the rows of red and blue exchanged."""
+    if settings.field.colors != 3:
+        return last
+    rows = torch.arange(len(last)).view(-1, 1 + settings.field.colors + settings.field.classes)
+    order = [0, 3, 2, 1, *range(4, rows.shape[1])]
+    return last[rows[:, order].flatten()]
+
+
+# Export
+
+
+def export_published(
+    path: Path, settings: Config, model: dict[str, Tensor], inert: dict[str, Tensor]
+) -> None:
+    """Write a state dict of ours as a published checkpoint, the inverse of `import_published`.
+
+    Raises InputError where the published network cannot compute what ours does.
+    """
+    quirks = settings.quirks
+    ours_alone = {
+        "encoder.lift": settings.encoder.lift,
+        "backbone.norm=group": settings.backbone.norm != "batch",
+        "field.ground": settings.field.ground is not None,
+        f"render.alpha={settings.render.alpha}": settings.render.alpha != "neus",
+        "render.sharpen": settings.render.sharpen is not None,
+        "render.backdrop": settings.render.backdrop,
+        "a BEV without quirks.transposed_bev_grid": (
+            settings.encoder.kind == "bev" and not quirks.transposed_bev_grid
+        ),
+    }
+    reasons = [name for name, used in ours_alone.items() if used]
+    if reasons:
+        raise InputError(
+            f"the published network has no {reasons[0]}, with which preset {settings.preset} was "
+            "trained; only checkpoints of the published presets can be exported"
+        )
+    box = torch.tensor(settings.volume.box).view(2, 3)
+    inert = dict(zip(_INERT, (torch.ones(1), torch.empty(0), box), strict=True)) | inert
+    names, state = published_names(settings), {}
+    for theirs, shape in published_shapes(settings).items():
+        name = names[theirs]
+        tensor = inert[theirs] if name is None else model[name]
+        if theirs.startswith(_LAST):
+            if not quirks.white_256:
+                tensor = _divide_colors(tensor, settings)
+            tensor = swap_colors(tensor, settings)
+        state[theirs] = tensor.reshape(shape)
+    with replacing(path) as temporary:
+        torch.save({"state_dict": state}, temporary)
+
+
+def _divide_colors(last: Tensor, settings: Config) -> Tensor:
+    """The last layer for colours 255/256 times as bright."""
+    out = last.double().unflatten(0, (-1, 1 + settings.field.colors + settings.field.classes))
+    colors = out[:, 1 : 1 + settings.field.colors]
+    colors *= 255
+    if last.ndim == 1:
+        colors -= 0.5 / SH0
+    colors /= 256
+    return out.flatten(0, 1).to(last.dtype)
