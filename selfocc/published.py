@@ -14,7 +14,9 @@ Every parameter of the published network has its counterpart here, with these ex
 - Shapes: plane queries have a leading 1, `variance` is [1].
 """
 
+import ctypes
 import math
+import mmap
 import pickle
 import re
 import sys
@@ -139,6 +141,7 @@ def import_published(
             raise InputError(f"{path}: {theirs} is {tensor.dtype}; fetch the checkpoint again")
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise InputError(f"{path}: {theirs} holds NaN or infinity; use another checkpoint")
+        page_out(tensor)
         if theirs.startswith(_LAST):
             tensor = swap_colors(tensor, settings)
         model[name] = tensor.to(ours[name].dtype).reshape(ours[name].shape)
@@ -182,6 +185,18 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
+def page_out(tensor: Tensor) -> None:
+    """Free the memory of a tensor that is mapped from a file; it is read again when it is needed.
+
+    Where the system cannot, nothing happens.
+    """
+    page, pageout = mmap.PAGESIZE, 21  # MADV_PAGEOUT, which Python does not name
+    start = -(-tensor.data_ptr() // page) * page
+    size = (tensor.data_ptr() + tensor.numel() * tensor.element_size() - start) // page * page
+    if size > 0 and sys.platform == "linux":
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), pageout)
+
+
 def _check_archive(path: Path) -> None:
     """Raise InputError unless the file is an archive as torch writes it, nothing packed."""
     try:
@@ -216,7 +231,10 @@ def _choose(path, state, shapes, preset: str | None, overrides: list[str]) -> Co
                 f"{path} has the planes of a {kind} network, --preset {preset} is "
                 f"{base.encoder.kind}; name another or none"
             )
-        return _read_sizes(path, state, shapes, base)
+        settings = _read_sizes(path, state, shapes, base)
+        for line in _differences(base, settings):
+            print(f"{path}: {line} preset {preset}")
+        return settings
     likeness: dict[str, tuple] = {}
     found: dict[str, Config] = {}
     for name in PRESETS:
@@ -237,7 +255,21 @@ def _choose(path, state, shapes, preset: str | None, overrides: list[str]) -> Co
     how = "guessed by names and shapes" if likeness[best][0] else "the nearest, with other sizes"
     also = f", which are those of {', '.join(alike)} too" if alike else ""
     print(f"{path} is a published checkpoint of preset {best} ({how}{also}); --preset says another")
+    for line in _differences(config.build(best, overrides), found[best]):
+        print(f"{path}: {line} preset {best}")
     return found[best]
+
+
+def _differences(base: Config, settings: Config) -> list[str]:
+    """A line for every setting that the file changes."""
+    before, now = config.to_dict(base), config.to_dict(settings)
+    return [
+        f"{section}.{name} is {value} in the file, {before[section][name]} in"
+        for section, values in now.items()
+        if section != "preset"
+        for name, value in values.items()
+        if value != before[section][name]
+    ]
 
 
 def _read_sizes(path, state, shapes, base: Config) -> Config:
