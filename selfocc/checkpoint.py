@@ -149,7 +149,7 @@ def restore(
         optimizer.state[parameters[name]][moment] = value.to(parameters[name].device)
 
 
-def convert(words: list[str] | None = None) -> None:
+def convert(words: list[str] | None) -> None:
     """The command line: to and from published checkpoints. Raises InputError as they do."""
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -180,5 +180,10 @@ def convert(words: list[str] | None = None) -> None:
     print(f"written to {arguments.out}")
 
 
+def main(words: list[str] | None = None) -> int:
+    """The command line (or `words` instead of it); returns the exit code."""
+    return run(lambda: convert(words))
+
+
 if __name__ == "__main__":
-    sys.exit(run(convert))
+    sys.exit(main())

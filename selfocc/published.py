@@ -126,8 +126,8 @@ def import_published(
     missing, unexpected or of another shape has been printed, a line each.
     """
     state = read_state(path)
+    settings = choose(path, state, preset, overrides)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    settings = _choose(path, state, shapes, preset, list(overrides))
     names = published_names(settings)
     _check(path, shapes, published_shapes(settings), settings.preset)
     ours = _empty(settings).state_dict()
@@ -139,12 +139,14 @@ def import_published(
             continue
         if tensor.is_floating_point() != ours[name].is_floating_point():
             raise InputError(f"{path}: {theirs} is {tensor.dtype}; fetch the checkpoint again")
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise InputError(f"{path}: {theirs} holds NaN or infinity; use another checkpoint")
         page_out(tensor)
         if theirs.startswith(_LAST):
             tensor = swap_colors(tensor, settings)
         model[name] = tensor.to(ours[name].dtype).reshape(ours[name].shape)
+    # its weights are these, and no others are to be fetched
+    settings = replace(settings, backbone=replace(settings.backbone, weights="none"))
     return settings, model, inert
 
 
@@ -215,8 +217,15 @@ def _check_archive(path: Path) -> None:
         raise InputError(f"{path} is damaged (in {damaged}); fetch it again")
 
 
-def _choose(path, state, shapes, preset: str | None, overrides: list[str]) -> Config:
-    """The configuration of a state dict: the preset named or the nearest one, sizes as found."""
+def choose(
+    path: Path, state: dict[str, Tensor], preset: str | None = None, overrides: list[str] = ()
+) -> Config:
+    """The configuration of a published state dict: the preset named, or else guessed and printed.
+
+    Sizes are those of the state dict, and a line is printed for each that is not the preset's.
+    Raises InputError if it is none of SelfOcc's, or has other planes than the preset named.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     kind = {"lifter.tpv_hw": "tpv", "lifter.bev": "bev"}
     kinds = {kind[name] for name in kind if name in shapes}
     if len(kinds) != 1 or "encoder.cams_embeds" not in shapes:
