@@ -22,6 +22,7 @@ from selfocc import InputError, published
 from selfocc.commandline import Parser, run
 from selfocc.config import Config, from_dict, to_dict
 from selfocc.files import replacing
+from selfocc.torchfile import page_out
 
 FILE_NAME = "checkpoint.safetensors"
 _FORMAT = "selfocc-1"
@@ -173,7 +174,7 @@ def convert(words: list[str] | None) -> None:
     if arguments.command == "import":
         found = published.import_published(arguments.source, arguments.preset, arguments.set)
         config, model, inert = found
-        write(arguments.out, Checkpoint(config, 0, model, inert=inert), published.page_out)
+        write(arguments.out, Checkpoint(config, 0, model, inert=inert), page_out)
     else:
         saved = load(arguments.source)
         published.export_published(arguments.out, saved.config, saved.model, saved.inert)
