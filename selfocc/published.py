@@ -15,10 +15,8 @@ Every parameter of the published network has its counterpart here, with these ex
 """
 
 import math
-import pickle
 import re
 import sys
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from selfocc import InputError, config
 from selfocc.config import Config
 from selfocc.files import replacing
 from selfocc.model import SelfOcc
+from selfocc.torchfile import page_out, read_state
 
 PRESETS = (
     "kitti", "kitti_novel_depth", "kitti_raw", "nuscenes", "nuscenes_bev", "nuscenes_novel_depth",
@@ -124,8 +123,8 @@ def import_published(
     missing, unexpected or of another shape has been printed, a line each.
     """
     state = read_state(path)
+    settings = choose(path, state, preset, overrides)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    settings = _choose(path, state, shapes, preset, list(overrides))
     names = published_names(settings)
     _check(path, shapes, published_shapes(settings), settings.preset)
     ours = _empty(settings).state_dict()
@@ -137,71 +136,26 @@ def import_published(
             continue
         if tensor.is_floating_point() != ours[name].is_floating_point():
             raise InputError(f"{path}: {theirs} is {tensor.dtype}; fetch the checkpoint again")
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise InputError(f"{path}: {theirs} holds NaN or infinity; use another checkpoint")
+        page_out(tensor)
         if theirs.startswith(_LAST):
             tensor = swap_colors(tensor, settings)
         model[name] = tensor.to(ours[name].dtype).reshape(ours[name].shape)
+    # its weights are these, and no others are to be fetched
+    settings = replace(settings, backbone=replace(settings.backbone, weights="none"))
     return settings, model, inert
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The state dict of a file of torch.save, memory mapped, without `module.` before its names.
+def choose(
+    path: Path, state: dict[str, Tensor], preset: str | None = None, overrides: list[str] = ()
+) -> Config:
+    """The configuration of a published state dict: the preset named, or else guessed and printed.
 
-    Raises InputError, before any of it is held in memory, if the file is damaged, larger than it
-    says, or needs code to run.
+    Sizes are those of the state dict, and a line is printed for each that is not the preset's.
+    Raises InputError if it is none of SelfOcc's, or has other planes than the preset named.
     """
-    _check_archive(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)|global (\S+) ", str(error))
-        what = next(filter(None, found.groups()), "code") if found else "code"
-        raise InputError(
-            f"{path} needs to run {what.rstrip('.,')} to be read, which could do anything; save "
-            "its state_dict alone, with torch.save, where you trust the file"
-        ) from None
-    except Exception as error:  # torch raises whatever the broken byte leads to
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{path} cannot be read ({reason}); fetch it again") from None
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state:
-        raise InputError(f"{path} holds no state dict; name a published SelfOcc checkpoint")
-    for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise InputError(
-                f"{path}: {str(name)[:80]!r} is a {type(tensor).__name__}, not a tensor; name a "
-                "published SelfOcc checkpoint"
-            )
-    held = sum(t.numel() * t.element_size() for t in state.values())
-    storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state.values()
-    }
-    if max(held, sum(storages.values())) > path.stat().st_size:
-        raise InputError(f"{path} claims more numbers than it has bytes for; fetch it again")
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
-
-
-def _check_archive(path: Path) -> None:
-    """Raise InputError unless the file is an archive as torch writes it, nothing packed."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            if any(e.compress_type != zipfile.ZIP_STORED for e in entries):
-                raise InputError(f"{path} is compressed, which torch.save never does; not read")
-            if sum(e.file_size for e in entries) > path.stat().st_size:
-                raise InputError(f"{path} claims to hold more than its size; not read")
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
-        raise InputError(
-            f"{path} is not a whole file of torch.save, 1.6 or newer ({error}); fetch it again"
-        ) from None
-    if damaged is not None:
-        raise InputError(f"{path} is damaged (in {damaged}); fetch it again")
-
-
-def _choose(path, state, shapes, preset: str | None, overrides: list[str]) -> Config:
-    """The configuration of a state dict: the preset named or the nearest one, sizes as found."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     kind = {"lifter.tpv_hw": "tpv", "lifter.bev": "bev"}
     kinds = {kind[name] for name in kind if name in shapes}
     if len(kinds) != 1 or "encoder.cams_embeds" not in shapes:
@@ -216,7 +170,10 @@ def _choose(path, state, shapes, preset: str | None, overrides: list[str]) -> Co
                 f"{path} has the planes of a {kind} network, --preset {preset} is "
                 f"{base.encoder.kind}; name another or none"
             )
-        return _read_sizes(path, state, shapes, base)
+        settings = _read_sizes(path, state, shapes, base)
+        for line in _differences(base, settings):
+            print(f"{path}: {line} preset {preset}")
+        return settings
     likeness: dict[str, tuple] = {}
     found: dict[str, Config] = {}
     for name in PRESETS:
@@ -237,7 +194,21 @@ def _choose(path, state, shapes, preset: str | None, overrides: list[str]) -> Co
     how = "guessed by names and shapes" if likeness[best][0] else "the nearest, with other sizes"
     also = f", which are those of {', '.join(alike)} too" if alike else ""
     print(f"{path} is a published checkpoint of preset {best} ({how}{also}); --preset says another")
+    for line in _differences(config.build(best, overrides), found[best]):
+        print(f"{path}: {line} preset {best}")
     return found[best]
+
+
+def _differences(base: Config, settings: Config) -> list[str]:
+    """A line for every setting that the file changes."""
+    before, now = config.to_dict(base), config.to_dict(settings)
+    return [
+        f"{section}.{name} is {value} in the file, {before[section][name]} in"
+        for section, values in now.items()
+        if section != "preset"
+        for name, value in values.items()
+        if value != before[section][name]
+    ]
 
 
 def _read_sizes(path, state, shapes, base: Config) -> Config:
