@@ -333,7 +333,7 @@ _synthetic = _preset(
     Config(),
     data=dict(scenes_val=4, anchor_input=0.5, future=(0.4, 25.0), source=(0.8, 10.0)),
     volume=dict(nodes=(49, 49, 13), voxel=2, crop_margins=False, threshold=0.3),
-    backbone=dict(depth=18, width=32, norm="group", weights="none", frozen_stem=False),
+    backbone=dict(depth=18, width=32, norm="local", weights="none", frozen_stem=False),
     encoder=dict(
         dim=32,
         heads=2,

@@ -355,7 +355,7 @@ def export_published(
     quirks = settings.quirks
     ours_alone = {
         "encoder.lift": settings.encoder.lift,
-        "backbone.norm=group": settings.backbone.norm != "batch",
+        "backbone.norm=group": settings.backbone.norm == "group",
         "field.ground": settings.field.ground is not None,
         f"render.alpha={settings.render.alpha}": settings.render.alpha != "neus",
         "render.sharpen": settings.render.sharpen is not None,
