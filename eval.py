@@ -75,6 +75,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         "data.dataset": arguments.dataset,
         "data.train": arguments.train,
         "data.val": arguments.val,
+        "data.label_map": arguments.label_map,
     }
     overrides = [f"{path}={value}" for path, value in named.items() if value is not None]
     settings = config.override(saved.config, overrides + arguments.set)

@@ -34,6 +34,7 @@ from selfocc.config import Config, OptimConfig
 from selfocc.datasets import open_dataset
 from selfocc.datasets.video import collate, start_worker
 from selfocc.geometry import cellular_pixels
+from selfocc.labels import settle_classes
 from selfocc.losses import objective
 from selfocc.model import Noise, SelfOcc
 
@@ -68,11 +69,12 @@ def choose_settings(arguments: argparse.Namespace) -> Config:
         "data.dataset": arguments.dataset,
         "data.train": arguments.train,
         "data.val": arguments.val,
+        "data.label_map": arguments.label_map,
         "backbone.weights": arguments.backbone_weights,
         "optim.steps": arguments.steps,
     }
     overrides = [f"{path}={value}" for path, value in named.items() if value is not None]
-    return config.build(preset, overrides + arguments.set)
+    return settle_classes(config.build(preset, overrides + arguments.set))
 
 
 def learning_rate(optim: OptimConfig, base: float, step: int) -> float:

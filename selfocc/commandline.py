@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from selfocc import InputError, distributed
 from selfocc.datasets import Folders
+from selfocc.labels import TABLES
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,10 +45,26 @@ def add_data_options(parser: Parser) -> None:
     parser.add_argument(
         "--poses", type=Path, metavar="DIR", help="KITTI raw: folder of DATE/DRIVE.txt pose files"
     )
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        metavar="DIR",
+        help="2-D pseudo labels: 8-bit PNGs, named and laid out as the images below --data",
+    )
+    parser.add_argument(
+        "--label-map",
+        metavar="MAP",
+        help=f"what their ids mean: {', '.join(TABLES)} or a JSON file (see selfocc/labels.py)",
+    )
 
 
 def folders(arguments: argparse.Namespace) -> Folders:
-    return Folders(data=arguments.data, splits=arguments.split_dir, poses=arguments.poses)
+    return Folders(
+        data=arguments.data,
+        labels=arguments.labels,
+        splits=arguments.split_dir,
+        poses=arguments.poses,
+    )
 
 
 class Stopped(Exception):

@@ -9,6 +9,7 @@ from selfocc.datasets.kitti import TRAIN_SEQUENCES, VAL_SEQUENCES, kitti_sequenc
 from selfocc.datasets.kitti_files import parse_range
 from selfocc.datasets.kitti_raw import kitti_raw_sequences
 from selfocc.datasets.video import Sequence, VideoDataset
+from selfocc.labels import pseudo_labels
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,12 @@ def open_sequences(config: DataConfig, split: str, folders: Folders) -> list[Seq
         if not chosen:
             chosen = ",".join(TRAIN_SEQUENCES if split == "train" else VAL_SEQUENCES)
         parts = [parse_range(part) for part in chosen.split(",")]
-        return [s for name, frames in parts for s in kitti_sequences(folders.data, [name], frames)]
+        labels = pseudo_labels(folders.labels, folders.data, config)
+        return [
+            sequence
+            for name, frames in parts
+            for sequence in kitti_sequences(folders.data, [name], frames, labels)
+        ]
     if config.dataset == "kitti_raw":
         if folders.data is None:
             raise InputError("--dataset kitti_raw needs --data DIR, which holds 2011_09_26, ...")

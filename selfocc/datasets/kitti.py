@@ -29,6 +29,7 @@ from selfocc.datasets.kitti_files import (
     read_table,
     rigid,
 )
+from selfocc.labels import PseudoLabels
 
 TRAIN_SEQUENCES = ("00", "01", "02", "03", "04", "05", "06", "07", "09", "10")
 VAL_SEQUENCES = ("08",)
@@ -55,14 +56,17 @@ NOMINAL_VELO_TO_CAM0 = np.array(
 
 
 def kitti_sequences(
-    root: Path, sequences: list[str], frames: range | None = None
+    root: Path,
+    sequences: list[str],
+    frames: range | None = None,
+    labels: PseudoLabels | None = None,
 ) -> list["KittiSequence"]:
     """Open sequences by name ("06"), each restricted to the frame numbers `frames`.
 
     `root` is `dataset`, the folder that holds it, or one inside it. Raises InputError.
     """
     dataset = _dataset_folder(Path(root))
-    return [KittiSequence(dataset, name, frames) for name in sequences]
+    return [KittiSequence(dataset, name, frames, labels) for name in sequences]
 
 
 def _dataset_folder(root: Path) -> Path:
@@ -83,8 +87,15 @@ class KittiSequence:
     Raises InputError on whatever is malformed.
     """
 
-    def __init__(self, dataset: Path, name: str, frames: range | None = None):
+    def __init__(
+        self,
+        dataset: Path,
+        name: str,
+        frames: range | None = None,
+        labels: PseudoLabels | None = None,
+    ):
         self.name = name
+        self._labels = labels
         self.folder = dataset / "sequences" / name
         if not self.folder.is_dir():
             present = sorted(p.name for p in (dataset / "sequences").iterdir() if p.is_dir())
@@ -209,8 +220,12 @@ class KittiSequence:
     def depth(self, frame: int) -> None:
         """KITTI odometry has no dense depth."""
 
-    def semantics(self, frame: int) -> None:
-        """KITTI odometry has no labelled images."""
+    def semantics(self, frame: int) -> np.ndarray | None:
+        """Pseudo labels, uint8 [1, h, w]; None without --labels."""
+        if self._labels is None:
+            return None
+        path = self.folder / self.left / f"{self.frame_id(frame)}.png"
+        return self._labels.read([path], self._size[:2])
 
     def lidar(self, frame: int) -> np.ndarray | None:
         """The scan of this frame, float32 [M, 3] in its volume frame; None where there is none."""

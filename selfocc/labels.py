@@ -1,0 +1,244 @@
+"""2-D pseudo labels: what their ids mean, which class of a benchmark that is, and their files.
+
+Labels are 8-bit PNGs, one value a pixel, that mirror the images: those of DATA/a/b/c.jpg are in
+LABELS/a/b/c.png. A label map names the ids, and for each gives the class of Occ3D-nuScenes and that
+of SemanticKITTI that it stands for: `openseed21`, `cityscapes19`, `semantickitti20` (also what the
+embedded world draws), or a JSON file, a list with an entry for every id:
+
+    [{"name": "road", "occ3d": "driveable_surface", "kitti": "road"}, ...]
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from selfocc import InputError
+from selfocc.config import Config, DataConfig
+
+# The classes of the voxels by id; 0 is free. Occ3D's "others" (0) is merged into free and its
+# "free" (17) moved there, as the published evaluation does.
+OCC3D = (
+    "free", "barrier", "bicycle", "bus", "car", "construction_vehicle", "motorcycle", "pedestrian",
+    "traffic_cone", "trailer", "truck", "driveable_surface", "other_flat", "sidewalk", "terrain",
+    "manmade", "vegetation",
+)  # fmt: skip
+SEMANTICKITTI = (
+    "free", "car", "bicycle", "motorcycle", "truck", "other-vehicle", "person", "bicyclist",
+    "motorcyclist", "road", "parking", "sidewalk", "other-ground", "building", "fence",
+    "vegetation", "trunk", "terrain", "pole", "traffic-sign",
+)  # fmt: skip
+
+# A row an id: its name, the class of Occ3D-nuScenes, the class of SemanticKITTI.
+# As published: from OpenSeeD to Occ3D, from Cityscapes to SemanticKITTI; the others are ours.
+TABLES = {
+    "openseed21": (
+        ("barrier", "barrier", "fence"),
+        ("bicycle", "bicycle", "bicycle"),
+        ("bus", "bus", "other-vehicle"),
+        ("car", "car", "car"),
+        ("construction_vehicle", "construction_vehicle", "other-vehicle"),
+        ("crane", "construction_vehicle", "other-vehicle"),
+        ("motorcycle", "motorcycle", "motorcycle"),
+        ("person", "pedestrian", "person"),
+        ("traffic_cone", "traffic_cone", "free"),
+        ("trailer", "trailer", "other-vehicle"),
+        ("trailer_truck", "trailer", "truck"),
+        ("truck", "truck", "truck"),
+        ("road", "driveable_surface", "road"),
+        ("other_flat", "other_flat", "other-ground"),
+        ("sidewalk", "sidewalk", "sidewalk"),
+        ("terrain", "terrain", "terrain"),
+        ("grass", "terrain", "terrain"),
+        ("building", "manmade", "building"),
+        ("wall", "manmade", "building"),
+        ("tree", "vegetation", "vegetation"),
+        ("sky", "free", "free"),
+    ),
+    "cityscapes19": (
+        ("road", "driveable_surface", "road"),
+        ("sidewalk", "sidewalk", "sidewalk"),
+        ("building", "manmade", "building"),
+        ("wall", "manmade", "building"),
+        ("fence", "manmade", "fence"),
+        ("pole", "manmade", "pole"),
+        ("traffic light", "manmade", "traffic-sign"),
+        ("traffic sign", "manmade", "traffic-sign"),
+        ("vegetation", "vegetation", "vegetation"),
+        ("terrain", "terrain", "terrain"),
+        ("sky", "free", "free"),
+        ("person", "pedestrian", "person"),
+        ("rider", "bicycle", "bicyclist"),
+        ("car", "car", "car"),
+        ("truck", "truck", "truck"),
+        ("bus", "bus", "other-vehicle"),
+        ("train", "bus", "other-vehicle"),
+        ("motorcycle", "motorcycle", "motorcycle"),
+        ("bicycle", "bicycle", "bicycle"),
+    ),
+    "semantickitti20": (
+        ("free", "free", "free"),
+        ("car", "car", "car"),
+        ("bicycle", "bicycle", "bicycle"),
+        ("motorcycle", "motorcycle", "motorcycle"),
+        ("truck", "truck", "truck"),
+        ("other-vehicle", "bus", "other-vehicle"),
+        ("person", "pedestrian", "person"),
+        ("bicyclist", "bicycle", "bicyclist"),
+        ("motorcyclist", "motorcycle", "motorcyclist"),
+        ("road", "driveable_surface", "road"),
+        ("parking", "driveable_surface", "parking"),
+        ("sidewalk", "sidewalk", "sidewalk"),
+        ("other-ground", "other_flat", "other-ground"),
+        ("building", "manmade", "building"),
+        ("fence", "barrier", "fence"),
+        ("vegetation", "vegetation", "vegetation"),
+        ("trunk", "vegetation", "trunk"),
+        ("terrain", "terrain", "terrain"),
+        ("pole", "manmade", "pole"),
+        ("traffic-sign", "manmade", "traffic-sign"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """The ids of pseudo labels: what they are called, and the voxel classes they stand for."""
+
+    names: tuple[str, ...]
+    occ3d: tuple[int, ...]  # places in OCC3D
+    kitti: tuple[int, ...]  # places in SEMANTICKITTI
+
+    def voxel_classes(self, dataset: str) -> tuple[int, ...]:
+        """The class of a voxel of this data set for every id."""
+        return self.occ3d if dataset == "nuscenes" else self.kitti
+
+
+def voxel_names(dataset: str) -> tuple[str, ...]:
+    """Names of the voxel classes of a data set by id; the first is free."""
+    return OCC3D if dataset == "nuscenes" else SEMANTICKITTI
+
+
+def label_map(data: DataConfig) -> LabelMap:
+    """The label map that `data.label_map` names; the embedded world needs no name.
+
+    Raises InputError where there is none, or for a file that is none.
+    """
+    name = data.label_map or ("semantickitti20" if data.dataset == "synthetic" else "")
+    if name in TABLES:
+        return _make(TABLES[name], name)
+    if not name.endswith(".json"):
+        raise InputError(
+            f"--label-map {name or 'is missing: it'} must be one of {', '.join(TABLES)} or a file "
+            "that ends with .json"
+        )
+    return _make(_read_table(Path(name)), name)
+
+
+def _read_table(path: Path) -> list[tuple]:
+    try:
+        entries = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"--label-map {path}: {error.strerror}") from None
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise InputError(f"--label-map {path}: not JSON ({error})") from None
+    keys = ("name", "occ3d", "kitti")
+    if (
+        not isinstance(entries, list)
+        or not 1 <= len(entries) <= 256
+        or not all(isinstance(e, dict) and all(isinstance(e.get(k), str) for k in keys)
+                   for e in entries)
+    ):  # fmt: skip
+        raise InputError(
+            f"--label-map {path}: expected a list of 1 to 256 entries such as "
+            '{"name": "road", "occ3d": "driveable_surface", "kitti": "road"}'
+        )
+    return [tuple(entry[key] for key in keys) for entry in entries]
+
+
+def _make(rows, where: str) -> LabelMap:
+    columns = []
+    for place, known in ((1, OCC3D), (2, SEMANTICKITTI)):
+        for row in rows:
+            if row[place] not in known:
+                raise InputError(
+                    f"--label-map {where}: {row[0]!r} stands for {row[place]!r}, which is none of "
+                    f"{', '.join(known)}"
+                )
+        columns.append(tuple(known.index(row[place]) for row in rows))
+    return LabelMap(tuple(row[0] for row in rows), *columns)
+
+
+def settle_classes(config: Config) -> Config:
+    """`field.classes` as the label map has them where the semantic loss is on."""
+    if not config.loss.weight_semantic:
+        return config
+    classes = len(label_map(config.data).names)
+    return dataclasses.replace(config, field=dataclasses.replace(config.field, classes=classes))
+
+
+@dataclass(frozen=True)
+class PseudoLabels:
+    """The label files that belong to a folder of images."""
+
+    folder: Path  # --labels
+    data: Path  # --data
+    classes: int
+
+    def read(self, images: list[Path], size: tuple[int, int]) -> np.ndarray:
+        """Class ids, uint8 [N, h, w], of these image files; InputError as `read_label_map`."""
+        return np.stack([read_label_map(self.file(i), size, self.classes) for i in images])
+
+    def file(self, image: Path) -> Path:
+        """The label file of an image below the data folder."""
+        try:
+            below = image.resolve().relative_to(self.data.resolve())
+        except ValueError:
+            raise InputError(
+                f"--labels mirrors --data, but {image} is not below {self.data}; name the folder "
+                "that holds all of the data set"
+            ) from None
+        return (self.folder / below).with_suffix(".png")
+
+
+def pseudo_labels(folder: Path | None, data: Path, config: DataConfig) -> PseudoLabels | None:
+    """The labels in `folder` for images in `data`; None without a folder. Raises InputError."""
+    if folder is None:
+        return None
+    if not folder.is_dir():
+        raise InputError(f"--labels {folder}: no such folder")
+    return PseudoLabels(folder, data, len(label_map(config).names))
+
+
+def read_label_map(path: Path, size: tuple[int, int], classes: int) -> np.ndarray:
+    """Class ids, uint8 [h, w], of an 8-bit PNG of this size (h, w), each below `classes`.
+
+    Raises InputError for a file that is missing, damaged, of another kind or size, or whose ids go
+    beyond the label map.
+    """
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such label map; write one for every image, or train with "
+            "--set loss.weight_semantic=0"
+        )
+    try:
+        with Image.open(path) as image:
+            mode, labels = image.mode, np.asarray(image)
+    except Exception as error:  # decoders raise whatever the damage makes them raise
+        raise InputError(f"{path}: damaged or unreadable PNG; write it again") from error
+    if mode not in ("L", "P"):  # of a palette, the indices are the ids
+        raise InputError(f"{path}: PNG of mode {mode}, not of 8 bits and one channel")
+    if labels.shape != tuple(size):
+        raise InputError(
+            f"{path}: {labels.shape[0]}x{labels.shape[1]} pixels, but its image has "
+            f"{size[0]}x{size[1]}; write labels at the size of the image, without interpolation"
+        )
+    if labels.max() >= classes:
+        raise InputError(
+            f"{path}: id {labels.max()} is beyond the {classes} ids of the label map; choose the "
+            "--label-map that belongs to these labels"
+        )
+    return labels
