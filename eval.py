@@ -73,6 +73,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     saved = checkpoint.load(arguments.ckpt)
     named = {
         "data.dataset": arguments.dataset,
+        "data.version": arguments.version,
         "data.train": arguments.train,
         "data.val": arguments.val,
         "data.label_map": arguments.label_map,
