@@ -196,6 +196,12 @@ class Config:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     quirks: QuirkConfig = dataclasses.field(default_factory=QuirkConfig)
 
+    @property
+    def cameras(self) -> int:
+        """Cameras that the network sees at once: a ring of six, or one ahead."""
+        ring = self.data.dataset == "nuscenes" or self.data.rig == "surround"
+        return self.encoder.cameras or (6 if ring else 1)
+
 
 PRESETS: dict[str, tuple[str, Config]] = {}
 

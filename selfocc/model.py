@@ -50,13 +50,10 @@ class SelfOcc(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        data = config.data
-        around = data.dataset == "nuscenes" or data.rig == "surround"
-        cameras = config.encoder.cameras or (6 if around else 1)
         self.backbone = Backbone(config.backbone)
         self.fpn = FPN(self.backbone.channels, config.encoder.dim)
         transposed = config.quirks.transposed_bev_grid
-        self.encoder = Encoder(config.encoder, config.volume, cameras, transposed=transposed)
+        self.encoder = Encoder(config.encoder, config.volume, config.cameras, transposed=transposed)
         self.lift = FrustumLift(config.encoder, config.volume) if config.encoder.lift else None
         self.decoder = FieldDecoder(config.field, config.encoder, config.volume)
         render = config.render
