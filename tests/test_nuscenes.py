@@ -195,7 +195,7 @@ def test_broken_files(root):
     iio.imwrite(image, np.zeros((20, 40, 3), np.uint8))
     with pytest.raises(InputError, match="20x40 pixels, but sample_data"):
         sequence.image(0, 1)
-    scan = sequence._scans[0]
+    scan = root / sequence._scans[0]
     scan.write_bytes(scan.read_bytes()[:-3])
     with pytest.raises(InputError, match="torn"):
         sequence.lidar(0)
