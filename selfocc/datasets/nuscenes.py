@@ -153,9 +153,12 @@ def _synchronised(rows: np.ndarray) -> np.ndarray:
         frames.append([k[j] for k in keys])
         if j + 1 < len(keys[0]):
             between = [c[(c > k[j]) & (c < k[j + 1])] for c, k in zip(cameras, keys, strict=True)]
-            for row in min(between, key=len):
-                gaps = [np.abs(rows["time"][b] - rows["time"][row]) for b in between]
-                frames.append([b[gap.argmin()] for b, gap in zip(between, gaps, strict=True)])
+            lead = rows["time"][min(between, key=len)]
+            nearest = [
+                b[np.abs(rows["time"][b] - lead[:, None]).argmin(1)] if len(lead) else lead
+                for b in between
+            ]
+            frames.extend(np.stack(nearest, 1))
     return np.array(frames).reshape(-1, len(CAMERAS))
 
 
@@ -193,14 +196,16 @@ class NuScenesSequence:
         scans = {int(r["sample"]): r for r in rows[rows["channel"] == LIDAR]}
         if scans:
             self._lidar_to_ego[:] = mounts.to_ego[next(iter(scans.values()))["mount"]]
-        self._scans: dict[int, Path] = {}
+        self._scans: dict[int, str] = {}
         for frame in self.inputs:
             scan = scans.get(int(self._views["sample"][frame, 0]))
             if scan is not None:
-                self._scans[frame] = root / scan["file"].decode()
+                self._scans[frame] = scan["file"].decode()
                 self._ego_to_world[frame] = rigid(scan["rotation"], scan["translation"])
         self._volume_to_ego = self._lidar_to_ego if volume_frame == "lidar" else None
-        self.labelled = [f for f in self.inputs if self._voxel_file(f).exists()]
+        labelled = root / "gts" / name  # listed once: 34,000 questions to a network disk take long
+        tokens = {p.name for p in labelled.iterdir()} if labelled.is_dir() else set()
+        self.labelled = [f for f in self.inputs if str(self.tokens[f]) in tokens]
         self._survey()
 
     def _survey(self) -> None:
@@ -260,9 +265,9 @@ class NuScenesSequence:
 
     def lidar(self, frame: int) -> np.ndarray | None:
         """The scan of a key frame, float32 [M, 3] in its volume frame; None where there is none."""
-        path = self._scans.get(frame)
-        if path is None:
+        if frame not in self._scans:
             return None
+        path = self.root / self._scans[frame]
         raw = path.read_bytes()
         if not raw or len(raw) % 20:
             raise InputError(f"{path}: torn, {len(raw)} bytes are not whole points; copy it again")

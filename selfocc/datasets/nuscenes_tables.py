@@ -26,6 +26,7 @@ CHANNELS = (
 LIDAR = CHANNELS.index("LIDAR_TOP")
 FORMAT = 1  # of the index; part of its name
 CHUNK = 1 << 22  # characters read at a time
+LONGEST = 1 << 20  # characters of a row; what is longer is damage
 NAMES = ("sensor", "calibrated_sensor", "scene", "sample", "sample_data", "ego_pose")
 
 
@@ -59,7 +60,8 @@ def stream(path: Path, progress: bool = False) -> Iterator[dict]:
                         break  # goes on in the next chunk, or nowhere
                     rows += 1
                     yield row
-                if not more or (at < len(text) and text[at] != "{"):
+                rest = text[at : at + 1]
+                if not more or (rest and rest != "{") or len(text) - at > CHUNK + LONGEST:
                     raise InputError(
                         f"{path}: broken off or damaged after {rows} rows; copy it again"
                     )

@@ -1,0 +1,240 @@
+"""The nuScenes loader on an exported street, whole and broken, and on a real excerpt."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+
+from selfocc import InputError
+from selfocc.config import build
+from selfocc.datasets import Folders, open_dataset
+from selfocc.datasets.export_nuscenes import EGO_TO_GLOBAL, OCC3D, export_nuscenes
+from selfocc.datasets.nuscenes import nuscenes_sequences, official_val
+from selfocc.datasets.nuscenes_tables import CHANNELS, open_index, stream
+from selfocc.datasets.synthetic import SyntheticConfig, synthetic_sequences
+
+REAL = Path(__file__).parents[2] / "shared" / "data" / "nuscenes"
+VERSION = "v1.0-trainval"
+SIZE, FRAMES = (24, 40), 7  # key frames 0 and 5
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    config = SyntheticConfig(rig="surround", image_size=SIZE, frames=FRAMES)
+    return synthetic_sequences(config, "val", 1, cache=tmp_path_factory.mktemp("cache"))[0]
+
+
+@pytest.fixture(scope="module")
+def exported(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nuscenes")
+    export_nuscenes([world], folder, progress=False)
+    return folder
+
+
+@pytest.fixture
+def root(exported, tmp_path, monkeypatch):
+    """A copy to break."""
+    monkeypatch.setenv("SELFOCC_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(exported, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def only(root, **options):
+    (sequence,) = nuscenes_sequences(root, VERSION, "val", **options)
+    return sequence
+
+
+def edit(root, name, change):
+    path = root / VERSION / f"{name}.json"
+    rows = json.loads(path.read_text())
+    change(rows)
+    path.write_text(json.dumps(rows, indent=0))
+
+
+def test_an_exported_scene_is_the_world_itself(world, root):
+    sequence = only(root)
+    assert (sequence.name, sequence.frames) == ("scene-0003", 6)
+    assert sequence.inputs == sequence.labelled == [0, 5] and sequence.missing == []
+    to_ego = world.rig.volume_to_ego
+    ego = np.stack([world.volume_to_world(f) @ np.linalg.inv(to_ego) for f in range(6)])[:, :3, 3]
+    assert np.allclose(sequence.path[1:], np.linalg.norm(np.diff(ego, axis=0), axis=1).cumsum())
+    for frame in range(6):
+        intrinsics, camera_to_world = sequence.cameras(frame)
+        expected, poses = world.cameras(frame)
+        camera_to_world[:, :3, 3] -= EGO_TO_GLOBAL
+        assert np.allclose(camera_to_world, poses, atol=1e-9) and np.array_equal(
+            intrinsics, expected
+        )
+        assert np.array_equal(sequence.images(frame), world.images(frame))
+        volume = sequence.volume_to_world(frame) @ to_ego  # the volume of nuScenes is the ego's
+        volume[:3, 3] -= EGO_TO_GLOBAL
+        assert np.allclose(volume, world.volume_to_world(frame), atol=1e-9)
+    for frame in (0, 5):
+        ego_points = world.lidar(frame) @ to_ego[:3, :3].T + to_ego[:3, 3]
+        assert np.allclose(sequence.lidar(frame), ego_points, atol=1e-4)
+        labels = world.voxels(frame)
+        assert np.array_equal(sequence.voxels(frame), np.where(OCC3D == 17, 0, OCC3D)[labels])
+        assert np.array_equal(sequence.voxel_mask(frame), labels != 255)
+    assert sequence.lidar(1) is None and sequence.voxels(1) is None
+    assert np.array_equal(pickle.loads(pickle.dumps(sequence)).image(5, 2), world.image(5, 2))
+
+
+def test_lidar_volume_frame(root):
+    ego, lidar = only(root), only(root, volume_frame="lidar")
+    points = np.c_[lidar.lidar(0), np.ones(len(lidar.lidar(0)))]
+    there = points @ (np.linalg.inv(ego.volume_to_world(0)) @ lidar.volume_to_world(0)).T
+    assert np.allclose(there[:, :3], ego.lidar(0), atol=1e-4)
+    # x of the vehicle is y of its LiDAR
+    assert np.allclose(lidar.voxels_to_volume(0)[:3, 0], [0, 1, 0], atol=1e-9)
+    assert np.array_equal(ego.voxels_to_volume(0), np.eye(4))
+
+
+def test_sweeps_follow_the_camera_that_has_the_fewest(root):
+    def thin(rows):  # CAM_BACK keeps its sweeps of frames 1 and 3
+        gone = [f"__CAM_BACK__{1_600_000_000_000_000 + f * 100_000}." for f in (2, 4)]
+        rows[:] = [r for r in rows if not any(g in r["filename"] for g in gone)]
+
+    edit(root, "sample_data", thin)
+    sequence = only(root)
+    assert sequence.frames == 4 and sequence.inputs == [0, 3]
+    times = (sequence._views["time"] - 1_600_000_000_000_000) // 100_000
+    assert (times == times[:, :1]).all() and times[:, 0].tolist() == [0, 1, 3, 5]
+
+
+def test_every_sensor_has_its_own_ego_pose(root):
+    def move(rows):
+        pose = next(r for r in rows if r["token"] == late)
+        pose["translation"][2] += 1.5
+
+    path = root / VERSION / "sample_data.json"
+    late = next(
+        r["ego_pose_token"] for r in stream(path) if r["filename"].startswith("samples/CAM_BACK/")
+    )
+    before = only(root).cameras(0)[1]
+    edit(root, "ego_pose", move)
+    moved = only(root).cameras(0)[1] - before
+    back = CHANNELS.index("CAM_BACK")
+    assert moved[back, 2, 3] == pytest.approx(1.5)
+    assert not np.delete(moved, back, 0).any()
+
+
+def test_missing_images(root):
+    shutil.rmtree(root / "sweeps")
+    sequence = only(root)
+    assert sequence.frames == 2 and "no sweeps" in sequence.missing[0]
+    next((root / "samples" / "CAM_BACK").iterdir()).unlink()
+    with pytest.raises(InputError, match="images of scene-0003 are missing"):
+        only(root)
+
+
+def test_the_index_is_shared_and_follows_the_tables(root, tmp_path):
+    folder = root / VERSION
+    first = np.array(open_index(folder, progress=False))  # no map of what is torn below
+    (file,) = (tmp_path / "cache").glob("nuscenes-*.npy")
+    stamp = file.stat().st_mtime_ns
+    assert np.array_equal(open_index(folder, progress=False), first)
+    assert file.stat().st_mtime_ns == stamp
+    file.write_bytes(file.read_bytes()[:1000])  # a torn index is made again
+    assert np.array_equal(open_index(folder, progress=False), first)
+    os.utime(folder / "ego_pose.json", ns=(0, 0))
+    open_index(folder, progress=False)
+    assert len(list((tmp_path / "cache").glob("nuscenes-*.npy"))) == 2
+
+
+def test_official_splits():
+    assert len(official_val(VERSION)) == 150 and len(official_val("v1.0-mini")) == 2
+    assert {"scene-0003", "scene-0221", "scene-1073"} <= official_val(VERSION)
+    assert not {"scene-0001", "scene-0918", "scene-0061"} & official_val(VERSION)
+
+
+def test_rows_are_streamed_across_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr("selfocc.datasets.nuscenes_tables.CHUNK", 7)
+    rows = [{"token": "a]}", "values": [1.5, [2, 3]]}, {"token": "{b"}, {"token": ""}]
+    for indent in (None, 0, 2):
+        path = tmp_path / "rows.json"
+        path.write_text(json.dumps(rows, indent=indent))
+        assert list(stream(path)) == rows
+        path.write_text(json.dumps(rows, indent=indent)[:-3])
+        with pytest.raises(InputError, match="broken off or damaged after 2 rows"):
+            list(stream(path))
+    path.write_text("[]")
+    assert list(stream(path)) == []
+
+
+BROKEN = {
+    "dangling pose": ("ego_pose", lambda rows: rows.pop(3), "refers to ego_pose"),
+    "dangling sensor": ("sensor", lambda rows: rows.pop(0), "refers to sensor"),
+    "dangling sample": ("sample", lambda rows: rows.pop(0), "refers to sample"),
+    "no column": ("sample_data", lambda rows: rows[2].pop("timestamp"), "has no 'timestamp'"),
+    "NaN pose": (
+        "ego_pose",
+        lambda rows: rows[5].update(translation=[float("nan"), 0, 0]),
+        "is not finite",
+    ),
+    "no rotation": ("ego_pose", lambda rows: rows[5].update(rotation=[0, 0, 0, 0]), "no rotation"),
+    "other scenes": ("scene", lambda rows: rows[0].update(name="scene-0001"), "none is of split"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_tables(root, what):
+    name, change, message = BROKEN[what]
+    edit(root, name, change)
+    with pytest.raises(InputError, match=message):
+        only(root)
+
+
+def test_broken_files(root):
+    sequence = only(root)
+    image = root / sequence._views[0, 1]["file"].decode()
+    iio.imwrite(image, np.zeros((20, 40, 3), np.uint8))
+    with pytest.raises(InputError, match="20x40 pixels, but sample_data"):
+        sequence.image(0, 1)
+    scan = root / sequence._scans[0]
+    scan.write_bytes(scan.read_bytes()[:-3])
+    with pytest.raises(InputError, match="torn"):
+        sequence.lidar(0)
+    labels = sequence._voxel_file(0)
+    labels.write_bytes(labels.read_bytes()[:-300])
+    with pytest.raises(InputError, match="damaged"):
+        sequence.voxels(0)
+    path = root / VERSION / "sample_data.json"
+    path.write_text(path.read_text()[:-200])
+    with pytest.raises(InputError, match=r"sample_data\.json: broken off"):
+        only(root)
+    with pytest.raises(InputError, match="--data"):
+        nuscenes_sequences(root, "v1.0-mini", "val")
+
+
+def test_choosing_scenes(root):
+    assert only(root, chosen="scene-0003:1-1").frames == 1
+    for chosen, message in (
+        ("scene-0099", "no scene-0099"),
+        ("scene-0003:0-9", "key frames are 0 to 1"),
+        ("scene 3", "cannot read"),
+    ):
+        with pytest.raises(InputError, match=message):
+            only(root, chosen=chosen)
+
+
+@pytest.mark.skipif(not REAL.exists(), reason=f"no excerpt of nuScenes at {REAL}")
+def test_real_excerpt(tmp_path, monkeypatch):
+    monkeypatch.setenv("SELFOCC_CACHE", str(tmp_path))
+    (scene,) = nuscenes_sequences(REAL, "v1.0-mini", "train")
+    assert scene.name == "scene-0061" and scene.frames == 1
+    points = scene.lidar(0)
+    ground = np.median(points[(np.abs(points[:, :2]) < 8).all(1) & (points[:, 2] < 0.5), 2])
+    assert len(points) == 34688 and abs(ground) < 0.15  # the ego frame lies on the road
+    overrides = ["data.version=v1.0-mini", "data.train=scene-0103", "data.val=scene-0103"]
+    config = build("nuscenes_small", overrides)
+    training = open_dataset(config, "train", Folders(data=REAL))
+    sample = training[(0, 1)]
+    assert len(training) == 2 and sample.images.shape == (6, 3, 96, 224)
+    assert sample.sources.images.shape == (2, 6, 3, 96, 200)
+    there, here = (f.camera_to_volume[..., :3, 3] for f in (sample.sources, sample.target))
+    assert ((there - here).norm(dim=-1) - 4.3).abs().max() < 0.3  # metres between the frames
