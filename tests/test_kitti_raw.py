@@ -211,6 +211,11 @@ def test_ranges_and_the_default_split(root, exported):
     assert val.missing[0] == f"no --split-dir: the val split is {DRIVE}:4-5"
     (root / DATE / DRIVE / "velodyne_points/data/0000000004.bin").unlink()
     assert kitti_raw_sequences(root, "val")[0].inputs == [1]  # only what can be judged
+    for camera in ("image_02", "image_03"):
+        for frame in range(1, FRAMES):
+            (root / DATE / DRIVE / camera / f"data/{frame:010d}.png").unlink()
+    with pytest.raises(InputError, match="too few frames to split"):
+        kitti_raw_sequences(root, "train")
 
 
 @pytest.mark.parametrize("below", ["", DATE, f"{DATE}/{DRIVE}"])

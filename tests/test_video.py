@@ -18,7 +18,7 @@ from selfocc.datasets.video import (
 class Drive:
     """A car that drives straight ahead, one metre a frame; an image's grey is its frame number."""
 
-    name, missing = "drive", []
+    name, missing, inputs = "drive", [], None
 
     def __init__(self, frames=30, labelled=()):
         self.frames, self.labelled = frames, list(labelled)

@@ -107,6 +107,7 @@ class KittiSequence:
         self.left, self.right = ("image_2", "image_3") if colour else ("image_0", "image_1")
         self.numbers = self._choose_frames(frames)
         self.frames = len(self.numbers)
+        self.inputs: list[int] | None = None
 
         self._read_calibration()
         path = dataset / "poses" / f"{name}.txt"

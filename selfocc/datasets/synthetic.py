@@ -83,6 +83,7 @@ class SyntheticSequence:
     def __init__(self, config: SyntheticConfig, name: str, seed: int, cache: Path):
         self.config, self.name, self.seed, self.cache = config, name, seed, cache
         self.missing: list[str] = []
+        self.inputs: list[int] | None = None
         self.frames = config.frames
         self.labelled = list(range(0, config.frames, LABEL_EVERY))
         self.rig = make_rig(config.rig, config.image_size)

@@ -26,6 +26,7 @@ class Sequence(Protocol):
 
     name: str
     frames: int
+    inputs: list[int] | None  # frames that may be the network's input; None: all
     path: np.ndarray  # [frames] length of the path driven until each frame
     labelled: list[int]  # frames that have voxel labels
     missing: list[str]  # what this sequence lacks and which metrics that costs
@@ -149,9 +150,10 @@ class VideoDataset(torch.utils.data.Dataset):
 
     def _frames_of(self, s: int) -> Iterator[tuple[int, int]]:
         sequence = self.sequences[s]
-        if not self.train and sequence.labelled:
-            return ((s, frame) for frame in sequence.labelled)
-        usable = (f for f in range(sequence.frames) if None not in self._neighbours(sequence, f))
+        if not self.train and (sequence.labelled or sequence.inputs):
+            return ((s, frame) for frame in sequence.labelled or sequence.inputs)
+        frames = range(sequence.frames) if sequence.inputs is None else sequence.inputs
+        usable = (f for f in frames if None not in self._neighbours(sequence, f))
         return ((s, frame) for frame in usable)
 
     def __len__(self) -> int:
