@@ -220,6 +220,10 @@ class KittiSequence:
         """uint8 [1, h, w, 3] RGB; grey is repeated."""
         return self._image(self.left, frame)[None]
 
+    def image(self, frame: int, camera: int) -> np.ndarray:
+        """uint8 [h, w, 3] RGB of the only camera."""
+        return self._image(self.left, frame)
+
     def depth(self, frame: int) -> None:
         """KITTI odometry has no dense depth."""
 

@@ -130,6 +130,10 @@ class SyntheticSequence:
         """uint8 [N, h, w, 3] RGB."""
         return np.array(self._record["image"][frame])
 
+    def image(self, frame: int, camera: int) -> np.ndarray:
+        """uint8 [h, w, 3] RGB."""
+        return np.array(self._record["image"][frame, camera])
+
     def depth(self, frame: int) -> np.ndarray:
         """float32 [N, h, w] exact z-depth in metres, 0 where the sky is."""
         return np.array(self._record["depth"][frame])

@@ -41,6 +41,9 @@ class Sequence(Protocol):
     def images(self, frame: int) -> np.ndarray:
         """uint8 [N, h, w, 3]."""
 
+    def image(self, frame: int, camera: int) -> np.ndarray:
+        """uint8 [h, w, 3]."""
+
     def depth(self, frame: int) -> np.ndarray | None:
         """Dense z-depth, float32 [N, h, w], 0 where there is none; None where it is not known."""
 
