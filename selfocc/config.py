@@ -42,6 +42,7 @@ class DataConfig:
     )  # path length in metres from the anchor to its two source frames
     distance: str = "path"  # what lengths above mean: path driven, or straight line
     neighbours: str = "nearest"  # source frames: nearest | composite (drawn for each camera)
+    one_sided: bool = False  # a frame with a neighbour on one side only: that is both its sources
     stereo_source: bool = False  # KITTI raw: the other eye often replaces a source frame
     label_map: str = ""  # meaning of 2-D pseudo labels: openseed21 | cityscapes19 | a JSON file
     train: str = (
