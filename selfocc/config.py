@@ -414,6 +414,25 @@ _preset(
     loss=dict(automask=True, weight_sparsity=0.0, weight_edge=0.02),
 )
 
+_preset(
+    "nuscenes_small",
+    "nuScenes at an eighth of its resolution, for single scenes and CPUs",
+    PRESETS["synthetic_surround"][1],
+    data=dict(
+        dataset="nuscenes",
+        crop=(768, 1600),
+        scale=0.125,
+        pad=(96, 224),
+        target_scale=0.125,
+        anchor_input=1.0,
+        source=(0.4, 30.0),
+        distance="straight",
+        neighbours="composite",
+        one_sided=True,
+    ),
+    loss=dict(photometric="mvs_combined", automask=True),
+)
+
 
 def build(preset: str, overrides: list[str] = ()) -> Config:
     """The preset's configuration with `section.field=value` overrides applied.
