@@ -70,8 +70,8 @@ def test_scans_follow_true_poses_only(world):
 
 def test_no_texture_no_claim(world):
     class Blank(Moved):
-        def images(self, frame):
-            return np.full((1, *SIZE, 3), 90, np.uint8)
+        def image(self, frame, camera):
+            return np.full((*SIZE, 3), 90, np.uint8)
 
     assert epipolar_offset(Blank(world, np.eye(4)), 0, 1) is None
 

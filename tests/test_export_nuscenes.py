@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 
 from selfocc.datasets.export import main
-from selfocc.datasets.export_nuscenes import CAMERAS, EGO_TO_GLOBAL, OCC3D_CLASS, export_nuscenes
+from selfocc.datasets.export_nuscenes import (
+    CAMERAS,
+    EGO_TO_GLOBAL,
+    NUMBERS,
+    OCC3D_CLASS,
+    export_nuscenes,
+)
+from selfocc.datasets.nuscenes import nuscenes_sequences, official_val
 from selfocc.datasets.synthetic import SyntheticConfig, synthetic_sequences
+from selfocc.labels import PseudoLabels
 
 SIZE, FRAMES = (24, 40), 7  # key frames 0 and 5; frame 6 comes after the last
 TABLES = (
@@ -120,6 +128,43 @@ def test_samples_and_labels(world, folder, tables):
         assert np.array_equal(labels["mask_camera"] == 1, voxels != 255)
         assert 0 < labels["mask_lidar"].mean() < labels["mask_camera"].mean()
     assert OCC3D_CLASS[[0, 1, 9, 11, 13, 15, 255]].tolist() == [17, 4, 11, 13, 15, 16, 17]
+
+
+@pytest.mark.parametrize("frame_of", ["ego", "lidar"])
+def test_read_back_it_equals_the_direct_path(world, folder, frame_of):
+    labels = PseudoLabels(folder / "labels", folder, 20)
+    (read,) = nuscenes_sequences(
+        folder, "v1.0-trainval", "val", volume_frame=frame_of, labels=labels
+    )
+    assert (read.name, read.frames, read.labelled, read.inputs) == ("scene-0003", 6, [0, 5], [0, 5])
+    turn = np.eye(4)  # from the volume of the world, the ego frame, to that asked for
+    if frame_of == "lidar":
+        turn = np.linalg.inv(world.lidar_to_volume())
+        turn[:3] = np.array([[0, -1, 0], [1, 0, 0], [0, 0, 1]]) @ turn[:3]
+    for frame in range(6):
+        k, poses = read.cameras(frame)
+        true_k, true_poses = world.cameras(frame)
+        assert np.array_equal(k, true_k)
+        for other in (frame, 5):
+            there = turn @ np.linalg.inv(world.volume_to_world(other)) @ true_poses
+            assert np.allclose(np.linalg.inv(read.volume_to_world(other)) @ poses, there, atol=1e-6)
+        images = [read.image(frame, camera) for camera in range(6)]
+        assert np.array_equal(images, world.images(frame))
+        assert np.array_equal(read.semantics(frame), world.semantics(frame))
+    for frame in (0, 5):
+        points = world.lidar(frame) @ turn[:3, :3].T + turn[:3, 3]
+        assert np.allclose(read.lidar(frame), points, atol=1e-4)
+        voxels, known = read.voxels(frame), world.voxels(frame) != 255
+        assert np.array_equal(read.voxel_mask(frame), known)
+        assert np.array_equal(voxels[known] > 0, world.voxels(frame)[known] > 0)
+        assert np.array_equal(voxels[known], OCC3D_CLASS[world.voxels(frame)[known]] % 17)
+    assert read.voxels(1) is None
+    assert np.allclose(read.path[5] - read.path[0], world.path[5], rtol=0.05)
+
+
+def test_official_names(folder):
+    assert {f"scene-{n:04d}" for n in NUMBERS["val"]} <= official_val("v1.0-trainval")
+    assert not {f"scene-{n:04d}" for n in NUMBERS["train"]} & official_val("v1.0-trainval")
 
 
 def test_what_does_not_fit_is_refused(tmp_path, capsys, monkeypatch):

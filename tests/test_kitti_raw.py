@@ -99,6 +99,28 @@ def test_samples_equal_those_of_the_direct_path(world, exported):
         assert (got.depth - want.depth)[near].abs().max() <= 0.5 / 256 + 1e-4
 
 
+def test_the_other_eye_often_is_a_source(exported):
+    settings = ("data.crop=24,48", "data.pad=32,64", "data.scale=1", "data.target_scale=1")
+    data = build(
+        "kitti_raw_small", [*settings, "data.stereo_source=True", "data.augment=False"]
+    ).data
+    left, right = eyes(exported)
+    train = VideoDataset([left], data, train=True)
+    counts = torch.zeros(2, 2)  # which source, whether it is the other eye
+    for seed in range(60):
+        sample = train[2, seed]
+        _, frame = train.locate(2)
+        other = torch.from_numpy(right.images(frame)).permute(0, 3, 1, 2) / 255
+        for k in range(2):
+            is_other = torch.allclose(sample.sources.images[k], other)
+            counts[k, int(is_other)] += 1
+            if is_other:
+                between = torch.linalg.inv(sample.target.camera_to_volume)
+                between = between @ sample.sources.camera_to_volume[k]
+                assert torch.allclose(between[0, :3, 3], torch.tensor([BASELINE, 0, 0]).double())
+    assert (counts[:, 1] > 8).all() and counts[:, 1].sum() < 55  # two thirds of 60
+
+
 def test_labels_mirror_the_images(world, exported):
     labels = PseudoLabels(exported / "labels", exported, 20)
     for sequence, classes in zip(
@@ -211,6 +233,11 @@ def test_ranges_and_the_default_split(root, exported):
     assert val.missing[0] == f"no --split-dir: the val split is {DRIVE}:4-5"
     (root / DATE / DRIVE / "velodyne_points/data/0000000004.bin").unlink()
     assert kitti_raw_sequences(root, "val")[0].inputs == [1]  # only what can be judged
+    for camera in ("image_02", "image_03"):
+        for frame in range(1, FRAMES):
+            (root / DATE / DRIVE / camera / f"data/{frame:010d}.png").unlink()
+    with pytest.raises(InputError, match="too few frames to split"):
+        kitti_raw_sequences(root, "train")
 
 
 @pytest.mark.parametrize("below", ["", DATE, f"{DATE}/{DRIVE}"])

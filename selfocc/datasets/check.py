@@ -20,7 +20,7 @@ from selfocc import InputError, config, pictures
 from selfocc.commandline import Parser, add_data_options, folders, run
 from selfocc.config import DataConfig
 from selfocc.datasets import Folders, open_sequences
-from selfocc.datasets.epipolar import epipolar_offset, scan_agreement
+from selfocc.datasets.epipolar import epipolar_offset, images_of, scan_agreement
 from selfocc.datasets.video import Sequence, VideoDataset, project_points
 
 LONGEST_STEP = 5.0  # metres between consecutive frames: 50 m/s at 10 frames a second
@@ -63,11 +63,10 @@ class Report:
             return None
 
     def _read(self, sequence: Sequence, frame: int) -> None:
-        parts = {
-            name: self._try(lambda n=name: getattr(sequence, n)(frame))
-            for name in PARTS
-            if name != "voxels" or frame in sequence.labelled
-        }
+        parts = {"images": self._try(lambda: images_of(sequence, frame))}
+        for name in PARTS[1:]:
+            if name != "voxels" or frame in sequence.labelled:
+                parts[name] = self._try(lambda n=name: getattr(sequence, n)(frame))
         self.found.update(name for name, part in parts.items() if part is not None)
         images = parts["images"]
         where = f"{sequence.name} frame {sequence.frame_id(frame)}"
@@ -208,7 +207,7 @@ def overlay(sequence: Sequence, frame: int) -> list[np.ndarray] | None:
     points, depth = sequence.lidar(frame), sequence.depth(frame)
     if points is None and depth is None:
         return None
-    images = sequence.images(frame).copy()
+    images = images_of(sequence, frame)
     if points is not None:
         intrinsics, camera_to_world = sequence.cameras(frame)
         to_cameras = np.linalg.inv(camera_to_world) @ sequence.volume_to_world(frame)

@@ -62,7 +62,10 @@ def kitti_raw_sequences(
     if chosen:
         parts = [files.parse_range(part) for part in chosen.split(",")]
     else:
-        parts = [(drive, _default_range(root, drive, split)) for drive in drives_on_disk(root)]
+        parts = [(drive, _default_frames(root, drive, split)) for drive in drives_on_disk(root)]
+        parts = [(drive, frames) for drive, frames in parts if frames]
+    if not parts:
+        raise InputError(f"{root}: too few frames to split; name them with --train and --val")
     sequences = []
     for name, frames in parts:
         drive = Drive(root, name, pose_folder)
@@ -73,8 +76,10 @@ def kitti_raw_sequences(
                 sequence.inputs = judged if split == "val" and judged else None
                 sequences.append(sequence)
     if not chosen:
-        ranges = ",".join(f"{name}:{frames.start}-{frames.stop - 1}" for name, frames in parts)
-        sequences[0].missing.insert(0, f"no --split-dir: the {split} split is {ranges}")
+        ranges = ",".join(f"{name}:{frames[0]}-{frames[-1]}" for name, frames in parts)
+        share = "the first four fifths" if split == "train" else "the last fifth"
+        what = ranges if len(parts) < 4 else f"{share} of each of the {len(parts)} drives on disk"
+        sequences[0].missing.insert(0, f"no --split-dir: the {split} split is {what}")
     return sequences
 
 
@@ -89,15 +94,15 @@ def _data_folder(root: Path) -> Path:
                      "are expected there")  # fmt: skip
 
 
-def _default_range(root: Path, drive: str, split: str) -> range:
-    folder = root / drive[:10] / drive / EYES["l"] / "data"
-    numbers = image_numbers(folder)
+def _default_frames(root: Path, drive: str, split: str) -> list[int]:
+    folders = [root / drive[:10] / drive / camera / "data" for camera in EYES.values()]
+    numbers = image_numbers(folders[0]) or image_numbers(folders[1])
     if not numbers:
-        raise InputError(f"{folder}: no images; remove the drive or name the others with --train")
-    first_held = numbers[int(len(numbers) * (1 - HELD_OUT))]
-    if split == "train":
-        return range(numbers[0], first_held)
-    return range(first_held, numbers[-1] + 1)
+        raise InputError(
+            f"{folders[0]}: no images; remove the drive or name the others with --train and --val"
+        )
+    held = int(len(numbers) * (1 - HELD_OUT))
+    return numbers[:held] if split == "train" else numbers[held:]
 
 
 def _listed(
