@@ -47,6 +47,11 @@ class DataConfig:
     )
     val: str = ""
 
+    @property
+    def cameras(self) -> int:
+        """Cameras of a frame."""
+        return 6 if self.dataset == "nuscenes" or self.rig == "surround" else 1
+
 
 @dataclass(frozen=True)
 class VolumeConfig:

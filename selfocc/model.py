@@ -48,9 +48,7 @@ class SelfOcc(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        data = config.data
-        around = data.dataset == "nuscenes" or data.rig == "surround"
-        cameras = config.encoder.cameras or (6 if around else 1)
+        cameras = config.encoder.cameras or config.data.cameras
         self.backbone = Backbone(config.backbone)
         self.fpn = FPN(self.backbone.channels, config.encoder.dim)
         transposed = config.quirks.transposed_bev_grid
@@ -147,7 +145,7 @@ class SelfOcc(nn.Module):
             keep_samples=keep_samples,
         )
         distance, opacity, color = split(out.distance), split(out.opacity), split(out.color)
-        if background is not None:
+        if background is not None and self.config.field.colors:
             color = color + background * (1 - opacity[..., None])
         if self.config.quirks.white_256:
             color = color * (256 / 255)
