@@ -256,6 +256,9 @@ def _sizes(path, state, shapes, base: Config) -> Config:
     cross = [f"1.{f'attn_{plane}.' if tpv else ''}deformable_attention" for plane in planes]
     points_cross = tuple(points(attention, levels) for attention in cross)
     position = f"encoder.positional_encoding.position_layer{'_hw' if tpv else ''}.weight"
+    width, *_ = shapes["img_backbone.conv1.weight"]
+    if min(cameras, dim, levels, hidden, channels, width, *nodes) < 1:
+        raise ValueError("sizes must be positive")  # and are refused with what does not fit
     layers = {int(m[1]) for n in shapes if (m := re.match(r"encoder\.layers\.(\d+)\.", n))}
     encoder = replace(
         encoder,
@@ -270,7 +273,7 @@ def _sizes(path, state, shapes, base: Config) -> Config:
     return replace(
         base,
         encoder=encoder,
-        backbone=replace(base.backbone, depth=depth, width=shapes["img_backbone.conv1.weight"][0]),
+        backbone=replace(base.backbone, depth=depth, width=width),
         field=replace(base.field, hidden=hidden, colors=colors, classes=classes),
         volume=replace(base.volume, nodes=nodes, box=_box(state, base.volume.box)),
     )
@@ -308,7 +311,11 @@ def _depth(shapes, usual: int) -> int:
 def _box(state, usual: tuple[float, ...]) -> tuple[float, ...]:
     """The volume's box of a state dict, in the decimals that its float32 numbers stand for."""
     found = state[_AABB].flatten()
-    if not (found[:3] < found[3:]).all() or torch.equal(found, torch.tensor(usual).float()):
+    if (
+        len(found) != 6
+        or not (found[:3] < found[3:]).all()
+        or torch.equal(found, torch.tensor(usual).float())
+    ):
         return usual
     return tuple(float(str(number)) for number in found.float().numpy())
 
@@ -384,7 +391,10 @@ def export_published(
             tensor = swap_colors(tensor, settings)
         state[theirs] = tensor.reshape(shape)
     with replacing(path) as temporary:
-        torch.save({"state_dict": state}, temporary)
+        try:
+            torch.save({"state_dict": state}, temporary)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(str(error).partition("\n")[0]) from None
 
 
 def _divide_colors(last: Tensor, settings: Config) -> Tensor:
