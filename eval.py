@@ -111,6 +111,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
 def choose_settings(arguments: argparse.Namespace, saved: config.Config) -> config.Config:
     named = {
         "data.dataset": arguments.dataset,
+        "data.version": arguments.version,
         "data.train": arguments.train,
         "data.val": arguments.val,
         "data.label_map": arguments.label_map,

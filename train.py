@@ -67,6 +67,7 @@ def choose_settings(arguments: argparse.Namespace) -> Config:
     preset = arguments.preset or arguments.dataset or "synthetic"
     named = {
         "data.dataset": arguments.dataset,
+        "data.version": arguments.version,
         "data.train": arguments.train,
         "data.val": arguments.val,
         "data.label_map": arguments.label_map,

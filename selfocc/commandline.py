@@ -25,10 +25,13 @@ def add_data_options(parser: Parser) -> None:
     """The options that say which data are read, for `folders` to collect."""
     parser.add_argument(
         "--dataset",
-        choices=["synthetic", "kitti", "kitti_raw"],
+        choices=["synthetic", "kitti", "kitti_raw", "nuscenes"],
         help="default: the preset's, or what the checkpoint was trained on",
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set")
+    parser.add_argument(
+        "--version", metavar="NAME", help="nuScenes: which tables, such as v1.0-mini"
+    )
     parser.add_argument(
         "--train",
         metavar="SEQ[:A-B],..",

@@ -40,6 +40,7 @@ class DataConfig:
     )  # path length in metres from the anchor to its two source frames
     distance: str = "path"  # what lengths above mean: path driven, or straight line
     neighbours: str = "nearest"  # source frames: nearest | composite (drawn for each camera)
+    one_sided: bool = False  # a frame with a neighbour on one side only: that is both its sources
     stereo_source: bool = False  # KITTI raw: the other eye often replaces a source frame
     label_map: str = ""  # meaning of 2-D pseudo labels: openseed21 | cityscapes19 | a JSON file
     train: str = (
@@ -411,6 +412,25 @@ _preset(
     _kitti_small,
     data=dict(dataset="kitti_raw", source=(0.5, 3.0), distance="straight"),
     loss=dict(automask=True),
+)
+
+_preset(
+    "nuscenes_small",
+    "nuScenes at an eighth of its resolution, for single scenes and CPUs",
+    PRESETS["synthetic_surround"][1],
+    data=dict(
+        dataset="nuscenes",
+        crop=(768, 1600),
+        scale=0.125,
+        pad=(96, 224),
+        target_scale=0.125,
+        anchor_input=1.0,
+        source=(0.4, 30.0),
+        distance="straight",
+        neighbours="composite",
+        one_sided=True,
+    ),
+    loss=dict(photometric="mvs_combined", automask=True),
 )
 
 

@@ -6,23 +6,20 @@ import torch
 
 from selfocc import InputError
 from selfocc.config import DataConfig
-from selfocc.datasets.video import (
-    VideoDataset,
-    collate,
-    photometric_augmentation,
-    project_points,
-    resize,
-)
+from selfocc.datasets.pixels import _shift_hsv, photometric_augmentation, resize
+from selfocc.datasets.video import VideoDataset, collate, project_points
 
 
 class Drive:
     """A car that drives straight ahead, one metre a frame; an image's grey is its frame number."""
 
-    name, missing = "drive", []
+    name, missing, inputs = "drive", [], None
 
     def __init__(self, frames=30, labelled=()):
         self.frames, self.labelled = frames, list(labelled)
         self.path = np.arange(frames, dtype=np.float64)
+        self.positions = np.stack([np.zeros(frames), self.path, np.zeros(frames)], 1)
+        self.read = []  # (frame, camera) of every image that was asked for
 
     def frame_id(self, frame):
         return f"{frame:06d}"
@@ -36,8 +33,9 @@ class Drive:
         pose[1, 3] = frame
         return pose
 
-    def images(self, frame):
-        return np.full((1, 32, 64, 3), frame, np.uint8)
+    def image(self, frame, camera):
+        self.read.append((frame, camera))
+        return np.full((32, 64, 3), frame, np.uint8)
 
     def depth(self, frame):
         return np.full((1, 32, 64), 5 + frame, np.float32)
@@ -172,8 +170,6 @@ def test_no_usable_frame():
 
 def test_augmentation_hue_and_identity():
     images = torch.rand(2, 3, 4, 5) * 255
-    from selfocc.datasets.video import _shift_hsv
-
     assert torch.allclose(_shift_hsv(images, 0.0, 1.0), images, atol=1e-3)
     assert torch.allclose(_shift_hsv(images, 120.0, 1.0), images.roll(1, 1), atol=1e-2)
     grey = _shift_hsv(images, 0.0, 0.0)
@@ -184,3 +180,113 @@ def test_augmentation_hue_and_identity():
 
 def test_resize_sizes():
     assert resize(torch.zeros(1, 3, 370, 1216), 0.84).shape[-2:] == (310, 1021)
+
+
+def test_frames_that_may_be_input():
+    drive = Drive()
+    drive.inputs = [4, 9]
+    for train in (True, False):
+        data = VideoDataset([drive], CONFIG, train=train)
+        assert [frame for _, frame in data.index] == [4, 9]
+    anchors = {_frame(data[(0, seed)].target.images) for seed in range(40)}
+    assert len(anchors) > 5  # what is rendered may be any frame
+    drive.inputs = [0]  # evaluated, though nothing is before it; but not trained on
+    assert len(VideoDataset([drive], CONFIG, train=False)) == 1
+    with pytest.raises(InputError, match="no usable frame"):
+        VideoDataset([drive], CONFIG, train=True)
+
+
+class Ring(Drive):
+    """Three cameras."""
+
+    def cameras(self, frame):
+        intrinsics, camera_to_world = super().cameras(frame)
+        return intrinsics.repeat(3, 0), camera_to_world.repeat(3, 0)
+
+
+def test_composite_sources_are_drawn_for_each_camera():
+    drive = Ring()
+    drive.path = drive.path / 4  # four frames a metre, but images and cameras stay as they were
+    config = dataclasses.replace(
+        CONFIG, neighbours="composite", anchor_input=1.0, past=(0.2, 10), source=(0.2, 3)
+    )
+    data = VideoDataset([drive], config, train=True)
+    steps = []
+    for seed in range(150):
+        sample = data[(9, seed)]
+        frame = int(sample.name[0].split("/")[1])
+        for side, sign in enumerate((-1, 1)):
+            sources = (sample.sources.images[side][:, 0, 0, 0] * 255).round().numpy() - frame
+            # each camera stands where the frame of its own image says
+            assert np.array_equal(sample.sources.camera_to_volume[side, :, 1, 3], sources)
+            steps.append(sign * sources)
+    steps = np.array(steps).astype(int)
+    assert steps.min() == 1 and steps.max() <= 12
+    assert (steps[:, 0] != steps[:, 1]).mean() > 0.4
+    metres = np.arange(1, 13) / 4
+    expected = np.exp(-((metres - 0.5) ** 2) / (2 * 0.5**2))
+    shares = np.bincount(steps.ravel(), minlength=13)[1:] / steps.size
+    assert np.abs(shares - expected / expected.sum()).max() < 0.05
+
+
+def test_an_image_is_read_once_for_all_that_show_it():
+    drive = Ring()
+    config = dataclasses.replace(CONFIG, neighbours="composite", anchor_input=1.0)
+    VideoDataset([drive], config, train=True)[(9, 0)]
+    assert len(drive.read) == len(set(drive.read)) >= 6
+
+
+def test_straight_distance_ends_at_the_first_frame_beyond():
+    drive = Drive()
+    # out for 15 m and back: frame 29 - f is beside frame f
+    drive.positions[:, 1] = np.minimum(np.arange(30), 29 - np.arange(30))
+    config = dataclasses.replace(CONFIG, distance="straight", source=(2.5, 6), future=(0.4, 5))
+    data = VideoDataset([drive], config, train=True)
+    before, after = data._either_side(drive, 5, (2.5, 4))
+    assert before.tolist() == [2, 1] and after.tolist() == [8, 9]
+    assert [side[0] for side in data._either_side(drive, 14, (2.5, 6))] == [11, 18]
+    with pytest.raises(InputError, match="may be path or straight"):
+        VideoDataset([drive], dataclasses.replace(CONFIG, distance="crooked"), train=True)
+
+
+def test_one_sided_frames():
+    config = dataclasses.replace(CONFIG, one_sided=True, anchor_input=1.0)
+    data = VideoDataset([Drive(frames=2)], config, train=True)
+    for index, other in ((0, 1), (1, 0)):
+        sample = data[(index, 0)]
+        assert _frame(sample.target.images) == index
+        assert [_frame(images) for images in sample.sources.images] == [other, other]
+
+
+class Stereo(Drive):
+    """Images of the other eye are 100 brighter; frames from 20 on have none."""
+
+    def other_eye(self, frame):
+        intrinsics, camera_to_world = self.cameras(frame)
+        camera_to_world[:, 0, 3] += 0.5
+        images = self.image(frame, 0)[None] + 100
+        return None if frame >= 20 else (intrinsics, camera_to_world, images)
+
+
+def test_the_other_eye_replaces_a_source():
+    config = dataclasses.replace(CONFIG, stereo_source=True, anchor_input=1.0)
+    data = VideoDataset([Stereo()], config, train=True)
+    assert len(data) == 30  # also the first and the last frame
+    seen = [data[(9, seed)].sources for seed in range(300)]
+    kinds = [tuple(_frame(images) >= 100 for images in sources.images) for sources in seen]
+    shares = [kinds.count(kind) / 300 for kind in ((False, False), (True, False), (False, True))]
+    assert np.abs(np.array(shares) - 1 / 3).max() < 0.08
+    for sources, kind in zip(seen, kinds, strict=True):
+        assert np.array_equal(sources.camera_to_volume[:, 0, 0, 3] == 0.5, kind)
+    first = [data[(0, seed)] for seed in range(20)]
+    assert all(_frame(sample.sources.images[0]) == 100 for sample in first)
+    # nothing after the last frame and no other eye: another sample is drawn
+    assert not data[(29, 3)].name[0].endswith("29")
+
+
+def test_supervision_may_be_cropped_differently():
+    config = dataclasses.replace(CONFIG, crop=(24, 64), pad=(24, 64), target_crop=(32, 60))
+    sample = VideoDataset([Drive()], config, train=False)[0]
+    assert sample.images.shape == (1, 3, 24, 64)
+    assert sample.target.images.shape == (1, 3, 32, 60) == sample.sources.images[0].shape
+    assert sample.depth.shape == sample.lidar.shape == (1, 32, 60)

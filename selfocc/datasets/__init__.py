@@ -8,6 +8,7 @@ from selfocc.config import Config, DataConfig
 from selfocc.datasets.kitti import TRAIN_SEQUENCES, VAL_SEQUENCES, kitti_sequences
 from selfocc.datasets.kitti_files import parse_range
 from selfocc.datasets.kitti_raw import kitti_raw_sequences
+from selfocc.datasets.nuscenes import nuscenes_sequences
 from selfocc.datasets.video import Sequence, VideoDataset
 from selfocc.labels import pseudo_labels
 
@@ -64,4 +65,16 @@ def open_sequences(config: DataConfig, split: str, folders: Folders) -> list[Seq
         return kitti_raw_sequences(
             folders.data, split, chosen, folders.splits, folders.poses, labels
         )
-    raise InputError(f"unknown data set {config.dataset!r}; known: synthetic, kitti, kitti_raw")
+    if config.dataset == "nuscenes":
+        if folders.data is None:
+            raise InputError(
+                "--dataset nuscenes needs --data DIR, which holds samples and v1.0-trainval, ..."
+            )
+        chosen = config.train if split == "train" else config.val
+        labels = pseudo_labels(folders.labels, folders.data, config)
+        return nuscenes_sequences(
+            folders.data, config.version, split, chosen, config.volume_frame, labels
+        )
+    raise InputError(
+        f"unknown data set {config.dataset!r}; known: synthetic, kitti, kitti_raw, nuscenes"
+    )

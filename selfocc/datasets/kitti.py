@@ -107,6 +107,7 @@ class KittiSequence:
         self.left, self.right = ("image_2", "image_3") if colour else ("image_0", "image_1")
         self.numbers = self._choose_frames(frames)
         self.frames = len(self.numbers)
+        self.inputs: list[int] | None = None
 
         self._read_calibration()
         path = dataset / "poses" / f"{name}.txt"
@@ -216,6 +217,10 @@ class KittiSequence:
     def images(self, frame: int) -> np.ndarray:
         """uint8 [1, h, w, 3] RGB; grey is repeated."""
         return self._image(self.left, frame)[None]
+
+    def image(self, frame: int, camera: int) -> np.ndarray:
+        """uint8 [h, w, 3] RGB of the only camera."""
+        return self._image(self.left, frame)
 
     def depth(self, frame: int) -> None:
         """KITTI odometry has no dense depth."""

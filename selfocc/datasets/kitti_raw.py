@@ -356,6 +356,10 @@ class KittiRawSequence:
         """uint8 [1, h, w, 3] RGB."""
         return self._image(self.eye, frame)[None]
 
+    def image(self, frame: int, camera: int) -> np.ndarray:
+        """uint8 [h, w, 3] RGB of the only camera."""
+        return self._image(self.eye, frame)
+
     def other_eye(self, frame: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         """intrinsics, camera_to_world and image of the other eye; None where it is not on disk."""
         other = "r" if self.eye == "l" else "l"

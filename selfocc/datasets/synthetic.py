@@ -83,6 +83,7 @@ class SyntheticSequence:
     def __init__(self, config: SyntheticConfig, name: str, seed: int, cache: Path):
         self.config, self.name, self.seed, self.cache = config, name, seed, cache
         self.missing: list[str] = []
+        self.inputs: list[int] | None = None
         self.frames = config.frames
         self.labelled = list(range(0, config.frames, LABEL_EVERY))
         self.rig = make_rig(config.rig, config.image_size)
@@ -128,6 +129,10 @@ class SyntheticSequence:
     def images(self, frame: int) -> np.ndarray:
         """uint8 [N, h, w, 3] RGB."""
         return np.array(self._record["image"][frame])
+
+    def image(self, frame: int, camera: int) -> np.ndarray:
+        """uint8 [h, w, 3] RGB."""
+        return np.array(self._record["image"][frame, camera])
 
     def depth(self, frame: int) -> np.ndarray:
         """float32 [N, h, w] exact z-depth in metres, 0 where the sky is."""

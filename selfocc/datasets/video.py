@@ -1,11 +1,12 @@
 """From sequences of posed frames to samples: which frame is rendered, and from which others.
 
-A data set is a list of sequences; `synthetic.py` and `kitti.py` each define one kind. All that
+A data set is a list of sequences; `synthetic.py`, `kitti.py`, ... each define one kind. All that
 SelfOcc does with video (choosing frames as in spec 1.1, preparing images, expressing every camera
 in the volume frame of the input time stamp) is here, once.
 """
 
 import dataclasses
+import functools
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,15 @@ from torch import Tensor
 
 from selfocc import InputError
 from selfocc.config import DataConfig
+from selfocc.datasets.pixels import cropped, photometric_augmentation, resize
 from selfocc.stereo import stereo_depth
+
+# Which images an anchor is compared with: those of a frame, those of a frame for each camera, or of
+# another eye: intrinsics [N, 3, 3], camera_to_world [N, 4, 4] and images uint8 [N, h, w, 3]
+Source = int | list[int] | tuple[np.ndarray, np.ndarray, np.ndarray]
+
+# metres: `composite` sources are mostly this far away, and as far around it
+COMPOSITE_DISTANCE = COMPOSITE_SPREAD = 0.5
 
 
 class Sequence(Protocol):
@@ -26,7 +35,9 @@ class Sequence(Protocol):
 
     name: str
     frames: int
+    inputs: list[int] | None  # frames that may be the network's input; None: all
     path: np.ndarray  # [frames] length of the path driven until each frame
+    positions: np.ndarray  # float64 [frames, 3] where the rig is in the world
     labelled: list[int]  # frames that have voxel labels
     missing: list[str]  # what this sequence lacks and which metrics that costs
 
@@ -37,8 +48,8 @@ class Sequence(Protocol):
     def volume_to_world(self, frame: int) -> np.ndarray:
         """[4, 4]."""
 
-    def images(self, frame: int) -> np.ndarray:
-        """uint8 [N, h, w, 3]."""
+    def image(self, frame: int, camera: int) -> np.ndarray:
+        """uint8 [h, w, 3]."""
 
     def depth(self, frame: int) -> np.ndarray | None:
         """Dense z-depth, float32 [N, h, w], 0 where there is none; None where it is not known."""
@@ -54,6 +65,10 @@ class Sequence(Protocol):
 
     def stereo_pair(self, frame: int) -> tuple[np.ndarray, np.ndarray, float, float] | None:
         """Left and right image uint8 [h, w, 3], focal length in pixels, baseline in metres."""
+
+    def other_eye(self, frame: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """Of the other camera of each stereo pair, at the same time: intrinsics [N, 3, 3],
+        camera_to_world [N, 4, 4], images uint8 [N, h, w, 3]; only read for data.stereo_source."""
 
 
 @dataclass
@@ -124,11 +139,19 @@ class VideoDataset(torch.utils.data.Dataset):
     """Samples from sequences.
 
     An integer key gives the evaluation sample: the input frame is also the target. A key (index,
-    seed) gives a training sample, whose anchor and augmentation follow from the seed alone, so that
-    a resumed run repeats them exactly.
+    seed) gives a training sample, whose anchor, sources and augmentation follow from the seed
+    alone, so that a resumed run repeats them exactly.
     """
 
     def __init__(self, sequences: list[Sequence], config: DataConfig, train: bool):
+        for name, known in (
+            ("distance", ("path", "straight")),
+            ("neighbours", ("nearest", "composite")),
+        ):
+            if getattr(config, name) not in known:
+                raise InputError(
+                    f"data.{name} is {getattr(config, name)!r}; it may be {' or '.join(known)}"
+                )
         self.sequences = sequences
         self.config = config
         self.train = train
@@ -149,10 +172,15 @@ class VideoDataset(torch.utils.data.Dataset):
 
     def _frames_of(self, s: int) -> Iterator[tuple[int, int]]:
         sequence = self.sequences[s]
-        if not self.train and sequence.labelled:
-            return ((s, frame) for frame in sequence.labelled)
-        usable = (f for f in range(sequence.frames) if None not in self._neighbours(sequence, f))
-        return ((s, frame) for frame in usable)
+        if not self.train and (sequence.labelled or sequence.inputs):
+            return ((s, frame) for frame in sequence.labelled or sequence.inputs)
+        frames = range(sequence.frames) if sequence.inputs is None else sequence.inputs
+        return ((s, frame) for frame in frames if self._usable(sequence, frame))
+
+    def _usable(self, sequence: Sequence, frame: int) -> bool:
+        """Whether a frame has what it takes to be rendered and supervised."""
+        both = [len(side) > 0 for side in self._either_side(sequence, frame, self.config.source)]
+        return all(both) or (any(both) and (self.config.one_sided or self.config.stereo_source))
 
     def __len__(self) -> int:
         return len(self.index)
@@ -161,8 +189,11 @@ class VideoDataset(torch.utils.data.Dataset):
         if isinstance(key, tuple):
             return self._training_sample(*key)
         sequence, frame = self.locate(key)
-        sources = [frame if f is None else f for f in self._neighbours(sequence, frame)]
-        sample = self._sample(sequence, frame, frame, sources, None)
+        nearest = [
+            int(side[0]) if len(side) else frame
+            for side in self._either_side(sequence, frame, self.config.source)
+        ]
+        sample = self._sample(sequence, frame, frame, nearest, None)
         if sample.depth is None and sample.lidar is None:
             pair = sequence.stereo_pair(frame)
             sample.stereo = None if pair is None else self._label_map(stereo_depth(pair)[None])
@@ -181,8 +212,8 @@ class VideoDataset(torch.utils.data.Dataset):
         while True:
             sequence, frame = self.locate(index)
             anchor = self._draw_anchor(sequence, frame, rng)
-            sources = (None, None) if anchor is None else self._neighbours(sequence, anchor)
-            if None not in sources:
+            sources = None if anchor is None else self._draw_sources(sequence, anchor, rng)
+            if sources is not None:
                 return self._sample(sequence, frame, anchor, sources, rng)
             index = int(rng.integers(len(self)))
 
@@ -191,42 +222,91 @@ class VideoDataset(torch.utils.data.Dataset):
             return frame
         past = rng.random() < self.config.anchor_past
         window = self.config.past if past else self.config.future
-        away = sequence.path - sequence.path[frame]
-        candidates = np.flatnonzero(_within(-away if past else away, window))
+        candidates = np.sort(self._either_side(sequence, frame, window)[0 if past else 1])
         return int(rng.choice(candidates)) if len(candidates) else None
 
-    def _neighbours(self, sequence: Sequence, frame: int) -> tuple[int | None, int | None]:
-        """The nearest frames before and after `frame` that are far enough for parallax."""
-        away = sequence.path - sequence.path[frame]
-        before = np.flatnonzero(_within(-away, self.config.source))
-        after = np.flatnonzero(_within(away, self.config.source))
-        return (int(before[-1]) if len(before) else None, int(after[0]) if len(after) else None)
+    def _draw_sources(
+        self, sequence: Sequence, anchor: int, rng: np.random.Generator
+    ) -> list[Source] | None:
+        """What the anchor is compared with, before and after it; None where that is lacking."""
+        before, after = self._either_side(sequence, anchor, self.config.source)
+        if self.config.one_sided:
+            before, after = (before if len(before) else after), (after if len(after) else before)
+        sides = before, after
+        if self.config.neighbours == "composite":
+            sources = [self._draw_for_each_camera(sequence, anchor, side, rng) for side in sides]
+        else:
+            sources = [int(side[0]) if len(side) else None for side in sides]
+        if self.config.stereo_source and any(source is not None for source in sources):
+            other_eye = sequence.other_eye(anchor)
+            if other_eye is not None:
+                replaced = None if rng.random() < 1 / 3 else int(rng.random() < 0.5)
+                sources = [
+                    other_eye if source is None or k == replaced else source
+                    for k, source in enumerate(sources)
+                ]
+        return None if any(source is None for source in sources) else sources
+
+    def _draw_for_each_camera(self, sequence, anchor, candidates, rng) -> list[int] | None:
+        """A frame for every camera, most likely one half a metre away (spec 1.1)."""
+        if not len(candidates):
+            return None
+        distance = self._distances(sequence, anchor)[candidates]
+        logits = -((distance - COMPOSITE_DISTANCE) ** 2) / (2 * COMPOSITE_SPREAD**2)
+        likely = np.exp(logits - logits.max())
+        cameras = len(sequence.cameras(anchor)[0])
+        return rng.choice(candidates, cameras, p=likely / likely.sum()).tolist()
+
+    def _distances(self, sequence: Sequence, frame: int) -> np.ndarray:
+        """Metres [frames] from a frame to every other."""
+        if self.config.distance == "straight":
+            return np.linalg.norm(sequence.positions - sequence.positions[frame], axis=1)
+        return np.abs(sequence.path - sequence.path[frame])
+
+    def _either_side(
+        self, sequence: Sequence, frame: int, window: tuple[float, float]
+    ) -> list[np.ndarray]:
+        """Frames before and after `frame`, nearest first, whose distance lies in the window.
+
+        The search ends at the first frame beyond the window: a loop that comes back is not near.
+        """
+        distance = self._distances(sequence, frame)
+        sides = []
+        for frames in (np.arange(frame - 1, -1, -1), np.arange(frame + 1, sequence.frames)):
+            beyond = np.flatnonzero(distance[frames] > window[1])
+            frames = frames[: beyond[0]] if len(beyond) else frames
+            sides.append(frames[distance[frames] >= window[0]])
+        return sides
 
     def future(
         self, index: int, maximum: float = 10.0, step: float = 0.4
     ) -> Iterator[tuple[float, Batch]]:
         """Later frames as targets, at least `step` metres apart: (metres ahead, sample)."""
         sequence, frame = self.locate(index)
-        last = sequence.path[frame]
+        distances = self._distances(sequence, frame)
+        last = frame
         for other in range(frame + 1, sequence.frames):
-            distance = sequence.path[other] - sequence.path[frame]
-            if distance > maximum:
+            if distances[other] > maximum:
                 return
-            if sequence.path[other] - last >= step:
-                last = sequence.path[other]
-                yield float(distance), self._sample(sequence, frame, other, [other, other], None)
+            if self._distances(sequence, last)[other] >= step:
+                last = other
+                yield (
+                    float(distances[other]),
+                    self._sample(sequence, frame, other, [other, other], None),
+                )
 
     def _sample(self, sequence, frame, anchor, sources, rng) -> Batch:
         world_to_volume = np.linalg.inv(sequence.volume_to_world(frame))
         intrinsics, camera_to_world = sequence.cameras(frame)
         network_intrinsics = intrinsics.copy()
         network_intrinsics[:, :2] *= self.config.scale
-        target = self._frames(sequence, anchor, world_to_volume)
-        pairs = [self._frames(sequence, source, world_to_volume) for source in sources]
+        image = functools.cache(sequence.image)  # input, target and sources may share some
+        target = self._frames(sequence, image, anchor, world_to_volume)
+        pairs = [self._frames(sequence, image, source, world_to_volume) for source in sources]
         depth = self._label_map(sequence.depth(anchor))
         return Batch(
             name=[f"{sequence.name}/{sequence.frame_id(frame)}"],
-            images=self._network_images(sequence, frame, rng),
+            images=self._network_images(sequence, image, frame, rng),
             intrinsics=torch.from_numpy(network_intrinsics),
             camera_to_volume=torch.from_numpy(world_to_volume @ camera_to_world),
             target=target,
@@ -244,32 +324,38 @@ class VideoDataset(torch.utils.data.Dataset):
             semantics=self._label_map(sequence.semantics(anchor)),
         )
 
-    def _cropped(self, sequence: Sequence, frame: int) -> Tensor:
-        height, width = self.config.crop
-        images = sequence.images(frame)
-        if images.shape[1] < height or images.shape[2] < width:
-            raise InputError(
-                f"{sequence.name} frame {sequence.frame_id(frame)} has {images.shape[1]}x"
-                f"{images.shape[2]} pixels, smaller than the crop {height}x{width}; choose a "
-                "preset for this size or --set data.crop=H,W"
-            )
-        return torch.from_numpy(images[:, :height, :width]).permute(0, 3, 1, 2).float()
+    def _target_crop(self) -> tuple[int, int]:
+        return self.config.target_crop or self.config.crop
 
-    def _frames(self, sequence: Sequence, frame: int, world_to_volume: np.ndarray) -> Frames:
+    def _frames(self, sequence, image, source: Source, world_to_volume: np.ndarray) -> Frames:
+        if isinstance(source, tuple):
+            intrinsics, camera_to_world, images = source
+            where = f"{sequence.name}, other eye"
+        elif isinstance(source, list):
+            seen = [sequence.cameras(frame) for frame in source]
+            intrinsics = np.stack([k[camera] for camera, (k, _) in enumerate(seen)])
+            camera_to_world = np.stack([pose[camera] for camera, (_, pose) in enumerate(seen)])
+            images = [image(frame, camera) for camera, frame in enumerate(source)]
+            where = f"{sequence.name} frame {sequence.frame_id(source[0])}"
+        else:
+            intrinsics, camera_to_world = sequence.cameras(source)
+            images = [image(source, camera) for camera in range(len(intrinsics))]
+            where = f"{sequence.name} frame {sequence.frame_id(source)}"
         scale = self.config.target_scale
-        intrinsics, camera_to_world = sequence.cameras(frame)
         intrinsics = intrinsics.copy()
         # integer coordinates are pixel centres, so that a resize moves the origin by half a pixel
         intrinsics[:, :2] *= scale
         intrinsics[:, :2, 2] += (scale - 1) / 2
         return Frames(
-            resize(self._cropped(sequence, frame) / 255, scale),
+            resize(cropped(images, self._target_crop(), where) / 255, scale),
             torch.from_numpy(intrinsics),
             torch.from_numpy(world_to_volume @ camera_to_world),
         )
 
-    def _network_images(self, sequence: Sequence, frame: int, rng) -> Tensor:
-        images = self._cropped(sequence, frame)
+    def _network_images(self, sequence, image, frame: int, rng) -> Tensor:
+        cameras = range(len(sequence.cameras(frame)[0]))
+        where = f"{sequence.name} frame {sequence.frame_id(frame)}"
+        images = cropped([image(frame, camera) for camera in cameras], self.config.crop, where)
         if rng is not None and self.config.augment:
             images = photometric_augmentation(images, rng)
         mean, std = (torch.tensor(v)[:, None, None] for v in (self.config.mean, self.config.std))
@@ -285,7 +371,7 @@ class VideoDataset(torch.utils.data.Dataset):
     def _label_map(self, labels: np.ndarray | None) -> Tensor | None:
         if labels is None:
             return None
-        height, width = self.config.crop
+        height, width = self._target_crop()
         rows, cols = (
             (
                 (np.arange(int(n * self.config.target_scale)) + 0.5) / self.config.target_scale
@@ -308,18 +394,6 @@ class VideoDataset(torch.utils.data.Dataset):
         return torch.from_numpy(np.stack(maps))
 
 
-def _within(distance: np.ndarray, window: tuple[float, float]) -> np.ndarray:
-    return (distance >= window[0]) & (distance <= window[1])
-
-
-def resize(images: Tensor, scale: float) -> Tensor:
-    """Bilinear resize of [N, 3, h, w] to int(size * scale), smoothed where it would alias."""
-    if scale == 1:
-        return images
-    size = [int(n * scale) for n in images.shape[-2:]]
-    return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=scale < 0.5)
-
-
 def project_points(
     points: np.ndarray, to_camera: np.ndarray, intrinsics: np.ndarray, size: tuple[int, int]
 ) -> np.ndarray:
@@ -331,41 +405,3 @@ def project_points(
     depth = np.full(size[0] * size[1], np.inf, np.float32)
     np.minimum.at(depth, v[inside] * size[1] + u[inside], camera[inside, 2].astype(np.float32))
     return np.where(np.isinf(depth), 0, depth).reshape(size)
-
-
-def photometric_augmentation(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Brightness, contrast, saturation and hue, each with probability 1/2, unclipped (spec 1).
-
-    images [N, 3, h, w] RGB in 0..255. All cameras of a sample get the same change.
-    """
-
-    def chance():
-        return rng.random() < 0.5
-
-    if chance():
-        images = images + rng.uniform(-32, 32)
-    contrast_first = chance()
-    contrast = rng.uniform(0.8, 1.2) if chance() else 1.0
-    if contrast_first:
-        images = images * contrast
-    saturation = rng.uniform(0.8, 1.2) if chance() else 1.0
-    hue = rng.uniform(-18, 18) if chance() else 0.0
-    if saturation != 1 or hue != 0:
-        images = _shift_hsv(images, hue, saturation)
-    return images if contrast_first else images * contrast
-
-
-def _shift_hsv(images: Tensor, hue: float, saturation: float) -> Tensor:
-    value, _ = images.max(dim=1, keepdim=True)
-    chroma = value - images.amin(dim=1, keepdim=True)
-    r, g, b = images.split(1, dim=1)
-    safe = chroma.clamp_min(1e-6)
-    sector = torch.where(
-        value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
-    )
-    sector = (sector + hue / 60) % 6
-    # a channel of HSV -> RGB falls off with the distance of the hue from its own sector
-    offsets = torch.tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)
-    k = (offsets + sector) % 6
-    fall = torch.minimum(k, 4 - k).clamp(0, 1)
-    return value - torch.minimum(chroma * saturation, value.clamp_min(0)) * fall
