@@ -50,7 +50,8 @@ COLUMNS = {  # key in metrics.json -> title
 }  # fmt: skip
 EXPLAINED = """columns:
   IoU, precision, recall  of occupied voxels, over all frames, where the truth is known; in the
-                          table `semantics` of a class, and mIoU the mean over the classes seen
+                          table `semantics` of a class; mIoU is the mean over the classes seen,
+                          and as published classes that are never seen count 1
   IoU>0.3m                of voxels more than 0.3 m above the ground below them
   threshold               a voxel is occupied where the SDF (or prior) is at most this
   AbsRel .. a3            errors of z-depth in metres, averaged over points, frames and cameras;
@@ -58,6 +59,13 @@ EXPLAINED = """columns:
   scale                   depth was multiplied by it: median of the truth / of the prediction
   SSIM+L1                 difference of an image and its neighbours warped by the rendered depth
 """
+
+
+def count(text: str) -> int:
+    """Of frames or pictures on the command line."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+    return int(text)
 
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
@@ -85,11 +93,11 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
         "--resume", action="store_true", help="keep the frames that an earlier run has scored"
     )
     parser.add_argument(
-        "--frames", type=int, metavar="N", help="evaluate N frames, evenly spread; default: all"
+        "--frames", type=count, metavar="N", help="evaluate N frames, evenly spread; default: all"
     )
     parser.add_argument(
         "--prior-frames",
-        type=int,
+        type=count,
         default=24,
         metavar="N",
         help="training frames for the baselines",
@@ -97,7 +105,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="default: `eval` beside the checkpoint"
     )
-    parser.add_argument("--pictures", type=int, default=6, metavar="N", help="panels to write")
+    parser.add_argument("--pictures", type=count, default=6, metavar="N", help="panels to write")
     parser.add_argument(
         "--video", action="store_true", help="write a video along the first sequence"
     )
@@ -184,9 +192,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     }
     files.write_file(out / "metrics.json", json.dumps(summary | tables, indent=1).encode())
 
-    count = min(arguments.pictures, len(dataset))
-    for number in tqdm(range(count), desc="pictures"):
-        index = number * len(dataset) // count
+    shown = min(arguments.pictures, len(dataset))
+    for number in tqdm(range(shown), desc="pictures"):
+        index = number * len(dataset) // shown
         panel = panels.panel(model, dataset, index, device)
         pictures.write_picture(out / f"frame_{index:04d}.png", panel)
     if arguments.video:

@@ -21,6 +21,7 @@ from selfocc import config, distributed, metrics, protocols
 from selfocc.datasets.video import (
     Batch,
     Frames,
+    Sequence,
     VideoDataset,
     collate,
     start_worker,
@@ -55,12 +56,15 @@ def ray_depth_error(batch: Batch, view: View) -> float | None:
 
 @dataclass
 class Later:
-    """Another frame than the input from whose cameras depth is rendered."""
+    """Another frame than the input from whose cameras depth is rendered.
+
+    Arrays, as a worker hands over tensors in shared memory, and there are dozens of these.
+    """
 
     distance: float  # metres from the input
-    cameras: Frames  # [1, N, ...] in the volume frame of the input, no images
-    location: Tensor  # [N, M, 2] of its LiDAR points, as fractions of the images
-    depth: Tensor  # [N, M] of these, 0 where not scored
+    camera_to_volume: np.ndarray  # [N, 4, 4], the volume of the input
+    location: np.ndarray  # [N, M, 2] of its LiDAR points, as fractions of the images
+    depth: np.ndarray  # [N, M] of these, 0 where not scored
 
 
 @dataclass
@@ -89,8 +93,9 @@ class Samples(Dataset):
         sample = Sample(index, batch)
         if "occupancy" in self.tasks and batch.voxels is not None:
             sample.labels = batch.voxels[0]
-            if hasattr(sequence, "voxel_mask"):  # of Occ3D: what a camera sees
-                mask = torch.from_numpy(sequence.voxel_mask(frame))
+            mask = sequence.voxel_mask(frame) if hasattr(sequence, "voxel_mask") else None
+            if mask is not None:  # Occ3D: what a camera sees
+                mask = torch.from_numpy(mask)
                 sample.labels = torch.where(mask, sample.labels, metrics.UNKNOWN)
             if own:
                 sample.labels = metrics.pool_voxels(sample.labels, self.pool)
@@ -109,39 +114,41 @@ class Samples(Dataset):
         return sample
 
     def _scan(self, points: np.ndarray, cameras: Frames, rules: Rules) -> tuple[Tensor, Tensor]:
+        """`lidar_truth` without the points that no camera scores."""
         matrix = image_projection(cameras.intrinsics[0], cameras.camera_to_volume[0])
         size = tuple(cameras.images.shape[-2:])
-        return protocols.lidar_truth(torch.from_numpy(points), matrix, size, rules)
+        location, depth = protocols.lidar_truth(torch.from_numpy(points), matrix, size, rules)
+        scored = (depth > 0).any(dim=0)
+        return location[:, scored], depth[:, scored]
 
     def _later_maps(self, index: int) -> Iterator[Later]:
         """Later frames with the truth of every pixel."""
         for distance, later in self.dataset.future(index):
-            batch = collate([later])
-            for truth in truth_maps(batch).values():
+            for truth in truth_maps(collate([later])).values():
                 height, width = truth.shape[-2:]
                 v, u = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
                 location = torch.stack([u / width, v / height], dim=-1).flatten(0, 1)
                 location = location.expand(truth.shape[1], -1, -1)
-                yield Later(distance, batch.target, location, truth[0].flatten(1))
+                cameras = later.target.camera_to_volume.numpy()
+                yield Later(distance, cameras, location.numpy(), truth[0].flatten(1).numpy())
                 break
 
     def _later_scan(
-        self, sequence, frame, here: Frames, distance: float, other: int
+        self, sequence: Sequence, frame: int, here: Frames, distance: float, other: int
     ) -> Later | None:
         points = sequence.lidar(other)
         if points is None:
             return None
         _, camera_to_world = sequence.cameras(other)
         there, then = (
-            torch.from_numpy(np.linalg.inv(sequence.volume_to_world(f)) @ camera_to_world)[None]
-            for f in (frame, other)
+            np.linalg.inv(sequence.volume_to_world(f)) @ camera_to_world for f in (frame, other)
         )
-        # the published script projects the later scan with the cameras of the input
-        at_scan = here if self.rules.ends else dataclasses.replace(here, camera_to_volume=then)
+        at_scan = here  # the published script projects the later scan with the input's cameras
+        if not self.rules.ends:
+            at_scan = dataclasses.replace(here, camera_to_volume=torch.from_numpy(then)[None])
         rules = dataclasses.replace(self.rules, nearest=metrics.MIN_DEPTH)
         location, depth = self._scan(points, at_scan, rules)
-        cameras = Frames(here.images[..., :0, :0], here.intrinsics, there)
-        return Later(distance, cameras, location, depth)
+        return Later(distance, there, location.numpy(), depth.numpy())
 
 
 def evenly(dataset: VideoDataset, frames: int | None) -> list[int]:
@@ -183,12 +190,12 @@ def score(
         rays = model.config.render.eval_rays
         if rules.novel_rays is not None:
             rays = tuple(map(min, rays, rules.novel_rays))
-        cameras = Frames(
-            *(getattr(later.cameras, f.name).to(device) for f in dataclasses.fields(Frames))
-        )
+        moved = torch.from_numpy(later.camera_to_volume)[None].to(device)
+        cameras = dataclasses.replace(batch.target, camera_to_volume=moved)
         depth, _ = render_grid(model, volume, cameras, size, rays)
-        depth = protocols.read_depth(depth[0].cpu(), later.location, rules.ends)
-        novel.append(novel_record(later.distance, depth, later.depth))
+        location, truth = torch.from_numpy(later.location), torch.from_numpy(later.depth)
+        depth = protocols.read_depth(depth[0].cpu(), location, rules.ends)
+        novel.append(novel_record(later.distance, depth, truth))
     return record | merge(novel)
 
 
@@ -246,7 +253,9 @@ def identity(
     """A digest of everything on which the records of an evaluation depend."""
     digest = hashlib.sha256()
     names = [f"{s.name}/{s.frame_id(f)}" for s, f in map(dataset.locate, range(len(dataset)))]
-    what = [config.to_dict(model.config), sorted(tasks), rules.protocol, names, more]
+    settings = config.to_dict(model.config)
+    settings["optim"] = {"bf16": model.config.optim.bf16}  # the rest is of training
+    what = [settings, sorted(tasks), rules.protocol, names, more]
     digest.update(json.dumps(what).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())

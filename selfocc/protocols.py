@@ -241,11 +241,12 @@ def novel_targets(sequence: Sequence, frame: int, rules: Rules) -> Iterator[tupl
                 if away[other] > 0.4:
                     yield float(away[other]), other
         return
+    skipped = getattr(sequence, "skipped", ())  # only KITTI odometry has any
     last, driven = frame, 0.0
     for other in range(frame + 1, sequence.frames):
         step = float(np.linalg.norm((positions[other] - positions[last])[list(rules.axes)]))
         driven += step
-        if step < 0.4:
+        if step < 0.4 or other in skipped:
             continue
         metres = driven if rules.ends else float(sequence.path[other] - sequence.path[frame])
         if metres > 10:

@@ -183,11 +183,13 @@ class Scores:
         metric = metrics.SemanticMetrics(len(self.names))
         metric.state = confusion
         results = metric.results()
-        table = {
-            "mIoU": {"iou": results["miou"]},
-            "mIoU, never seen classes count 1": {"iou": results["miou_published"]},
-            "mIoU, never seen classes count 0": {"iou": results["miou_ssc"]},
-        }
+        table = {"mIoU": {"iou": results["miou"]}}
+        if self.rules.protocol != "own":
+            table = {
+                "mIoU": {"iou": results["miou_published"]},
+                "mIoU of the classes seen": {"iou": results["miou"]},
+                "mIoU, never seen counts 0": {"iou": results["miou_ssc"]},
+            }
         seen = confusion.sum(dim=1)[1:].tolist()
         classes = zip(self.names[1:], results["iou"][1:], seen, strict=True)
         return table | {name: {"iou": iou} for name, iou, count in classes if count}

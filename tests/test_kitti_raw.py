@@ -7,14 +7,18 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch
 
 from selfocc import InputError
+from selfocc.config import build
 from selfocc.datasets.export_kitti import BASELINE
 from selfocc.datasets.export_kitti_raw import export_kitti_raw
-from selfocc.datasets.kitti_raw import kitti_raw_sequences, oxts_poses
+from selfocc.datasets.kitti_drive import oxts_poses
+from selfocc.datasets.kitti_raw import kitti_raw_sequences
 from selfocc.datasets.synthetic import SyntheticConfig, synthetic_sequences
-from selfocc.datasets.video import project_points
+from selfocc.datasets.video import VideoDataset, project_points
 from selfocc.labels import PseudoLabels
+from tests.tiny import run
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "kitti_raw"
 SIZE, FRAMES = (24, 48), 6
@@ -72,6 +76,49 @@ def test_left_eye_equals_the_direct_path(world, exported):
         "no voxels in KITTI raw: occupancy is not scored",
     ]
     assert np.array_equal(pickle.loads(pickle.dumps(left)).images(1), left.images(1))
+
+
+def test_samples_equal_those_of_the_direct_path(world, exported):
+    settings = ("data.crop=24,48", "data.pad=32,64", "data.scale=1", "data.target_scale=1")
+    data = build("kitti_raw_small", settings).data
+    direct, read = (
+        VideoDataset.every_frame(sequence, data) for sequence in (world, eyes(exported)[0])
+    )
+    for frame in (0, 3):
+        want, got = direct[frame], read[frame]
+        assert torch.equal(got.images, want.images)
+        assert torch.equal(got.sources.images, want.sources.images)
+        for part in ("target", "sources"):
+            frames, true = getattr(got, part), getattr(want, part)
+            assert torch.allclose(frames.intrinsics, true.intrinsics, rtol=1e-9)
+            assert torch.allclose(frames.camera_to_volume, true.camera_to_volume, atol=1e-6)
+        # a point in a hundred may fall into the next pixel by rounding
+        assert (got.lidar - want.lidar).abs().lt(1e-3).float().mean() > 0.99
+        assert got.lidar.gt(0).float().mean() > 0.1
+        near = want.depth < 255
+        assert (got.depth - want.depth)[near].abs().max() <= 0.5 / 256 + 1e-4
+
+
+def test_the_other_eye_often_is_a_source(exported):
+    settings = ("data.crop=24,48", "data.pad=32,64", "data.scale=1", "data.target_scale=1")
+    data = build(
+        "kitti_raw_small", [*settings, "data.stereo_source=True", "data.augment=False"]
+    ).data
+    left, right = eyes(exported)
+    train = VideoDataset([left], data, train=True)
+    counts = torch.zeros(2, 2)  # which source, whether it is the other eye
+    for seed in range(60):
+        sample = train[2, seed]
+        _, frame = train.locate(2)
+        other = torch.from_numpy(right.images(frame)).permute(0, 3, 1, 2) / 255
+        for k in range(2):
+            is_other = torch.allclose(sample.sources.images[k], other)
+            counts[k, int(is_other)] += 1
+            if is_other:
+                between = torch.linalg.inv(sample.target.camera_to_volume)
+                between = between @ sample.sources.camera_to_volume[k]
+                assert torch.allclose(between[0, :3, 3], torch.tensor([BASELINE, 0, 0]).double())
+    assert (counts[:, 1] > 8).all() and counts[:, 1].sum() < 55  # two thirds of 60
 
 
 def test_labels_mirror_the_images(world, exported):
@@ -186,6 +233,11 @@ def test_ranges_and_the_default_split(root, exported):
     assert val.missing[0] == f"no --split-dir: the val split is {DRIVE}:4-5"
     (root / DATE / DRIVE / "velodyne_points/data/0000000004.bin").unlink()
     assert kitti_raw_sequences(root, "val")[0].inputs == [1]  # only what can be judged
+    for camera in ("image_02", "image_03"):
+        for frame in range(1, FRAMES):
+            (root / DATE / DRIVE / camera / f"data/{frame:010d}.png").unlink()
+    with pytest.raises(InputError, match="too few frames to split"):
+        kitti_raw_sequences(root, "train")
 
 
 @pytest.mark.parametrize("below", ["", DATE, f"{DATE}/{DRIVE}"])
@@ -354,6 +406,27 @@ def test_broken_poses_and_wrong_places_are_named_in_one_line(root):
         with pytest.raises(InputError) as caught:
             read()
         assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_scripts_train_and_evaluate_on_a_split(exported, tmp_path, cache):
+    names = {"train": (1, 2), "val": (3,), "test": (4,)}
+    for name, frames in names.items():
+        lines = [f"{DATE}/{DRIVE} {frame} {eye}" for frame in frames for eye in "lr"]
+        (tmp_path / f"{name}_files.txt").write_text("\n".join(lines))
+    common = ("--dataset", "kitti_raw", "--data", exported, "--split-dir", tmp_path)
+    out = tmp_path / "run"
+    done = run("train.py", "--preset", "kitti_raw_small", *common, "--out", out, cache=cache,
+               data__crop="24,48", data__pad="32,64", data__scale=1, data__target_scale=1,
+               optim__steps=1)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "4 training and 2 validation frames" in done.stderr + done.stdout
+    done = run("eval.py", "--ckpt", out, *common, "--val", "test", "--pictures", "0", cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert "2 frames" in done.stdout and "depth, lidar" in done.stdout
+    wrong = (*common[:-1], tmp_path / "none")
+    done = run("eval.py", "--ckpt", out, *wrong, "--pictures", "0", cache=cache)
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
+    assert "val_files.txt: cannot be read" in done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -219,7 +219,7 @@ def truth_and_volume(dataset, protocol, seed=0):
     ("dataset", "protocol"),
     [("kitti", "published"), ("nuscenes", "published"), ("nuscenes", "corrected")],
 )
-def test_true_voxels_are_perfect_and_moved_ones_are_not(dataset, protocol):
+def test_true_voxels_are_perfect(dataset, protocol):
     settings, of_data, truth, volume = truth_and_volume(dataset, protocol)
     scores = Scores(SimpleNamespace(config=settings), of_data)
     tables = scores.tables([scores.occupancy(volume, truth)])
@@ -227,8 +227,15 @@ def test_true_voxels_are_perfect_and_moved_ones_are_not(dataset, protocol):
     assert (row["iou"], row["precision"], row["recall"], row["iou_above"]) == (1, 1, 1, 1)
     assert all(row["iou"] == 1 for row in tables["semantics"].values())
     assert len(tables["semantics"]) == 3 + len(truth[truth != metrics.UNKNOWN].unique()) - 1
-    move = MOVES["shifted in x" if protocol == "published" else "mirrored"]
-    tables = scores.tables([scores.occupancy(move(volume), truth)])
+
+
+@pytest.mark.parametrize(
+    ("protocol", "move"), [("published", "shifted in x"), ("corrected", "mirrored")]
+)
+def test_moved_voxels_are_not(protocol, move):
+    settings, of_data, truth, volume = truth_and_volume("nuscenes", protocol)
+    scores = Scores(SimpleNamespace(config=settings), of_data)
+    tables = scores.tables([scores.occupancy(MOVES[move](volume), truth)])
     assert tables["occupancy"]["SelfOcc"]["iou"] < 0.95  # most voxels of random labels are full
     assert tables["semantics"]["mIoU"]["iou"] < 0.1
 
@@ -322,6 +329,9 @@ def test_novel_targets_of_kitti():
     # 0.15 + 0.30 + 0.45, then the same again, then 1.1; heights do not count; 12 m is too far
     assert [frame for _, frame in published] == [3, 6, 7]
     assert [metres for metres, _ in published] == pytest.approx([0.9, 1.8, 2.9])
+    sequence.skipped = [3]  # then frame 4 is the first that is 0.4 m away: 0.15 + ... + 0.6
+    published = list(protocols.novel_targets(sequence, 0, rules("kitti")))
+    assert published[0] == (pytest.approx(1.5), 4)
     corrected = list(protocols.novel_targets(drive([[0, 0, 0.15 * k] for k in range(7)]), 0,
                                              rules("kitti", "corrected")))  # fmt: skip
     assert [frame for _, frame in corrected] == [3, 6]

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from selfocc import InputError
 from selfocc.datasets.export_kitti import BASELINE, REFLECTANCE, matrix_rows, png
+from selfocc.datasets.kitti_drive import EARTH
 from selfocc.datasets.kitti_files import VELO_TO_VOLUME
-from selfocc.datasets.kitti_raw import EARTH
 from selfocc.datasets.synthetic import SyntheticSequence
 from selfocc.files import write_file
 

@@ -201,6 +201,8 @@ class KittiSequence:
             self.missing.append("no voxels: occupancy is not scored")
         scored = labels - self._skipped
         self.labelled = [f for f, number in enumerate(self.numbers) if number in scored]
+        # frames that the published evaluation leaves out, also as targets of novel depth
+        self.skipped = [f for f, number in enumerate(self.numbers) if number in self._skipped]
 
     def frame_id(self, frame: int) -> str:
         """The frame's name on disk, "000040"."""

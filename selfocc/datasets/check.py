@@ -1,0 +1,304 @@
+"""Look a data folder over before a long run.
+
+    python -m selfocc.datasets.check --dataset kitti_raw --data DIR
+
+Counts what is there, reads files and names those that are damaged, judges poses and calibration,
+draws LiDAR onto the images, and says what each task needs that is not there. Knows data sets only
+as `datasets.video.Sequence`. Exit code 2 where something has to be mended.
+"""
+
+import dataclasses
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from selfocc import InputError, config, pictures
+from selfocc.commandline import Parser, add_data_options, folders, run
+from selfocc.config import DataConfig
+from selfocc.datasets import Folders, open_sequences
+from selfocc.datasets.epipolar import epipolar_offset, images_of, scan_agreement
+from selfocc.datasets.video import Sequence, VideoDataset, project_points
+
+LONGEST_STEP = 5.0  # metres between consecutive frames: 50 m/s at 10 frames a second
+WIDEST_TURN = 15.0  # degrees between consecutive frames
+LARGEST_OFFSET = 1.5  # pixels; correct poses stay below 1, chance is 4
+PARTS = ("images", "lidar", "depth", "semantics", "voxels")
+
+
+class Report:
+    """What was found in one split; `problems` have to be mended, `notes` have not."""
+
+    def __init__(self, split: str, sequences: list[Sequence], data: DataConfig):
+        self.split, self.sequences, self.data = split, sequences, data
+        self.problems: list[str] = []
+        self.notes = list(dict.fromkeys(line for s in sequences for line in s.missing))
+        self.places = [(s, f) for s in sequences for f in range(s.frames)]
+        self.found: Counter[str] = Counter()
+        self.read = 0
+        self.offsets: list[float] = []
+        self.agreements: list[tuple[float, float]] = []
+
+    def check(self, frames: int | None, pairs: int = 8) -> None:
+        """Everything; reads `frames` frames, evenly spread (None: all), and some with voxels."""
+        for sequence in self.sequences:
+            self._check_poses(sequence)
+        places = _spread(self.places, frames)
+        labelled = [(s, f) for s in self.sequences for f in s.labelled]
+        places += [place for place in _spread(labelled, 10) if place not in places]
+        for sequence, frame in tqdm(places, desc=f"reading {self.split}", unit="frame"):
+            self._read(sequence, frame)
+        self.read = len(places)
+        self._check_motion(pairs)
+
+    def _try(self, read: Callable):
+        """What `read` returns, or None, with the problem noted."""
+        try:
+            return read()
+        except InputError as error:
+            self.problems.append(error.line())
+            return None
+
+    def _read(self, sequence: Sequence, frame: int) -> None:
+        parts = {"images": self._try(lambda: images_of(sequence, frame))}
+        for name in PARTS[1:]:
+            if name != "voxels" or frame in sequence.labelled:
+                parts[name] = self._try(lambda n=name: getattr(sequence, n)(frame))
+        self.found.update(name for name, part in parts.items() if part is not None)
+        images = parts["images"]
+        where = f"{sequence.name} frame {sequence.frame_id(frame)}"
+        if images is None:
+            return
+        intrinsics, _ = sequence.cameras(frame)
+        for name in ("depth", "semantics"):
+            if parts[name] is not None and parts[name].shape != images.shape[:3]:
+                self.problems.append(f"{where}: {name} {parts[name].shape} is no map of its images")
+        for camera, k in enumerate(intrinsics):
+            height, width = images.shape[1:3]
+            centred = 0 < k[0, 2] < width and 0 < k[1, 2] < height
+            if not centred or not 0.2 < k[0, 0] / width < 5 or not 0.8 < k[0, 0] / k[1, 1] < 1.25:
+                self.problems.append(
+                    f"{where}, camera {camera}: focal length {k[0, 0]:.0f}, {k[1, 1]:.0f} and "
+                    f"centre {k[0, 2]:.0f}, {k[1, 2]:.0f} do not suit {width}x{height} pixels; "
+                    "are the calibration and the images of one size?"
+                )
+        if any(n < want for n, want in zip(images.shape[1:3], self.data.crop, strict=True)):
+            self.problems.append(
+                f"{where}: {images.shape[1]}x{images.shape[2]} pixels are fewer than the crop "
+                f"{self.data.crop[0]}x{self.data.crop[1]} of the preset; choose another preset or "
+                "--set data.crop=H,W"
+            )
+
+    def _check_poses(self, sequence: Sequence) -> None:
+        poses = np.stack([sequence.volume_to_world(f) for f in range(sequence.frames)])
+        if not np.isfinite(poses).all():
+            self.problems.append(f"{sequence.name}: poses are not all finite")
+            return
+        step = np.linalg.inv(poses[:-1]) @ poses[1:]
+        metres = np.linalg.norm(step[:, :3, 3], axis=1)
+        cosine = (np.trace(step[:, :3, :3], axis1=1, axis2=2) - 1) / 2
+        degrees = np.rad2deg(np.arccos(np.clip(cosine, -1, 1)))
+        for values, limit, unit in ((metres, LONGEST_STEP, "m"), (degrees, WIDEST_TURN, "degrees")):
+            far = np.flatnonzero(values > limit)
+            if len(far):
+                self.problems.append(
+                    f"{sequence.name}: {len(far)} steps between consecutive frames exceed "
+                    f"{limit:g} {unit}, the first, {values[far[0]]:.1f}, after frame "
+                    f"{sequence.frame_id(int(far[0]))}; are frames missing or poses wrong?"
+                )
+
+    def _check_motion(self, pairs: int) -> None:
+        """Do neighbouring frames look as poses and calibration say?"""
+        moving = [(s, f, g) for s, f in self.places if (g := _next(s, f)) is not None]
+        for s, f, g in _spread(moving, pairs):
+            offset = self._try(lambda s=s, f=f, g=g: epipolar_offset(s, f, g))
+            if offset is not None:
+                self.offsets.append(offset)
+        # scans may be rare, and finding them means reading
+        scanned = [p for p in _spread(moving, 8 * pairs) if self._scanned(*p[:2])]
+        for s, f, g in _spread(scanned, pairs):
+            agreement = self._try(lambda s=s, f=f, g=g: scan_agreement(s, f, g))
+            if agreement is not None:
+                self.agreements.append(agreement)
+        self.problems = list(dict.fromkeys(self.problems))
+        if self.offsets and np.median(self.offsets) > LARGEST_OFFSET:
+            self.problems.append(
+                f"{self.split}: neighbouring frames match {np.median(self.offsets):.1f} pixels off "
+                "their epipolar lines; poses, calibration and images do not belong together"
+            )
+        if self.agreements:
+            moved, still = np.median(self.agreements, axis=0)
+            if moved > still:
+                self.problems.append(
+                    f"{self.split}: scan points change their colour more when followed into the "
+                    f"next frame ({moved:.1f}) than when not ({still:.1f}); are poses inverted, or "
+                    "scans and cameras calibrated wrongly?"
+                )
+
+    def _scanned(self, sequence: Sequence, frame: int) -> bool:
+        if not self.found["lidar"]:
+            return False
+        return self._try(lambda: sequence.lidar(frame)) is not None
+
+    def lines(self) -> list[str]:
+        """The report, a line each."""
+        metres = sum(float(s.path[-1]) for s in self.sequences)
+        lines = [
+            f"{len(self.sequences)} sequences, {len(self.places)} frames, {metres:.0f} m; read "
+            f"{self.read}, of which " + ", ".join(f"{self.found[p]} have {p}" for p in PARTS)
+        ]
+        if self.offsets:
+            lines.append(
+                f"matches lie {np.median(self.offsets):.1f} pixels off their epipolar lines "
+                f"(median of {len(self.offsets)} pairs of frames; chance is 4)"
+            )
+        if self.agreements:
+            moved, still = np.median(self.agreements, axis=0)
+            lines.append(
+                f"grey value of scan points changes by {moved:.1f} when followed into the next "
+                f"frame, by {still:.1f} when not"
+            )
+        lines += [f"problem: {line}" for line in self.problems]
+        return lines + [f"note: {line}" for line in self.notes]
+
+    def needs(self) -> list[str]:
+        """What each task lacks here, a line each."""
+        if self.split == "train":
+            labels = "2-D labels are there" if self.found["semantics"] else "lacks --labels DIR"
+            return [self._trainable(), f"semantic training: {labels}"]
+        judged = "lidar" if self.found["lidar"] else "depth" if self.found["depth"] else None
+        if judged is None:
+            first = self.sequences[0]
+            judged = "stereo" if self._try(lambda: first.stereo_pair(0)) is not None else None
+        known = f"judged against {judged}" if judged else "lacks truth: LiDAR, depth or stereo"
+        ahead = any(s.path[-1] >= 0.4 for s in self.sequences)
+        return [
+            "occupancy: " + ("can be scored" if self.found["voxels"] else "lacks voxel labels"),
+            f"depth: {known}",
+            f"novel depth: {known if ahead else 'lacks frames at least 0.4 m ahead'}",
+            "semantics: " + ("can be scored" if self.found["voxels"] else "lacks voxel labels"),
+        ]
+
+    def _trainable(self) -> str:
+        try:
+            usable = len(VideoDataset(self.sequences, self.data, train=True))
+        except InputError as error:
+            self.problems.append(error.line())
+            return "training: no frame can be used"
+        near, far = self.data.source
+        return f"training: {usable} frames have neighbours {near:g} to {far:g} m away"
+
+    def picture(self) -> np.ndarray | None:
+        """LiDAR, or else depth, drawn onto every camera of a frame in the middle that has it."""
+        middle = len(self.places) // 2
+        for sequence, frame in self.places[middle:] + self.places[:middle]:
+            maps = self._try(lambda s=sequence, f=frame: overlay(s, f))
+            if maps is not None:
+                rows = [maps[i : i + 3] for i in range(0, len(maps), 3)]
+                return pictures.tile(rows)
+        return None
+
+
+def overlay(sequence: Sequence, frame: int) -> list[np.ndarray] | None:
+    """Images [N] of [h, w, 3] with LiDAR points or depth in colour, near is red; or None."""
+    points, depth = sequence.lidar(frame), sequence.depth(frame)
+    if points is None and depth is None:
+        return None
+    images = images_of(sequence, frame)
+    if points is not None:
+        intrinsics, camera_to_world = sequence.cameras(frame)
+        to_cameras = np.linalg.inv(camera_to_world) @ sequence.volume_to_world(frame)
+        depth = np.stack([
+            project_points(points, to_camera, k, images.shape[1:3])
+            for to_camera, k in zip(to_cameras, intrinsics, strict=True)
+        ])  # fmt: skip
+    drawn = []
+    for camera, (image, z) in enumerate(zip(images, depth, strict=True)):
+        v, u = np.nonzero(z)
+        for right in range(max(image.shape[1] // 600, 1)):  # wide enough to be seen
+            column = np.minimum(u + right, image.shape[1] - 1)
+            image[v, column] = pictures.turbo(3 / np.maximum(z[v, u], 3))
+        name = f"{sequence.name} {sequence.frame_id(frame)} camera {camera}"
+        drawn.append(pictures.caption(image, name))
+    return drawn
+
+
+def _next(sequence: Sequence, frame: int) -> int | None:
+    """The first later frame at least 0.3 m away, at most 3 m."""
+    away = sequence.path - sequence.path[frame]
+    later = np.flatnonzero((away >= 0.3) & (away <= 3))
+    return int(later[0]) if len(later) else None
+
+
+def _spread(items: list, count: int | None) -> list:
+    if count is None or count >= len(items):
+        return list(items)
+    return [items[i] for i in np.linspace(0, len(items) - 1, count).round().astype(int)]
+
+
+def _main(words: list[str] | None) -> None:
+    parser = Parser(prog="python -m selfocc.datasets.check", description=__doc__)
+    add_data_options(parser)
+    parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="whose crop and distances to check; default: the data set's",
+    )
+    parser.add_argument(
+        "--frames", type=int, default=100, metavar="N", help="frames to read of each split, evenly "
+        "spread, 0 for all; default: 100",
+    )  # fmt: skip
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change a setting"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("check"), metavar="DIR", help="pictures; default: check"
+    )
+    chosen = parser.parse_args(words)
+    data = _settings(chosen)
+    reports = {s: _look(s, data, folders(chosen), chosen.frames or None) for s in ("train", "val")}
+    problems = []
+    for split, report in reports.items():
+        needs = report.needs()
+        picture = report.picture()
+        print(f"\n{split}")
+        for line in [*report.lines(), *needs]:
+            print(f"  {line}")
+        if picture is not None:
+            file = chosen.out / f"{data.dataset}_{split}.png"
+            pictures.write_picture(file, picture)
+            print(f"  picture: {file}")
+        problems += report.problems
+    if problems:
+        raise InputError(f"{len(problems)} problems were found, the first: {problems[0]}")
+
+
+def _settings(chosen) -> DataConfig:
+    dataset = chosen.dataset
+    if dataset is None:
+        raise InputError("--dataset is needed")
+    named = {"data.dataset": dataset, "data.train": chosen.train, "data.val": chosen.val}
+    named |= {"data.label_map": chosen.label_map}
+    overrides = [f"{path}={value}" for path, value in named.items() if value]
+    data = config.build(chosen.preset or dataset, overrides + chosen.set).data
+    if dataset == "synthetic":  # nothing can be missing; a scene of each split shows it
+        data = dataclasses.replace(data, scenes=1, scenes_val=1)
+    return data
+
+
+def _look(split: str, data: DataConfig, where: Folders, frames: int | None) -> Report:
+    report = Report(split, open_sequences(data, split, where), data)
+    report.check(frames)
+    return report
+
+
+def main(words: list[str] | None = None) -> int:
+    """The command line (or `words` instead of it); returns the exit code."""
+    return run(lambda: _main(words))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

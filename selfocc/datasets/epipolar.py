@@ -1,0 +1,157 @@
+"""Two numbers that tell whether poses, calibration and images of a video belong together.
+
+Neither needs features or training: patches are matched along their epipolar lines, and points of a
+scan are followed from one frame into the next.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from selfocc.datasets.video import Sequence
+
+REACH = 8  # pixels searched to both sides of an epipolar line
+RADIUS = 4  # of a patch, pixels
+PATCHES = 200
+NEAREST, FARTHEST, DEPTHS = 2.0, 200.0, 48  # metres of z-depth searched, evenly in inverse depth
+
+
+def images_of(sequence: Sequence, frame: int) -> np.ndarray:
+    """uint8 [N, h, w, 3] of all cameras."""
+    cameras = range(len(sequence.cameras(frame)[0]))
+    return np.stack([sequence.image(frame, camera) for camera in cameras])
+
+
+def epipolar_offset(sequence: Sequence, frame: int, other: int) -> float | None:
+    """How many pixels off their epipolar lines in `other` patches of `frame` match best; median.
+
+    Corners, whose place is certain in all directions, are compared at every depth and at offsets of
+    -REACH..REACH pixels perpendicular to the line. If nothing fits, offsets are random, REACH / 2
+    in the median; what moves by itself is a minority. All cameras together; None without corners.
+    """
+    offsets = []
+    matrices = _relative(sequence, frame, other)
+    images = zip(images_of(sequence, frame), images_of(sequence, other), strict=True)
+    for (here, there), (matrix, k_here, k_there) in zip(images, matrices, strict=True):
+        here, there = _grey(here), _grey(there)
+        corners = _corners(here)
+        if len(corners):
+            offsets.append(_offsets(here, there, corners, matrix, k_here, k_there))
+    return float(torch.cat(offsets).abs().median()) if offsets else None
+
+
+def scan_agreement(sequence: Sequence, frame: int, other: int) -> tuple[float, float] | None:
+    """By how much grey values (0..255) at the scan points of `frame` differ from `other`; median.
+
+    First where poses say that the points are in `other`, then at the same pixels. None where no
+    point is seen in both.
+    """
+    points = sequence.lidar(frame).astype(np.float64)
+    _, camera_to_world = sequence.cameras(frame)
+    to_cameras = np.linalg.inv(camera_to_world) @ sequence.volume_to_world(frame)
+    images = zip(images_of(sequence, frame), images_of(sequence, other), strict=True)
+    moved, still = [], []
+    for (here, there), to_camera, (matrix, k_here, k_there) in zip(
+        images, to_cameras, _relative(sequence, frame, other), strict=True
+    ):
+        size = np.array(here.shape[1::-1])
+        local = points @ to_camera[:3, :3].T + to_camera[:3, 3]
+        local = local[local[:, 2] > NEAREST]
+        after = local @ matrix[:3, :3].T + matrix[:3, 3]
+        local, after = local[after[:, 2] > NEAREST], after[after[:, 2] > NEAREST]
+        a, b = local @ k_here.T / local[:, 2:], after @ k_there.T / after[:, 2:]
+        a, b = a[:, :2], b[:, :2]
+        seen = ((a > 0) & (a < size - 1) & (b > 0) & (b < size - 1)).all(1)
+        now, then, same = (
+            _sample(image, torch.from_numpy(place[seen]))
+            for image, place in ((_grey(here), a), (_grey(there), b), (_grey(there), a))
+        )
+        moved.append((now - then).abs())
+        still.append((now - same).abs())
+    moved, still = torch.cat(moved), torch.cat(still)
+    return (float(moved.median()), float(still.median())) if len(moved) else None
+
+
+def _relative(sequence, frame, other):
+    """For every camera: camera of `frame` to camera of `other` [4, 4], and both intrinsics."""
+    (k_here, here), (k_there, there) = sequence.cameras(frame), sequence.cameras(other)
+    return list(zip(np.linalg.inv(there) @ here, k_here, k_there, strict=True))
+
+
+def _grey(image: np.ndarray) -> Tensor:
+    return torch.from_numpy(image).double().mean(-1)
+
+
+def _corners(image: Tensor) -> Tensor:
+    """Pixels (u, v) [P, 2] of the strongest corners (Shi & Tomasi), one in each cell at most."""
+    dy, dx = torch.gradient(image)
+    window = 2 * RADIUS + 1
+    products = torch.stack([dx * dx, dx * dy, dy * dy])[:, None]
+    xx, xy, yy = F.avg_pool2d(products, window, 1, RADIUS)[:, 0]
+    least = (xx + yy) / 2 - (((xx - yy) / 2) ** 2 + xy**2).sqrt()
+    border = RADIUS + 1
+    inner = torch.zeros_like(least)
+    inner[border:-border, border:-border] = least[border:-border, border:-border]
+    cell = max(8, int((image.numel() / PATCHES) ** 0.5))
+    strength, place = F.max_pool2d(inner[None, None], cell, return_indices=True)
+    strength, place = strength.flatten(), place.flatten()
+    place = place[strength > max(1.0, float(strength.median()))]
+    return torch.stack([place % image.shape[1], place // image.shape[1]], -1).double()
+
+
+def _offsets(here, there, corners, matrix, k_here, k_there) -> Tensor:
+    """For each corner [P, 2], the offset [pixels] from its epipolar line of its best match."""
+    matrix, k_here, k_there = (torch.from_numpy(np.array(m)) for m in (matrix, k_here, k_there))
+    rays = F.pad(corners, (0, 1), value=1.0) @ torch.linalg.inv(k_here).T
+    depth = 1 / torch.linspace(1 / FARTHEST, 1 / NEAREST, DEPTHS, dtype=torch.float64)
+    points = (rays[:, None] * depth[:, None]) @ matrix[:3, :3].T + matrix[:3, 3]  # [P, D, 3]
+    ahead = points[..., 2] > 0.1
+    line = points @ k_there.T
+    line = line[..., :2] / line[..., 2:].clamp_min(0.1)
+    tangent = line[:, 1] - line[:, 0]
+    length = tangent.norm(dim=-1, keepdim=True)
+    # where the camera hardly moves the line is a point, and any direction tells
+    tangent = torch.where(
+        length > 1e-3, tangent / length.clamp_min(1e-9), tangent.new_tensor([1, 0])
+    )
+    normal = torch.stack([-tangent[:, 1], tangent[:, 0]], -1)
+    offset = torch.arange(-REACH, REACH + 1, dtype=torch.float64)
+    place = line[:, :, None] + offset[:, None] * normal[:, None, None]  # [P, D, O, 2]
+    y, x = torch.meshgrid(*[torch.arange(-RADIUS, RADIUS + 1.0, dtype=torch.float64)] * 2,
+                          indexing="ij")  # fmt: skip
+    patch = torch.stack([x, y], -1).flatten(0, 1)
+    want = _standard(_sample(here, corners[:, None] + patch))
+    score = torch.full(place.shape[:3], -1.0, dtype=torch.float64)
+    limit = torch.tensor(there.shape[::-1]) - 1 - RADIUS
+    inside = ((place > RADIUS) & (place < limit)).all(-1) & ahead[..., None]
+    for p in range(len(corners)):  # a corner at a time keeps the patches in the cache
+        got = _standard(_sample(there, place[p][inside[p]][:, None] + patch))
+        score[p][inside[p]] = (got * want[p]).mean(-1)
+    score = score.amax(dim=1)  # over depth: [P, O]
+    best, index = score.max(dim=1)
+    # the vertex of the parabola through the best offset and its neighbours
+    inner = index.clamp(1, 2 * REACH - 1)[:, None]
+    before, middle, after = (score.gather(1, inner + step)[:, 0] for step in (-1, 0, 1))
+    bend = (2 * middle - before - after).clamp_min(1e-6)
+    vertex = offset[index] + ((after - before) / (2 * bend)).clamp(-0.5, 0.5)
+    return vertex[best > 0.8]
+
+
+def _standard(patches: Tensor) -> Tensor:
+    """Patches [..., K] of mean 0 and variance 1, so that brightness and contrast do not count."""
+    patches = patches - patches.mean(-1, keepdim=True)
+    return patches / patches.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
+
+
+def _sample(image: Tensor, pixels: Tensor) -> Tensor:
+    """Grey values [...] at pixels (u, v) [..., 2] inside the image, bilinear."""
+    height, width = image.shape
+    u, v = pixels.unbind(-1)
+    left, top = u.floor().clamp(0, width - 2).long(), v.floor().clamp(0, height - 2).long()
+    right, down = u - left, v - top
+    values = image.flatten()
+    at = top * width + left
+    above = values[at] * (1 - right) + values[at + 1] * right
+    below = values[at + width] * (1 - right) + values[at + width + 1] * right
+    return above * (1 - down) + below * down

@@ -1,0 +1,146 @@
+"""The check of data folders: sound data pass, each kind of damage is named, wrong poses show."""
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from selfocc.datasets.check import main, overlay
+from selfocc.datasets.epipolar import epipolar_offset, scan_agreement
+from selfocc.datasets.export_kitti_raw import export_kitti_raw
+from selfocc.datasets.synthetic import SyntheticConfig, synthetic_sequences
+
+REAL = Path(__file__).parents[2] / "shared" / "data"
+SIZE, FRAMES = (96, 192), 6
+DRIVE = "2011_09_26/2011_09_26_drive_0001_sync"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    config = SyntheticConfig(image_size=SIZE, frames=FRAMES, movers=0)
+    return synthetic_sequences(config, "train", 1, cache=tmp_path_factory.mktemp("cache"))[0]
+
+
+@pytest.fixture(scope="module")
+def exported(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    export_kitti_raw([world], folder, progress=False)
+    return folder
+
+
+class Moved:
+    """A sequence whose cameras of odd frames are turned or moved by a matrix."""
+
+    def __init__(self, sequence, matrix):
+        self.sequence, self.matrix = sequence, matrix
+
+    def __getattr__(self, name):
+        return getattr(self.sequence, name)
+
+    def cameras(self, frame):
+        intrinsics, poses = self.sequence.cameras(frame)
+        return intrinsics, poses @ self.matrix if frame % 2 else poses
+
+
+def turned(degrees, axis):
+    angle, matrix = np.deg2rad(degrees), np.eye(4)
+    i, j = (axis + 1) % 3, (axis + 2) % 3
+    matrix[[i, i, j, j], [i, j, i, j]] = np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)
+    return matrix
+
+
+def test_matches_lie_on_epipolar_lines_of_true_poses_only(world):
+    true = [epipolar_offset(world, f, f + 1) for f in range(4)]
+    assert np.median(true) < 0.5
+    for axis in (0, 2):  # pitch and roll
+        wrong = [epipolar_offset(Moved(world, turned(3, axis)), f, f + 1) for f in range(4)]
+        assert np.median(wrong) > 3 * np.median(true) and np.median(wrong) > 1.5
+
+
+def test_scans_follow_true_poses_only(world):
+    moved, still = np.median([scan_agreement(world, f, f + 2) for f in range(3)], axis=0)
+    assert moved < 0.6 * still
+    back = np.eye(4)
+    back[2, 3] = -4.0  # metres, more than the way between the frames: they seem to go backwards
+    wrong = [scan_agreement(Moved(world, back), f, f + 1) for f in range(3)]
+    assert np.median(wrong, axis=0)[0] > still
+
+
+def test_no_texture_no_claim(world):
+    class Blank(Moved):
+        def image(self, frame, camera):
+            return np.full((*SIZE, 3), 90, np.uint8)
+
+    assert epipolar_offset(Blank(world, np.eye(4)), 0, 1) is None
+
+
+def test_overlay_marks_where_points_are(world):
+    (drawn,) = overlay(world, 0)
+    assert drawn.shape == (*SIZE, 3)
+    changed = (drawn != world.images(0)[0]).any(-1)[16:]  # below the caption
+    assert 0.1 < changed[40:].mean() < 0.9
+
+
+def check(folder, out, *more):
+    return main(["--dataset", "kitti_raw", "--preset", "kitti_raw_small", "--data", str(folder),
+                 "--out", str(out), "--set", "data.crop=96,192", "--train",
+                 "2011_09_26_drive_0001_sync:0-5", "--val", "2011_09_26_drive_0001_sync:0-5",
+                 *more])  # fmt: skip
+
+
+def test_sound_data_pass_with_what_each_task_needs(exported, tmp_path, capsys):
+    assert check(exported, tmp_path) == 0
+    said = capsys.readouterr().out
+    assert re.search(
+        r"2 sequences, 12 frames, \d+ m; read 12, of which 12 have images, 12 have li", said
+    )
+    assert re.search(r"matches lie 0\.\d pixels off", said) and "problem" not in said
+    for line in (
+        "occupancy: lacks voxel labels", "depth: judged against lidar",
+        "semantic training: lacks --labels DIR", "training: 8 frames have neighbours 0.5 to 3 m",
+    ):  # fmt: skip
+        assert f"  {line}" in said
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "kitti_raw_train.png",
+        "kitti_raw_val.png",
+    }
+
+
+def test_damage_is_listed_and_ends_with_2(exported, tmp_path, capsys):
+    root = tmp_path / "broken"
+    shutil.copytree(exported, root)
+    image = root / DRIVE / "image_02/data/0000000002.png"
+    image.write_bytes(image.read_bytes()[:300])
+    scan = root / DRIVE / "velodyne_points/data/0000000003.bin"
+    scan.write_bytes(scan.read_bytes()[:50])
+    oxts = root / DRIVE / "oxts/data/0000000004.txt"
+    words = oxts.read_text().split()
+    words[0] = str(float(words[0]) + 1e-3)  # of a degree: 111 m to the north
+    oxts.write_text(" ".join(words))
+    assert check(root, tmp_path / "out") == 2
+    said = capsys.readouterr()
+    for problem in (
+        r"0000000002.png: damaged", r"0000000003.bin: torn, 50 bytes",
+        r"drive_0001_sync/l: 2 steps .* exceed 5 m, the first, 11\d\.\d, after frame 0000000003",
+    ):  # fmt: skip
+        assert re.search(f"problem: .*{problem}", said.out)
+    assert re.search(r"^error: \d+ problems were found", said.err, re.MULTILINE)
+
+
+def test_crop_and_data_set_are_checked(exported, tmp_path, capsys):
+    assert check(exported, tmp_path, "--set", "data.crop=352,1216", "--frames", "2") == 2
+    assert "96x192 pixels are fewer than the crop 352x1216" in capsys.readouterr().out
+    assert main(["--data", str(exported)]) == 2
+    assert "--dataset is needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dataset", ["kitti", "kitti_raw"])
+def test_real_excerpts_pass(dataset, tmp_path, capsys):
+    if not (REAL / dataset).is_dir():
+        pytest.skip(f"no excerpt at {REAL / dataset}")
+    split = ["--train", "06:0-39", "--val", "06:40-50"] if dataset == "kitti" else []
+    words = ["--dataset", dataset, "--preset", f"{dataset}_small", "--data", str(REAL / dataset)]
+    assert main([*words, *split, "--frames", "4", "--out", str(tmp_path)]) == 0
+    assert "problem" not in capsys.readouterr().out
