@@ -100,7 +100,9 @@ class Samples(Dataset):
             if own:
                 sample.labels = metrics.pool_voxels(sample.labels, self.pool)
             if hasattr(sequence, "voxels_to_volume"):
-                sample.voxels_to_volume = torch.from_numpy(sequence.voxels_to_volume(frame))
+                matrix = torch.from_numpy(sequence.voxels_to_volume(frame))
+                if not torch.equal(matrix, torch.eye(4, dtype=matrix.dtype)):
+                    sample.voxels_to_volume = matrix
         if "depth" in self.tasks and not own:
             points = sequence.lidar(frame)
             if points is not None:
