@@ -2,6 +2,7 @@
 
     python eval.py --ckpt runs/synthetic
     python eval.py --ckpt FILE --dataset kitti --data DIR --task all --video
+    python eval.py --ckpt published.pth --preset nuscenes --data DIR
     python eval.py --ckpt FILE --dataset kitti --data DIR --resume     # go on where it was stopped
     torchrun --nproc-per-node 8 eval.py --ckpt FILE --dataset kitti --data DIR
 

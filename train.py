@@ -40,7 +40,7 @@ from selfocc.model import Noise, SelfOcc
 
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
-    presets = "\n".join(f"  {name:18s} {summary}" for name, (summary, _) in config.PRESETS.items())
+    presets = "\n".join(f"  {name:20s} {summary}" for name, (summary, _) in config.PRESETS.items())
     parser = Parser(description=__doc__, epilog=f"presets:\n{presets}")
     add_data_options(parser)
     parser.add_argument("--preset", metavar="NAME", help="default: the data set's name")

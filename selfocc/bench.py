@@ -242,8 +242,9 @@ def random_batch(settings: Config, seed: int) -> Batch:
     """Noise for images, cameras on a car: all looking ahead, or in a ring; sources 1 m away."""
     generator = torch.Generator().manual_seed(seed)
     data, box = settings.data, settings.volume.box
-    network, size = data.pad, tuple(int(n * data.target_scale) for n in data.crop)
-    cameras, batch = settings.cameras, settings.optim.batch
+    shown = data.target_crop or data.crop
+    network, size = data.pad, tuple(int(n * data.target_scale) for n in shown)
+    cameras, batch = data.cameras, settings.optim.batch
     ring = cameras > 1
     angle = torch.arange(cameras).double() * (2 * math.pi / cameras) + math.pi / 2
     ahead = torch.stack([angle.cos(), angle.sin(), 0 * angle], -1)

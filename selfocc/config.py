@@ -48,6 +48,11 @@ class DataConfig:
     )
     val: str = ""
 
+    @property
+    def cameras(self) -> int:
+        """Cameras of a frame."""
+        return 6 if self.dataset == "nuscenes" or self.rig == "surround" else 1
+
 
 @dataclass(frozen=True)
 class VolumeConfig:
@@ -195,12 +200,6 @@ class Config:
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     quirks: QuirkConfig = dataclasses.field(default_factory=QuirkConfig)
-
-    @property
-    def cameras(self) -> int:
-        """Cameras that the network sees at once: a ring of six, or one ahead."""
-        ring = self.data.dataset == "nuscenes" or self.data.rig == "surround"
-        return self.encoder.cameras or (6 if ring else 1)
 
 
 PRESETS: dict[str, tuple[str, Config]] = {}

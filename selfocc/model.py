@@ -50,10 +50,11 @@ class SelfOcc(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        cameras = config.encoder.cameras or config.data.cameras
         self.backbone = Backbone(config.backbone)
         self.fpn = FPN(self.backbone.channels, config.encoder.dim)
         transposed = config.quirks.transposed_bev_grid
-        self.encoder = Encoder(config.encoder, config.volume, config.cameras, transposed=transposed)
+        self.encoder = Encoder(config.encoder, config.volume, cameras, transposed=transposed)
         self.lift = FrustumLift(config.encoder, config.volume) if config.encoder.lift else None
         self.decoder = FieldDecoder(config.field, config.encoder, config.volume)
         render = config.render
@@ -158,7 +159,7 @@ class SelfOcc(nn.Module):
                 **march,
             )
         distance, opacity, color = split(out.distance), split(out.opacity), split(out.color)
-        if background is not None:
+        if background is not None and self.config.field.colors:
             color = color + background * (1 - opacity[..., None])
         if self.config.quirks.white_256:
             color = color * (256 / 255)

@@ -14,6 +14,7 @@ Every parameter of the published network has its counterpart here, with these ex
 - Shapes: plane queries have a leading 1, `variance` is [1].
 """
 
+import functools
 import math
 import re
 import sys
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from selfocc import InputError, config
 from selfocc.config import Config
+from selfocc.encoder import PLANES
 from selfocc.files import replacing
 from selfocc.model import SelfOcc
 from selfocc.torchfile import page_out, read_state
@@ -50,12 +52,11 @@ _INERT = ("head.model.field_background", "head.model.device_indicator_param", _A
 def published_names(settings: Config) -> dict[str, str | None]:
     """Published name -> ours, in the published order; None for what computes nothing."""
     tpv = settings.encoder.kind == "tpv"
-    model = _empty(settings)
     names: dict[str, str | None] = {}
-    for theirs, module in (("img_backbone", model.backbone), ("img_neck", model.fpn)):
-        ours = "backbone" if theirs == "img_backbone" else "fpn"
-        names |= {f"{theirs}.{name}": f"{ours}.{name}" for name in module.state_dict()}
-    planes = model.encoder.planes
+    for theirs, ours in (("img_backbone", "backbone."), ("img_neck", "fpn.")):
+        found = (name for name in _shapes(settings) if name.startswith(ours))
+        names |= {f"{theirs}.{name.removeprefix(ours)}": name for name in found}
+    planes = PLANES[settings.encoder.kind]
     for plane in planes:
         names[f"lifter.tpv_{plane}" if tpv else "lifter.bev"] = f"encoder.queries.{plane}"
     names["encoder.level_embeds"] = "encoder.level_embedding"
@@ -91,7 +92,7 @@ def published_names(settings: Config) -> dict[str, str | None]:
 
 def published_shapes(settings: Config) -> dict[str, tuple[int, ...]]:
     """Published name -> shape, in the published order."""
-    ours = {name: tuple(t.shape) for name, t in _empty(settings).state_dict().items()}
+    ours = _shapes(settings)
     fixed = dict(zip(_INERT, ((1,), (0,), (2, 3)), strict=True))
     shapes = {}
     for theirs, name in published_names(settings).items():
@@ -100,11 +101,13 @@ def published_shapes(settings: Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _empty(settings: Config) -> SelfOcc:
-    """The model without memory for its parameters."""
+@functools.lru_cache(maxsize=16)
+def _shapes(settings: Config) -> dict[str, tuple[int, ...]]:
+    """Our names and shapes."""
     backbone = replace(settings.backbone, weights="none")
-    with torch.device("meta"):
-        return SelfOcc(replace(settings, backbone=backbone))
+    with torch.device("meta"):  # without memory
+        state = SelfOcc(replace(settings, backbone=backbone)).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 # Import
@@ -127,21 +130,22 @@ def import_published(
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     names = published_names(settings)
     _check(path, shapes, published_shapes(settings), settings.preset)
-    ours = _empty(settings).state_dict()
+    ours = _shapes(settings)
     model, inert = {}, {}
     for theirs, name in names.items():
         tensor = state[theirs]
         if name is None:
             inert[theirs] = tensor
             continue
-        if tensor.is_floating_point() != ours[name].is_floating_point():
+        counter = theirs.endswith("num_batches_tracked")
+        if tensor.is_floating_point() == counter:
             raise InputError(f"{path}: {theirs} is {tensor.dtype}; fetch the checkpoint again")
-        if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
+        if not counter and not torch.stack(tensor.aminmax()).isfinite().all():
             raise InputError(f"{path}: {theirs} holds NaN or infinity; use another checkpoint")
         page_out(tensor)
         if theirs.startswith(_LAST):
             tensor = swap_colors(tensor, settings)
-        model[name] = tensor.to(ours[name].dtype).reshape(ours[name].shape)
+        model[name] = tensor.to(torch.int64 if counter else torch.float32).reshape(ours[name])
     # its weights are these, and no others are to be fetched
     settings = replace(settings, backbone=replace(settings.backbone, weights="none"))
     return settings, model, inert
@@ -222,7 +226,7 @@ def _read_sizes(path, state, shapes, base: Config) -> Config:
 def _sizes(path, state, shapes, base: Config) -> Config:
     encoder = base.encoder
     tpv = encoder.kind == "tpv"
-    planes = ("hw", "zh", "wz") if tpv else ("hw",)
+    planes = PLANES[encoder.kind]
     cameras, dim = shapes["encoder.cams_embeds"]
     levels, _ = shapes["encoder.level_embeds"]
     hidden, _ = shapes[f"{_FIELD}1.weight"]
@@ -252,9 +256,10 @@ def _sizes(path, state, shapes, base: Config) -> Config:
     cross = [f"1.{f'attn_{plane}.' if tpv else ''}deformable_attention" for plane in planes]
     points_cross = tuple(points(attention, levels) for attention in cross)
     position = f"encoder.positional_encoding.position_layer{'_hw' if tpv else ''}.weight"
+    width, *_ = shapes["img_backbone.conv1.weight"]
+    if min(cameras, dim, levels, hidden, channels, width, *nodes) < 1:
+        raise ValueError("sizes must be positive")  # and are refused with what does not fit
     layers = {int(m[1]) for n in shapes if (m := re.match(r"encoder\.layers\.(\d+)\.", n))}
-    default = replace(base, encoder=replace(encoder, cameras=None))
-    usual, _ = _empty(default).encoder.camera_embedding.shape
     encoder = replace(
         encoder,
         dim=dim,
@@ -262,13 +267,13 @@ def _sizes(path, state, shapes, base: Config) -> Config:
         points_cross=points_cross + encoder.points_cross[len(points_cross) :],
         points_self=points("0", len(planes)),
         frequencies=shapes[position][1] // 4,
-        cameras=None if cameras == usual else cameras,
+        cameras=None if cameras == base.data.cameras else cameras,
     )
     depth = _depth(shapes, base.backbone.depth)
     return replace(
         base,
         encoder=encoder,
-        backbone=replace(base.backbone, depth=depth, width=shapes["img_backbone.conv1.weight"][0]),
+        backbone=replace(base.backbone, depth=depth, width=width),
         field=replace(base.field, hidden=hidden, colors=colors, classes=classes),
         volume=replace(base.volume, nodes=nodes, box=_box(state, base.volume.box)),
     )
@@ -306,7 +311,11 @@ def _depth(shapes, usual: int) -> int:
 def _box(state, usual: tuple[float, ...]) -> tuple[float, ...]:
     """The volume's box of a state dict, in the decimals that its float32 numbers stand for."""
     found = state[_AABB].flatten()
-    if not (found[:3] < found[3:]).all() or torch.equal(found, torch.tensor(usual).float()):
+    if (
+        len(found) != 6
+        or not (found[:3] < found[3:]).all()
+        or torch.equal(found, torch.tensor(usual).float())
+    ):
         return usual
     return tuple(float(str(number)) for number in found.float().numpy())
 
@@ -382,7 +391,10 @@ def export_published(
             tensor = swap_colors(tensor, settings)
         state[theirs] = tensor.reshape(shape)
     with replacing(path) as temporary:
-        torch.save({"state_dict": state}, temporary)
+        try:
+            torch.save({"state_dict": state}, temporary)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(str(error).partition("\n")[0]) from None
 
 
 def _divide_colors(last: Tensor, settings: Config) -> Tensor:

@@ -37,10 +37,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state:
         raise InputError(f"{path} holds no state dict; name a published SelfOcc checkpoint")
     for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        dense = isinstance(tensor, Tensor) and tensor.layout is torch.strided
+        if not isinstance(name, str) or not dense or tensor.is_quantized:
             raise InputError(
-                f"{path}: {str(name)[:80]!r} is a {type(tensor).__name__}, not a tensor; name a "
-                "published SelfOcc checkpoint"
+                f"{path}: {str(name)[:80]!r} is a {type(tensor).__name__}, not a plain tensor; "
+                "name a published SelfOcc checkpoint"
             )
     held = sum(t.numel() * t.element_size() for t in state.values())
     storages = {

@@ -14,8 +14,9 @@ import kernels
 from selfocc import published
 from selfocc.config import Config
 from selfocc.datasets.video import Batch, Frames
+from selfocc.encoder import project_points
 from selfocc.field import shifted_grid_sdf
-from selfocc.geometry import node_spacing
+from selfocc.geometry import image_projection, node_spacing
 from selfocc.losses import objective
 from selfocc.model import SelfOcc
 from tests import goldens
@@ -143,6 +144,15 @@ def compare(record: Record) -> Errors:
     }
     for stage, name in steps.items():
         errors.add(stage, seen[name], recorded[name])
+    projection = image_projection(batch.intrinsics, batch.camera_to_volume)
+    size = tuple(batch.images.shape[-2:])
+    for plane in model.encoder.planes:
+        points = getattr(model.encoder, f"pillars_{plane}")
+        fractions, visible = project_points(points, projection, size, size)
+        name = f"point_sampling.{plane if count == 3 else 'bev'}"
+        errors.add("visibility", visible, out[f"{name}.mask"])
+        theirs = out[f"{name}.ref_cam"][:, 0]
+        errors.add("projection", fractions[visible], theirs[visible[0]])
     for ours, theirs in zip(planes, record.planes("representation", count), strict=True):
         errors.add("planes", ours, theirs)
     errors.add("volume", swap_volume(volume), out["field_volume.density_color"])

@@ -1,0 +1,79 @@
+"""The published presets: their values against the paper's tables, and a training step of each."""
+
+import math
+
+import pytest
+import torch
+
+from selfocc import config, published
+from selfocc.bench import random_batch
+from selfocc.geometry import fixed_pixels
+from selfocc.losses import objective
+from selfocc.model import Noise, SelfOcc
+
+# weights of: photometric, colour, eikonal, second differences, semantics, sparsity, edges
+WEIGHTS = {
+    "kitti": (1.0, 0.1, 0.1, 0.1, 0.0, 0.005, 0.0),
+    "kitti_novel_depth": (1.0, 0.1, 0.1, 0.01, 0.0, 0.0, 0.0),
+    "kitti_raw": (1.0, 0.0, 0.1, 0.0, 0.0, 0.0, 0.01),
+    "nuscenes": (1.0, 0.1, 0.1, 0.01, 0.1, 0.0, 0.0),
+    "nuscenes_bev": (1.0, 0.1, 0.1, 0.01, 0.1, 0.001, 0.0),
+    "nuscenes_novel_depth": (1.0, 0.1, 0.1, 0.01, 0.0, 0.0, 0.0),
+    "nuscenes_depth": (1.0, 0.0, 0.1, 0.0, 0.0, 0.0, 0.01),
+}
+# fractions of the cropped image over those of the padded input, x and y (spec section 1)
+FOCAL_RATIOS = {
+    "kitti": (1.0, 1.0),
+    "kitti_novel_depth": (1.0, 0.96339),
+    "kitti_raw": (0.99751, 0.97121),
+    "nuscenes": (1.0, 1.0),
+    "nuscenes_bev": (1.0, 1.0),
+    "nuscenes_novel_depth": (1.0, 1.0),
+    "nuscenes_depth": (1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("preset", published.PRESETS)
+def test_losses_and_image_sizes(preset):
+    settings = config.build(preset)
+    names = ("photometric", "color", "eikonal", "hessian", "semantic", "sparsity", "edge")
+    assert tuple(getattr(settings.loss, f"weight_{name}") for name in names) == WEIGHTS[preset]
+    assert settings.loss.compact_hessian == (preset in ("kitti", "kitti_raw"))
+    data, quirks = settings.data, settings.quirks
+    rate = quirks.pad_rate or tuple(p / c for p, c in zip(data.pad, data.crop, strict=True))
+    x, y = FOCAL_RATIOS[preset]
+    assert data.scale / rate[1] == pytest.approx(x, abs=6e-6)
+    assert data.scale / rate[0] == pytest.approx(y, abs=6e-6)
+    for crop, pad in zip(data.crop, data.pad, strict=True):
+        assert math.ceil(int(crop * data.scale) / 32) * 32 == pad
+    assert quirks.white_256 and quirks.pixels_over_size
+    assert quirks.transposed_bev_grid == (preset == "nuscenes_bev")
+
+
+SMALL = """
+    volume.nodes=13,13,5 backbone.depth=18 backbone.width=8 backbone.weights=none encoder.dim=12
+    encoder.layers=1 encoder.points_cross=2,3,3 encoder.points_self=2 field.hidden=8
+    render.rays=4,6 render.samples=12 data.crop=64,96 data.pad=64,96 data.target_crop=none
+    data.scale=1 quirks.pad_rate=none
+"""
+
+
+@pytest.mark.parametrize("preset", published.PRESETS)
+def test_a_training_step(preset):
+    """The losses of the preset are finite and reach all that is trained, in miniature."""
+    torch.manual_seed(0)
+    settings = config.build(preset, SMALL.split())
+    model = SelfOcc(settings).train()
+    batch = random_batch(settings, seed=0)
+    cameras, rays = settings.data.cameras, 24
+    pixels = fixed_pixels(settings.render.rays, (64, 96))
+    shape = (1, cameras, rays)
+    noise = Noise(torch.rand(4), torch.rand(shape), torch.rand(*shape, 3), torch.rand(1, 3))
+    volume, view = model(batch, pixels, noise)
+    losses = objective(settings, batch, volume, view, noise.shift)
+    assert len(losses) == sum(w > 0 for w in WEIGHTS[preset]) + (WEIGHTS[preset][3] == 0)
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    assert model.encoder.camera_embedding.shape[0] == cameras == (6 if "nuscenes" in preset else 1)
