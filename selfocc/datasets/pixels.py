@@ -18,7 +18,7 @@ def cropped(images, crop: tuple[int, int], where: str) -> Tensor:
             "preset for this size or --set data.crop=H,W"
         )
     images = np.stack([image[:height, :width] for image in images])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float()
 
 
 def resize(images: Tensor, scale: float) -> Tensor:
