@@ -8,6 +8,7 @@ as `datasets.video.Sequence`. Exit code 2 where something has to be mended.
 """
 
 import dataclasses
+import itertools
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -23,8 +24,8 @@ from selfocc.datasets import Folders, open_sequences
 from selfocc.datasets.epipolar import epipolar_offset, images_of, scan_agreement
 from selfocc.datasets.video import Sequence, VideoDataset, project_points
 
-LONGEST_STEP = 5.0  # metres between consecutive frames: 50 m/s at 10 frames a second
-WIDEST_TURN = 15.0  # degrees between consecutive frames
+LONGEST_STEP = 5.0  # metres between consecutive frames, or six times the median
+WIDEST_TURN = 15.0  # degrees between consecutive frames, or six times the median
 LARGEST_OFFSET = 1.5  # pixels; correct poses stay below 1, chance is 4
 PARTS = ("images", "lidar", "depth", "semantics", "voxels")
 
@@ -102,6 +103,8 @@ class Report:
         cosine = (np.trace(step[:, :3, :3], axis1=1, axis2=2) - 1) / 2
         degrees = np.rad2deg(np.arccos(np.clip(cosine, -1, 1)))
         for values, limit, unit in ((metres, LONGEST_STEP, "m"), (degrees, WIDEST_TURN, "degrees")):
+            # key frames alone are half a second apart
+            limit = max(limit, 6 * float(np.median(values))) if len(values) else limit
             far = np.flatnonzero(values > limit)
             if len(far):
                 self.problems.append(
@@ -218,16 +221,23 @@ def overlay(sequence: Sequence, frame: int) -> list[np.ndarray] | None:
     drawn = []
     for camera, (image, z) in enumerate(zip(images, depth, strict=True)):
         v, u = np.nonzero(z)
-        for right in range(max(image.shape[1] // 600, 1)):  # wide enough to be seen
-            column = np.minimum(u + right, image.shape[1] - 1)
-            image[v, column] = pictures.turbo(3 / np.maximum(z[v, u], 3))
+        colour, dot = (
+            pictures.turbo(3 / np.maximum(z[v, u], 3)),
+            range(max(image.shape[1] // 400, 1)),
+        )
+        for down, right in itertools.product(dot, dot):  # wide enough to be seen
+            row, column = (
+                np.minimum(at + step, size - 1)
+                for at, step, size in ((v, down, image.shape[0]), (u, right, image.shape[1]))
+            )
+            image[row, column] = colour
         name = f"{sequence.name} {sequence.frame_id(frame)} camera {camera}"
         drawn.append(pictures.caption(image, name))
     return drawn
 
 
 def _next(sequence: Sequence, frame: int) -> int | None:
-    """The first later frame at least 0.3 m away, at most 3 m."""
+    """The first later frame 0.3 m to 3 m away; from farther off, patches look different."""
     away = sequence.path - sequence.path[frame]
     later = np.flatnonzero((away >= 0.3) & (away <= 3))
     return int(later[0]) if len(later) else None
@@ -281,7 +291,7 @@ def _settings(chosen) -> DataConfig:
     if dataset is None:
         raise InputError("--dataset is needed")
     named = {"data.dataset": dataset, "data.train": chosen.train, "data.val": chosen.val}
-    named |= {"data.label_map": chosen.label_map}
+    named |= {"data.label_map": chosen.label_map, "data.version": chosen.version}
     overrides = [f"{path}={value}" for path, value in named.items() if value]
     data = config.build(chosen.preset or dataset, overrides + chosen.set).data
     if dataset == "synthetic":  # nothing can be missing; a scene of each split shows it
