@@ -13,7 +13,7 @@ import pytest
 from selfocc import InputError
 from selfocc.config import build
 from selfocc.datasets import Folders, open_dataset
-from selfocc.datasets.export_nuscenes import EGO_TO_GLOBAL, OCC3D, export_nuscenes
+from selfocc.datasets.export_nuscenes import EGO_TO_GLOBAL, OCC3D_CLASS, export_nuscenes
 from selfocc.datasets.nuscenes import nuscenes_sequences, official_val
 from selfocc.datasets.nuscenes_tables import CHANNELS, open_index, stream
 from selfocc.datasets.synthetic import SyntheticConfig, synthetic_sequences
@@ -78,7 +78,7 @@ def test_an_exported_scene_is_the_world_itself(world, root):
         ego_points = world.lidar(frame) @ to_ego[:3, :3].T + to_ego[:3, 3]
         assert np.allclose(sequence.lidar(frame), ego_points, atol=1e-4)
         labels = world.voxels(frame)
-        assert np.array_equal(sequence.voxels(frame), np.where(OCC3D == 17, 0, OCC3D)[labels])
+        assert np.array_equal(sequence.voxels(frame), OCC3D_CLASS[labels] % 17)
         assert np.array_equal(sequence.voxel_mask(frame), labels != 255)
     assert sequence.lidar(1) is None and sequence.voxels(1) is None
     assert np.array_equal(pickle.loads(pickle.dumps(sequence)).image(5, 2), world.image(5, 2))
