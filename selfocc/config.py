@@ -361,7 +361,7 @@ _synthetic = _preset(
     ),
     loss=dict(automask=False, weight_eikonal=0.001, weight_hessian=0.01),
     optim=dict(
-        steps=1800,
+        steps=1900,
         batch=2,
         lr=1.5e-3,
         backbone_factor=1.0,
