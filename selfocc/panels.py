@@ -22,11 +22,10 @@ def panel(model: SelfOcc, dataset: VideoDataset, index: int, device: torch.devic
     batch = collate([dataset[index]]).to(device)
     volume = model.volume(batch)
     depth, color = rendered_maps(model, volume, batch.target)
-    image, color = (pictures.rgb_picture(p[0, 0]) for p in (batch.target.images, color))
-    shown = [
-        pictures.caption(image, f"image {batch.name[0]}"),
-        pictures.caption(color, "rendered colour"),
-    ]
+    image = pictures.rgb_picture(batch.target.images[0, 0])
+    shown = [pictures.caption(image, f"image {batch.name[0]}")]
+    if model.config.field.colors:
+        shown.append(pictures.caption(pictures.rgb_picture(color[0, 0]), "rendered colour"))
     rows = [shown, [pictures.caption(pictures.depth_picture(depth[0, 0]), "rendered depth")]]
     for name, truth in truth_maps(batch).items():
         error = pictures.error_picture(depth[0, 0], truth[0, 0])

@@ -232,7 +232,7 @@ def test_evaluation_of_a_published_file(file, cache, monkeypatch, capsys):
     sizes += " encoder.heads=1 render.eval_rays=8,16 render.eval_samples=16"
     options = [word for setting in sizes.split() for word in ("--set", setting)]
     options += ["--set", "optim.workers=0", "--dataset", "synthetic", "--task", "depth"]
-    options += ["--prior-frames", "2", "--pictures", "0", "--frames", "2"]
+    options += ["--prior-frames", "2", "--pictures", "1", "--frames", "2"]
     assert eval_script.main(["--ckpt", str(file), "--preset", "kitti_raw", *options]) == 0
     said = capsys.readouterr().out
     assert "volume.nodes is (17, 17, 5) in the file" in said and "AbsRel" in said
