@@ -125,6 +125,9 @@ class RenderConfig:
     backdrop: bool = (
         False  # rays that hit nothing see the far end of the volume, instead of no depth
     )
+    # metres that rays go on below the volume, where its lowest nodes go on: its floor may be a hand
+    # below the road, and a backdrop there would do instead of a road
+    below: float = 0.0
     background: str = "random"  # random | black
 
 
@@ -358,10 +361,11 @@ _synthetic = _preset(
         alpha="volsdf",  # learns faster: NeuS has no gradient where nothing is seen from its front
         sharpen=(5.0, 12.0),
         backdrop=True,
+        below=1.6,
     ),
     loss=dict(automask=False, weight_eikonal=0.001, weight_hessian=0.01),
     optim=dict(
-        steps=1900,
+        steps=1750,
         batch=2,
         lr=1.5e-3,
         backbone_factor=1.0,
@@ -389,7 +393,7 @@ _preset(
     data=dict(rig="surround", scenes=16, scenes_val=4, crop=(96, 160), pad=(96, 160)),
     volume=dict(box=(-40.0, -40.0, -1.0, 40.0, 40.0, 5.4), nodes=(81, 81, 17), voxel=1, ground=0.0),
     field=dict(ground=0.0),
-    render=dict(rays=(16, 26), eval_rays=(48, 80)),
+    render=dict(rays=(16, 26), eval_rays=(48, 80), below=0.0),
 )
 
 _kitti_small = _preset(
@@ -404,7 +408,7 @@ _kitti_small = _preset(
         target_scale=0.25,
     ),
     backbone=dict(norm="batch"),  # as its figures were measured
-    render=dict(eval_rays=(44, 152)),
+    render=dict(eval_rays=(44, 152), below=0.0),
     optim=dict(steps=1000),
 )
 

@@ -125,7 +125,9 @@ class SelfOcc(nn.Module):
         origins, directions, stretch = pixel_rays(
             pixels, frames.intrinsics, frames.camera_to_volume
         )
-        near, far = ray_box(origins, directions, self.config.volume.box)
+        box = self.config.volume.box
+        seen = (*box[:2], box[2] - self.config.render.below, *box[3:])
+        near, far = ray_box(origins, directions, seen)
         cameras = origins.shape[1]
 
         def merge(x):
@@ -136,7 +138,7 @@ class SelfOcc(nn.Module):
 
         lines = [merge(x) for x in (origins, directions, near, far)]
         march = dict(
-            box=self.config.volume.box,
+            box=box,
             samples=samples,
             jitter=merge(jitter),
             anneal=self.anneal if self.training else 1.0,
