@@ -4,9 +4,13 @@ import math
 import torch
 
 import kernels
+from selfocc import config
 from selfocc.config import EncoderConfig, FieldConfig, VolumeConfig
+from selfocc.datasets.video import Frames
 from selfocc.field import FieldDecoder
 from selfocc.lift import CHANNELS, GAIN, FrustumLift
+from selfocc.model import SelfOcc
+from tests.tiny import overrides
 
 BOX = (-4.0, 0.0, -2.0, 4.0, 8.0, 2.0)
 VOLUME = VolumeConfig(box=BOX, nodes=(9, 9, 5))
@@ -121,3 +125,18 @@ def test_backdrop_stops_what_nothing_else_stops():
     assert through.opacity < 0.01
     assert abs(stopped.opacity - 1) < 0.01
     assert abs(stopped.distance - stopped.mids[..., -1]) < 0.01
+
+
+def test_rays_go_on_below_the_volume():
+    settings = config.build("synthetic", overrides(render__below="1.5"))
+    model = SelfOcc(settings).eval()
+    volume = torch.full((1, 4, *settings.volume.nodes), 50.0)
+    intrinsics = torch.tensor([[32.0, 0, 31.5], [0, 32, 15.5], [0, 0, 1]], dtype=torch.float64)
+    pose = torch.eye(4, dtype=torch.float64)  # at the velodyne, looking ahead
+    pose[:3, :3] = torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
+    frames = Frames(torch.zeros(1, 1, 3, 32, 64), intrinsics[None, None], pose[None, None])
+    down = torch.tensor([[31.5, 31.5]])  # half a metre down for every metre ahead
+    seen = model.render(volume, frames, down, 400)
+    assert abs(seen.depth.item() - (2.0 + 1.5) / 0.5) < 0.05
+    volume[..., :1] = -1.0  # what lies at the floor lies below it too
+    assert abs(model.render(volume, frames, down, 400).depth.item() - 2.0 / 0.5) < 0.6
