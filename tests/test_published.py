@@ -244,16 +244,20 @@ IMPORT = """
 import sys
 from pathlib import Path
 from selfocc import checkpoint
+
+def memory(name):
+    return int(Path("/proc/self/status").read_text().partition(name + ":")[2].split()[0]) * 1024
+
+before = memory("VmRSS")
 code = checkpoint.main(sys.argv[1:])
-peak = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
-print(int(peak) * 1024)
+print(memory("VmHWM") - before)
 sys.exit(code)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_a_file_of_full_size_is_not_held_in_memory(tmp_path):
-    """35.8 M parameters: the whole process, of which torch and triton take 0.3 GB, stays small."""
+    """35.8 M parameters; 0.8 times the file was measured on top of what torch and Triton take."""
     state = {
         name: torch.zeros(shape, dtype=torch.int64 if name.endswith("tracked") else None)
         for name, shape in published.published_shapes(config.build("kitti")).items()
@@ -270,7 +274,7 @@ def test_a_file_of_full_size_is_not_held_in_memory(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "a.safetensors").stat().st_size > 0.99 * size
-    assert int(done.stdout.splitlines()[-1]) < 3 * size
+    assert int(done.stdout.splitlines()[-1]) < 1.5 * size
     for name in ("a.safetensors", "full.pth"):
         (tmp_path / name).unlink()
 
