@@ -166,7 +166,7 @@ def changes(before: Config, now: Config) -> list[str]:
 
 def train(arguments: argparse.Namespace) -> None:
     settings = choose_settings(arguments)
-    optim = settings.optim
+    optim, render = settings.optim, settings.render
     device = distributed.choose_device(arguments.device)
     rank, world = distributed.start(device)
     chief = rank == 0
@@ -233,7 +233,7 @@ def train(arguments: argparse.Namespace) -> None:
             torch.manual_seed((optim.seed * 1_000_003 + forward) * world + rank)  # dropout
             noise = draw_noise(settings, batch.target.images.shape[1], forward, rank, world)
             size = batch.target.images.shape[-2:]
-            pixels = cellular_pixels(settings.render.rays, size, noise.pixels).to(device)
+            pixels = cellular_pixels(render.rays, size, noise.pixels, render.spread).to(device)
             noise = Noise(*(getattr(noise, f.name).to(device) for f in fields(noise)))
             volume, view = parallel(batch, pixels, noise)
             losses = objective(settings, batch, volume, view, noise.shift)

@@ -192,7 +192,8 @@ def training_step(
     batch = batch.to(device)
     noise = draw_noise(settings, batch.target.images.shape[1], step, 0, 1)
     size = batch.target.images.shape[-2:]
-    pixels = cellular_pixels(settings.render.rays, size, noise.pixels).to(device)
+    rays, spread = settings.render.rays, settings.render.spread
+    pixels = cellular_pixels(rays, size, noise.pixels, spread).to(device)
     noise = Noise(*(getattr(noise, f.name).to(device) for f in fields(noise)))
     watch.mark("data to device")
     volume, view = model(batch, pixels, noise)

@@ -113,6 +113,8 @@ class FieldConfig:
 @dataclass(frozen=True)
 class RenderConfig:
     rays: tuple[int, int] = (55, 190)  # rows, columns of training rays
+    # least stride of the grid of training rays: 0 is neighbouring pixels, 1 the whole image
+    spread: float = 0.0
     samples: int = 256  # intervals a ray
     eval_rays: tuple[int, int] = (176, 608)
     eval_samples: int = 256
@@ -125,9 +127,9 @@ class RenderConfig:
     backdrop: bool = (
         False  # rays that hit nothing see the far end of the volume, instead of no depth
     )
-    # metres that rays go on below the volume, where its lowest nodes go on: its floor may be a hand
-    # below the road, and a backdrop there would do instead of a road
-    below: float = 0.0
+    # metres that rays go on beyond the volume's sides (x), ends (y) and floor (z), where its border
+    # goes on: a backdrop just behind a surface would do instead of the surface
+    margin: tuple[float, float, float] = (0.0, 0.0, 0.0)
     background: str = "random"  # random | black
 
 
@@ -355,13 +357,14 @@ _synthetic = _preset(
     field=dict(hidden=32, ground=-1.73),
     render=dict(
         rays=(16, 54),
-        samples=48,
+        spread=0.6,
+        samples=64,
         eval_rays=(48, 160),
         eval_samples=96,
         alpha="volsdf",  # learns faster: NeuS has no gradient where nothing is seen from its front
         sharpen=(5.0, 12.0),
         backdrop=True,
-        below=1.6,
+        margin=(0.0, 25.6, 1.6),
     ),
     loss=dict(automask=False, weight_eikonal=0.001, weight_hessian=0.01),
     optim=dict(
@@ -393,7 +396,7 @@ _preset(
     data=dict(rig="surround", scenes=16, scenes_val=4, crop=(96, 160), pad=(96, 160)),
     volume=dict(box=(-40.0, -40.0, -1.0, 40.0, 40.0, 5.4), nodes=(81, 81, 17), voxel=1, ground=0.0),
     field=dict(ground=0.0),
-    render=dict(rays=(16, 26), eval_rays=(48, 80), below=0.0),
+    render=dict(rays=(16, 26), eval_rays=(48, 80), margin=(0.0, 0.0, 0.0)),
 )
 
 _kitti_small = _preset(
@@ -408,7 +411,7 @@ _kitti_small = _preset(
         target_scale=0.25,
     ),
     backbone=dict(norm="batch"),  # as its figures were measured
-    render=dict(eval_rays=(44, 152), below=0.0),
+    render=dict(eval_rays=(44, 152), spread=0.0, margin=(0.0, 0.0, 0.0)),
     optim=dict(steps=1000),
 )
 

@@ -40,17 +40,22 @@ def fixed_pixels(rays: tuple[int, int], image_size: tuple[int, int], device=None
 
 
 def cellular_pixels(
-    rays: tuple[int, int], image_size: tuple[int, int], uniform: Tensor, device=None
+    rays: tuple[int, int],
+    image_size: tuple[int, int],
+    uniform: Tensor,
+    spread: float = 0.0,
+    device=None,
 ) -> Tensor:
     """Pixels [rows * cols, 2] (u, v) of a grid with random stride and offset (spec section 7).
 
     `uniform` holds four numbers in [0, 1): horizontal and vertical stride, horizontal and vertical
     offset. The grid stays regular, so that 3x3 windows over neighbouring rays (SSIM) mean the same
-    everywhere.
+    everywhere. The stride is at least `spread` of the way from one pixel to the widest that fits.
     """
     height, width = image_size
     rows, cols = rays
     stride_u, stride_v, offset_u, offset_v = uniform.tolist()
+    stride_u, stride_v = (spread + (1 - spread) * s for s in (stride_u, stride_v))
     step_u = stride_u * (width / cols - 1) + 1
     step_v = stride_v * (height / rows - 1) + 1
     start = (offset_v * (height - rows * step_v), offset_u * (width - cols * step_u))

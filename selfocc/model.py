@@ -125,8 +125,9 @@ class SelfOcc(nn.Module):
         origins, directions, stretch = pixel_rays(
             pixels, frames.intrinsics, frames.camera_to_volume
         )
-        box = self.config.volume.box
-        seen = (*box[:2], box[2] - self.config.render.below, *box[3:])
+        box, (side, end, floor) = self.config.volume.box, self.config.render.margin
+        x0, y0, z0, x1, y1, z1 = box
+        seen = (x0 - side, y0 - end, z0 - floor, x1 + side, y1 + end, z1)
         near, far = ray_box(origins, directions, seen)
         cameras = origins.shape[1]
 

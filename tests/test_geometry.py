@@ -33,6 +33,15 @@ def test_cellular_pixels_equal_the_published_ones(case, rays, size):
     np.testing.assert_allclose(pixels.numpy(), golden[f"rays_cellular.{case}"], atol=2e-4)
 
 
+def test_spread_is_the_least_share_of_the_image_that_rays_cover():
+    for share, covered in ((0.0, 4.0), (0.5, 12.0), (1.0, 20.0)):
+        pixels = geometry.cellular_pixels((4, 5), (20, 25), torch.zeros(4), spread=share)
+        step = pixels.unflatten(0, (4, 5)).diff(dim=0)[..., 1]
+        assert torch.allclose(step, torch.tensor(covered / 4))
+    widest = geometry.cellular_pixels((4, 5), (20, 25), torch.ones(4), spread=0.5)
+    assert widest.max(0).values.tolist() == [20.0, 15.0]
+
+
 def test_fixed_pixels_start_at_zero():
     pixels = geometry.fixed_pixels((2, 4), (100, 200))
     assert pixels.tolist() == [[50.0 * u, 50.0 * v] for v in range(2) for u in range(4)]

@@ -127,8 +127,8 @@ def test_backdrop_stops_what_nothing_else_stops():
     assert abs(stopped.distance - stopped.mids[..., -1]) < 0.01
 
 
-def test_rays_go_on_below_the_volume():
-    settings = config.build("synthetic", overrides(render__below="1.5"))
+def test_rays_go_on_beyond_the_volume():
+    settings = config.build("synthetic", overrides(render__margin="4.4,20,1.5"))
     model = SelfOcc(settings).eval()
     volume = torch.full((1, 4, *settings.volume.nodes), 50.0)
     intrinsics = torch.tensor([[32.0, 0, 31.5], [0, 32, 15.5], [0, 0, 1]], dtype=torch.float64)
@@ -136,7 +136,9 @@ def test_rays_go_on_below_the_volume():
     pose[:3, :3] = torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
     frames = Frames(torch.zeros(1, 1, 3, 32, 64), intrinsics[None, None], pose[None, None])
     down = torch.tensor([[31.5, 31.5]])  # half a metre down for every metre ahead
-    seen = model.render(volume, frames, down, 400)
-    assert abs(seen.depth.item() - (2.0 + 1.5) / 0.5) < 0.05
+    ahead, aside = torch.tensor([[31.5, 15.5]]), torch.tensor([[63.5, 15.5]])
+    for pixels, depth in ((down, (2.0 + 1.5) / 0.5), (ahead, 51.2 + 20), (aside, 25.6 + 4.4)):
+        seen = model.render(volume, frames, pixels, 400)  # empty: where the backdrop hangs
+        assert abs(seen.depth.item() - depth) < 0.1
     volume[..., :1] = -1.0  # what lies at the floor lies below it too
     assert abs(model.render(volume, frames, down, 400).depth.item() - 2.0 / 0.5) < 0.6
