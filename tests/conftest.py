@@ -33,6 +33,11 @@ def finished(cache, tmp_path_factory):
     return out
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that read the compiled kernels come last, so that nobody waits for the compiler."""
+    items.sort(key=lambda item: "compilation" in item.fixturenames)
+
+
 def pytest_collection_finish(session):
     """Compiling all kernels takes minutes, so it starts now, beside the tests that come before.
 
