@@ -342,7 +342,7 @@ _synthetic = _preset(
     "embedded street, occupancy: ten minutes on two CPU cores",
     Config(),
     data=dict(scenes_val=4, anchor_input=0.5, future=(0.4, 25.0), source=(0.8, 10.0)),
-    volume=dict(nodes=(49, 49, 13), voxel=2, crop_margins=False, threshold=0.3),
+    volume=dict(nodes=(49, 49, 13), voxel=2, crop_margins=False, threshold=0.275),
     backbone=dict(depth=18, width=32, norm="local", weights="none", frozen_stem=False),
     encoder=dict(
         dim=32,
@@ -396,7 +396,7 @@ _preset(
     data=dict(rig="surround", scenes=16, scenes_val=4, crop=(96, 160), pad=(96, 160)),
     volume=dict(box=(-40.0, -40.0, -1.0, 40.0, 40.0, 5.4), nodes=(81, 81, 17), voxel=1, ground=0.0),
     field=dict(ground=0.0),
-    render=dict(rays=(16, 26), eval_rays=(48, 80), margin=(0.0, 0.0, 0.0)),
+    render=dict(rays=(16, 26), samples=48, eval_rays=(48, 80), margin=(0.0, 0.0, 0.0)),
 )
 
 _kitti_small = _preset(
@@ -411,7 +411,8 @@ _kitti_small = _preset(
         target_scale=0.25,
     ),
     backbone=dict(norm="batch"),  # as its figures were measured
-    render=dict(eval_rays=(44, 152), spread=0.0, margin=(0.0, 0.0, 0.0)),
+    # measured better with these on 40 frames than with those of the parent: AbsRel 0.210, not 0.237
+    render=dict(samples=48, eval_rays=(44, 152), spread=0.0, margin=(0.0, 0.0, 0.0)),
     optim=dict(steps=1000),
 )
 
