@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from selfocc import config, distributed, metrics, protocols
+from selfocc import InputError, config, distributed, metrics, protocols
 from selfocc.datasets.video import (
     Batch,
     Frames,
@@ -172,9 +172,17 @@ def loader(dataset: Dataset, chosen: list[int], workers: int) -> DataLoader:
 def score(
     model: SelfOcc, scores: Scores, sample: Sample, device: torch.device, tasks: Iterable[str]
 ) -> Record:
-    """The record of one sample (a `Sample` of the same rules and tasks)."""
+    """The record of one sample (a `Sample` of the same rules and tasks).
+
+    Raises InputError where the volume is not finite, which would score as if it were free.
+    """
     batch = sample.batch.to(device)
     volume = model.volume(batch)
+    if not volume.isfinite().all():
+        raise InputError(
+            "the network's volume is not finite: its weights have diverged, or are not of these "
+            "settings; evaluate an earlier checkpoint"
+        )
     rules, record = scores.rules, {}
     size = tuple(batch.target.images.shape[-2:])
     if sample.labels is not None:

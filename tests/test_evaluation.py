@@ -14,7 +14,7 @@ from PIL import Image
 
 import eval as eval_script
 import train as train_script
-from selfocc import checkpoint, metrics, protocols
+from selfocc import InputError, checkpoint, metrics, protocols
 from selfocc.config import DataConfig, build
 from selfocc.datasets import Folders, open_dataset, open_sequences
 from selfocc.datasets.export_kitti import export_kitti
@@ -147,6 +147,14 @@ def test_rays_in_chunks_are_the_same(model, monkeypatch):
         parts = render_grid(model, volume, sample.batch.target, (32, 64), (8, 16))
     for a, b in zip(whole, parts, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_a_network_that_diverged_is_no_silent_zero(model):
+    dataset = open_dataset(model.config, "val", Folders())
+    with torch.no_grad():
+        model.decoder.net[3].bias[0] = float("nan")
+    with pytest.raises(InputError, match="not finite"):
+        evaluate(model, dataset, torch.device("cpu"), ("depth",), frames=1, progress=False)
 
 
 def test_the_true_volume_scores_perfectly(model, monkeypatch):
