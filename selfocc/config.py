@@ -15,6 +15,7 @@ class DataConfig:
     dataset: str = "synthetic"  # synthetic | kitti | kitti_raw | nuscenes
     version: str = "v1.0-trainval"  # nuScenes only: which tables
     volume_frame: str = "ego"  # nuScenes only: the volume's frame, ego | lidar
+    voxels: str = "occ3d"  # nuScenes only: whose labels to score against, occ3d | openoccupancy
     rig: str = "forward"  # synthetic only: forward (one camera) | surround (ring of six)
     scenes: int = 40  # synthetic only: training scenes
     scenes_val: int = 8  # synthetic only: validation and test scenes

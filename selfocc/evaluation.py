@@ -25,6 +25,7 @@ from selfocc.datasets.video import (
     VideoDataset,
     collate,
     start_worker,
+    voxels_to_volume,
 )
 from selfocc.geometry import image_projection
 from selfocc.journal import Journal, Record
@@ -97,12 +98,11 @@ class Samples(Dataset):
             if mask is not None:  # Occ3D: what a camera sees
                 mask = torch.from_numpy(mask)
                 sample.labels = torch.where(mask, sample.labels, metrics.UNKNOWN)
+            if self.rules.crude:  # any class will do, as none is scored
+                sample.labels = torch.where(sample.labels == metrics.UNKNOWN, 1, sample.labels)
             if own:
                 sample.labels = metrics.pool_voxels(sample.labels, self.pool)
-            if hasattr(sequence, "voxels_to_volume"):
-                matrix = torch.from_numpy(sequence.voxels_to_volume(frame))
-                if not torch.equal(matrix, torch.eye(4, dtype=matrix.dtype)):
-                    sample.voxels_to_volume = matrix
+            sample.voxels_to_volume = voxels_to_volume(sequence, frame)
         if "depth" in self.tasks and not own:
             points = sequence.lidar(frame)
             if points is not None:

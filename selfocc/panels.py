@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfocc import metrics, pictures
-from selfocc.datasets.video import Batch, VideoDataset, collate
-from selfocc.field import occupancy_grid
+from selfocc import metrics, pictures, protocols
+from selfocc.datasets.video import Batch, VideoDataset, collate, voxels_to_volume
+from selfocc.geometry import Box
 from selfocc.model import SelfOcc
 from selfocc.render import rendered_maps
 from selfocc.scores import truth_maps
@@ -31,39 +31,41 @@ def panel(model: SelfOcc, dataset: VideoDataset, index: int, device: torch.devic
         error = pictures.error_picture(depth[0, 0], truth[0, 0])
         rows[1].append(pictures.caption(error, f"relative error against {name}, red is 50 %"))
         break
-    rows += _occupancy_rows(model, volume, batch)
+    matrix = voxels_to_volume(*dataset.locate(index))
+    rows += _occupancy_rows(model, volume, batch, matrix)
     model.train(training)
     return pictures.tile(rows)
 
 
-def _occupancy_rows(model: SelfOcc, volume: Tensor, batch: Batch) -> list[list]:
+def _occupancy_rows(
+    model: SelfOcc, volume: Tensor, batch: Batch, matrix: Tensor | None
+) -> list[list]:
+    """`matrix`: from the voxels' frame, which is drawn, to the volume's; None if it is the same."""
     settings = model.config.volume
-    shape, labels = _labels(model, batch)
-    occupied = occupancy_grid(volume, settings.box, shape).cpu() <= settings.threshold
-    columns = [("predicted", occupied[0])]
+    rules = protocols.choose(model.config, "own")
+    box = rules.box or settings.box
+    shape, labels = _labels(model, batch, box)
+    sdf, _ = protocols.read_voxels(volume, 0, rules, settings.box, shape, matrix)
+    occupied = sdf.cpu() <= settings.threshold
+    columns = [("predicted", occupied)]
     if labels is not None:
-        known = labels[0] != 255
-        columns[0] = ("predicted, where known", occupied[0] & known)
-        columns.append(("truth", (labels[0] > 0) & known))
+        known = labels != 255
+        columns[0] = ("predicted, where known", occupied & known)
+        columns.append(("truth", (labels > 0) & known))
     return [
         [
-            pictures.caption(
-                pictures.occupancy_picture(grid, settings.box, view), f"{name}, from {view}"
-            )
+            pictures.caption(pictures.occupancy_picture(grid, box, view), f"{name}, from {view}")
             for name, grid in columns
         ]
         for view in ("behind", "above")
     ]
 
 
-def _labels(model: SelfOcc, batch: Batch) -> tuple[tuple[int, int, int], Tensor | None]:
-    """Shape [ny, nx, nz] of the voxels to show, and the labels [B, ...] of these if known."""
+def _labels(model: SelfOcc, batch: Batch, box: Box) -> tuple[tuple[int, int, int], Tensor | None]:
+    """Shape (ny, nx, nz) of the voxels to show, and their labels if known."""
     if batch.voxels is not None:
-        labels = torch.stack(
-            [metrics.pool_voxels(v, model.config.volume.voxel) for v in batch.voxels.cpu()]
-        )
-        return tuple(labels.shape[1:]), labels
-    box = model.config.volume.box
+        labels = metrics.pool_voxels(batch.voxels[0].cpu(), model.config.volume.voxel)
+        return tuple(labels.shape), labels
     edge = 0.2 * model.config.volume.voxel
     return tuple(round((box[a + 3] - box[a]) / edge) for a in (1, 0, 2)), None
 

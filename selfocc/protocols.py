@@ -11,6 +11,12 @@ Three protocols, named in every table:
   maps interpolated to the pixels of the image and compared with maps (exact, LiDAR or stereo), the
   nearest point of a pixel. Also there for the other data sets, to compare with the embedded world.
 
+With `data.voxels=openoccupancy`, nuScenes is judged against nuScenes-Occupancy instead of Occ3D:
+512 x 512 x 40 voxels of 0.2 m in the frame of LIDAR_TOP, all of them but noise; the lowest 1 m, the
+highest 0.8 m and the outer 1.2 m are taken as free. The published script takes the volume's frame
+for the LiDAR's, noise for occupied, what lies beyond the volume for what is at its border, and
+scores no classes. Corrected and own, what lies beyond the volume is free.
+
 | | SemanticKITTI (`kitti`) | Occ3D (`nuscenes`) | `kitti_raw` |
 |---|---|---|---|
 | voxels | 256 x 256 x 32 of 0.2 m | 200 x 200 x 16 of 0.4 m, camera mask | none |
@@ -42,6 +48,8 @@ from selfocc.metrics import GROUND, MIN_DEPTH
 PROTOCOLS = ("published", "corrected", "own")
 EIGEN = (0.03594771, 0.40810811, 0.96405229, 0.99189189)  # left, top, right, bottom of the image
 WHOLE = (0.0, 0.0, 1.0, 1.0)
+OPENOCCUPANCY_BOX = (-51.2, -51.2, -5.0, 51.2, 51.2, 3.0)
+POINTS = 1 << 18  # read at once, which limits memory
 
 
 @dataclass(frozen=True)
@@ -57,11 +65,17 @@ class Rules:
     window: tuple[float, float, float, float] = WHOLE  # of the image: left, top, right, bottom
     axes: tuple[int, ...] = (0, 1, 2)  # of positions, in which distances are measured
     novel_rays: tuple[int, int] | None = None  # rows, columns of novel depth, at most
+    openoccupancy: bool = False  # voxels are those of nuScenes-Occupancy
 
     @property
     def ends(self) -> bool:
         """Whether voxels are read on points from end to end of the box, not at their centres."""
         return self.protocol == "published"
+
+    @property
+    def crude(self) -> bool:
+        """Whether neither the frame of the labels nor noise nor classes are heeded (see above)."""
+        return self.openoccupancy and self.protocol == "published"
 
 
 def choose(settings: Config, name: str | None = None) -> Rules:
@@ -97,12 +111,16 @@ def choose(settings: Config, name: str | None = None) -> Rules:
             novel_rays=(96, 200),
         ),
     }[dataset]
+    if settings.data.dataset == "nuscenes" and settings.data.voxels == "openoccupancy":
+        crop = crop_margins_openoccupancy
+        rules = replace(rules, box=OPENOCCUPANCY_BOX, crop=crop, openoccupancy=True)
     if name != "own":
         return rules
     crop = rules.crop if settings.volume.crop_margins else None
-    if crop is crop_margins_kitti:
+    if crop in (crop_margins_kitti, crop_margins_openoccupancy):
         crop = partial(crop, factor=settings.volume.voxel)
-    return replace(rules, box=None, crop=crop, nearest=MIN_DEPTH, window=WHOLE, novel_rays=None)
+    box = rules.box if rules.openoccupancy else None  # wider than the model's own
+    return replace(rules, box=box, crop=crop, nearest=MIN_DEPTH, window=WHOLE, novel_rays=None)
 
 
 # voxels
@@ -124,6 +142,14 @@ def crop_margins_occ3d(prediction: Tensor) -> Tensor:
     """The same for Occ3D: above 3.8 m and the outer 2.4 m on all four sides of 0.4 m voxels."""
     sides = slice(0, 6), slice(-6, None)
     return _freed(prediction, [(..., slice(12, None)), *sides, *((slice(None), s) for s in sides)])
+
+
+def crop_margins_openoccupancy(prediction: Tensor, factor: int = 1) -> Tensor:
+    """The same for nuScenes-Occupancy: the lowest 1 m, the highest 0.8 m and the outer 1.2 m."""
+    margin, low, high = (-(-n // factor) for n in (6, 5, 4))
+    sides = slice(0, margin), slice(-margin, None)
+    levels = (..., slice(0, low)), (..., slice(-high, None))
+    return _freed(prediction, [*levels, *sides, *((slice(None), s) for s in sides)])
 
 
 def _freed(prediction: Tensor, places) -> Tensor:
@@ -150,25 +176,68 @@ def read_voxels(
     """
     extent = rules.box or box
     channels = [0, *range(volume.shape[1] - classes, volume.shape[1])]
+    if rules.crude:
+        voxels_to_volume = None
+    elif not rules.ends and (rules.openoccupancy or voxels_to_volume is not None):
+        return _read_centres(volume[:, channels], box, extent, shape, voxels_to_volume)
     grid = torch.cat(
         [occupancy_grid(volume[:, c : c + 1], box, shape, rules.ends, extent) for c in channels]
     )
     if voxels_to_volume is not None:
-        grid = move_grid(grid, extent, voxels_to_volume, rules.ends)
+        grid = move_grid(grid, extent, voxels_to_volume)
     return grid[0], grid[1:].argmax(0) if classes else None
 
 
-def move_grid(grid: Tensor, box: Box, matrix: Tensor, ends: bool) -> Tensor:
+def _read_centres(
+    volume: Tensor, box: Box, extent: Box, shape: tuple[int, int, int], matrix: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """What `read_voxels` returns, read where `matrix` moves the centres of voxels of `extent`.
+
+    volume [1, 1 + classes, H, W, Z]. The SDF is inf, which is free, beyond the volume's box.
+    """
+    x, y, z = (positions.to(volume) for positions in centres(extent, shape))
+    matrix = (torch.eye(4) if matrix is None else matrix).to(volume)
+    lo, hi = volume.new_tensor(box).view(2, 3)
+    sdf, likeliest = [], []
+    for rows in y.split(max(1, POINTS // (shape[1] * shape[2]))):
+        points = torch.stack(torch.meshgrid(rows, x, z, indexing="ij"), dim=-1)[..., [1, 0, 2]]
+        points = points @ matrix[:3, :3].T + matrix[:3, 3]
+        place = 2 * (points - lo) / (hi - lo) - 1
+        values = F.grid_sample(  # the fastest axis comes first
+            volume, place[None, ..., [2, 0, 1]], padding_mode="border", align_corners=True
+        )[0]
+        outside = (place.abs() > 1 + 1e-5).any(dim=-1)
+        sdf.append(torch.where(outside, torch.inf, values[0]))
+        if len(values) > 1:
+            likeliest.append(values[1:].argmax(0))
+    return torch.cat(sdf), torch.cat(likeliest) if likeliest else None
+
+
+def centres(box: Box, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the centres of (ny, nx, nz) voxels of a box are along x, y and z, metres."""
+    return tuple(
+        box[axis] + (torch.arange(n) + 0.5) * ((box[axis + 3] - box[axis]) / n)
+        for axis, n in enumerate((shape[1], shape[0], shape[2]))
+    )
+
+
+def heights(box: Box, shape: tuple[int, int, int], voxels_to_volume: Tensor | None) -> Tensor:
+    """Metres [ny, nx, nz] of the centres of voxels along z of the volume frame."""
+    x, y, z = centres(box, shape)
+    if voxels_to_volume is None:
+        return z.expand(shape)
+    along_x, along_y, along_z, shift = voxels_to_volume[2].float()
+    return x[:, None] * along_x + y[:, None, None] * along_y + z * along_z + shift
+
+
+def move_grid(grid: Tensor, box: Box, matrix: Tensor) -> Tensor:
     """A grid [C, ny, nx, nz] over `box`, read where `matrix` [4, 4] moves its points; trilinear.
 
-    With `ends` its points run from end to end of the box and beyond lies 0, as published (which
-    there is occupied); otherwise they are the centres of voxels and the border goes on.
+    Its points run from end to end of the box and beyond lies 0 (which is occupied), as published.
     """
     lo, hi = (torch.tensor(box[i : i + 3], dtype=torch.float64) for i in (0, 3))
     shares = [
         torch.linspace(0, 1, n, dtype=torch.float64)
-        if ends
-        else (torch.arange(n).double() + 0.5) / n
         for n in (grid.shape[2], grid.shape[1], grid.shape[3])
     ]
     x, y, z = (lo[a] + share * (hi[a] - lo[a]) for a, share in enumerate(shares))
@@ -177,10 +246,7 @@ def move_grid(grid: Tensor, box: Box, matrix: Tensor, ends: bool) -> Tensor:
     points = torch.stack([x, y, z], dim=-1) @ matrix[:3, :3].T + matrix[:3, 3]
     place = (2 * (points - lo) / (hi - lo) - 1)[..., [2, 0, 1]]  # the fastest axis comes first
     return F.grid_sample(
-        grid[None],
-        place[None].to(grid),
-        align_corners=ends,
-        padding_mode="zeros" if ends else "border",
+        grid[None], place[None].to(grid), align_corners=True, padding_mode="zeros"
     )[0]
 
 

@@ -53,7 +53,7 @@ class Scores:
     def __init__(self, model: SelfOcc, rules: Rules, priors: Priors | None = None):
         self.settings = model.config.volume
         self.rules = rules
-        self.classes = model.config.field.classes
+        self.classes = 0 if rules.crude else model.config.field.classes
         if self.classes:
             self.names = voxel_names(model.config.data.dataset)
             chosen = label_map(model.config.data)
@@ -85,8 +85,8 @@ class Scores:
             volume, self.classes, rules, self.settings.box, shape, voxels_to_volume
         )
         sdf, edge = sdf.cpu(), (box[5] - box[2]) / shape[2]
-        z = box[2] + (torch.arange(shape[2]) + 0.5) * edge
-        flat = metrics.flat_ground_sdf(z, self.settings.ground).expand(shape)
+        z = protocols.heights(box, shape, voxels_to_volume)
+        flat = metrics.flat_ground_sdf(z, self.settings.ground)
         if rules.crop is not None:
             sdf, flat = rules.crop(sdf), rules.crop(flat)
         fields = dict.fromkeys(self.thresholds, sdf)

@@ -199,7 +199,7 @@ def test_broken_files(root):
     scan.write_bytes(scan.read_bytes()[:-3])
     with pytest.raises(InputError, match="torn"):
         sequence.lidar(0)
-    labels = sequence._voxel_file(0)
+    labels = sequence._voxels.files[0]
     labels.write_bytes(labels.read_bytes()[:-300])
     with pytest.raises(InputError, match="damaged"):
         sequence.voxels(0)

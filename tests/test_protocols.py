@@ -118,7 +118,7 @@ def test_occ3d_equals_the_published(pose, nuscenes, published):
     grid, truth, mask, recorded = nuscenes
     of_nuscenes = rules("nuscenes")
     if pose == "shifted":
-        grid = protocols.move_grid(grid, of_nuscenes.box, recorded["shifted.ego2lidar"], ends=True)
+        grid = protocols.move_grid(grid, of_nuscenes.box, recorded["shifted.ego2lidar"])
     sdf = of_nuscenes.crop(grid[0])
     lut = torch.tensor(
         labels.label_map(config.DataConfig(label_map="openseed21")).voxel_classes("nuscenes")
@@ -268,15 +268,20 @@ def test_a_moved_street_does_not_score(move):
 def test_voxels_of_another_frame(protocol):
     """A volume turned by a quarter: read through the matrix it is what it was."""
     of_data = rules("nuscenes", protocol)
-    grid = torch.randn(2, 200, 200, 16, generator=torch.Generator().manual_seed(0))
-    turned = grid.rot90(1, (1, 2))  # what was at (x, y) is at (y, -x)
+    lo, hi = torch.tensor(of_data.box).view(2, 3)
+    if not of_data.ends:  # then nodes lie at the centres of voxels
+        lo, hi = lo + 0.2, hi - 0.2
+    box, shape = (*lo.tolist(), *hi.tolist()), (200, 200, 16)
+    grid = torch.randn(1, 3, *shape, generator=torch.Generator().manual_seed(0))
+    turned = grid.rot90(1, (2, 3))  # what was at (x, y) is at (y, -x)
     matrix = torch.tensor([[0.0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
-    back = protocols.move_grid(turned, of_data.box, matrix, of_data.ends)
-    assert torch.allclose(back, grid, atol=1e-4)
+    sdf, likeliest = protocols.read_voxels(turned, 2, of_data, box, shape, matrix)
+    assert torch.allclose(sdf, grid[0, 0], atol=1e-3)
+    assert (likeliest == grid[0, 1:].argmax(0)).float().mean() > 0.999
     moved = torch.eye(4)
     moved[0, 3] = 30.0  # the last 30 m along x come from beyond the box
-    beyond = protocols.move_grid(grid, of_data.box, moved, of_data.ends)[:, :, -70:]
-    assert (beyond == 0).all() if of_data.ends else (beyond != 0).all()
+    beyond = protocols.read_voxels(grid, 0, of_data, box, shape, moved)[0][:, -70:]
+    assert (beyond == (0 if of_data.ends else torch.inf)).all()
 
 
 def plane_depth(u, v, size):

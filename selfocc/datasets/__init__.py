@@ -73,7 +73,7 @@ def open_sequences(config: DataConfig, split: str, folders: Folders) -> list[Seq
         chosen = config.train if split == "train" else config.val
         labels = pseudo_labels(folders.labels, folders.data, config)
         return nuscenes_sequences(
-            folders.data, config.version, split, chosen, config.volume_frame, labels
+            folders.data, config.version, split, chosen, config.volume_frame, labels, config.voxels
         )
     raise InputError(
         f"unknown data set {config.dataset!r}; known: synthetic, kitti, kitti_raw, nuscenes"

@@ -1,14 +1,17 @@
-"""Scenes of the embedded world in the layout of nuScenes with Occ3D labels.
+"""Scenes of the embedded world in the layout of nuScenes with labels of Occ3D and OpenOccupancy.
 
     VERSION/*.json                                    the official tables; no annotated boxes
     samples, sweeps/CHANNEL/LOG__CHANNEL__MICROSECONDS.png|pcd.bin
     gts/scene-XXXX/SAMPLE_TOKEN/labels.npz            semantics, mask_lidar, mask_camera
+    nuScenes-Occupancy/scene_SCENE_TOKEN/occupancy/LIDAR_TOP_TOKEN.npy
     labels/samples, sweeps/CHANNEL/*.png              2-D classes, for --labels DIR/labels
 
 Frames with voxels become key frames, those between them sweeps; frames after the last key frame are
 left out, as nuScenes has none. Images are PNGs, which lose nothing. `semantics` is [x, y, z] with
 the classes of Occ3D, 17 is free. `mask_camera` is what the world's labels know, so that scores
 are those of the world itself; `mask_lidar` is what the LiDAR of the frame alone saw.
+nuScenes-Occupancy says the same in smaller voxels of the LiDAR's frame, except that it has no mask:
+what is not known is free there.
 """
 
 import hashlib
@@ -21,11 +24,14 @@ from tqdm import tqdm
 
 from selfocc import InputError
 from selfocc.datasets.export_kitti import REFLECTANCE, png
+from selfocc.datasets.nuscenes_voxels import OpenOccupancy
 from selfocc.datasets.occupancy import UNKNOWN, View, seen_cells
+from selfocc.datasets.rigs import Rig
 from selfocc.datasets.sensors import BEAMS, ELEVATIONS
 from selfocc.datasets.synthetic import SyntheticSequence
 from selfocc.files import write_file
 from selfocc.labels import OCC3D, TABLES
+from selfocc.protocols import OPENOCCUPANCY_BOX, centres
 
 CAMERAS = (
     "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT",
@@ -199,6 +205,27 @@ class _Scene:
         file = io.BytesIO()
         np.savez_compressed(file, **{k: a.transpose(1, 0, 2) for k, a in arrays.items()})
         write_file(self.folder / "gts" / self.name / sample / "labels.npz", file.getvalue())
+        lidar_height = (rig.volume_to_ego @ self.sequence.lidar_to_volume())[2, 3]
+        file = io.BytesIO()
+        np.save(file, openoccupancy_rows(arrays["semantics"], rig, lidar_height))
+        folder = self.folder / "nuScenes-Occupancy" / f"scene_{self.token('scene')}" / "occupancy"
+        write_file(folder / f"{self.token(LIDAR, frame)}.npy", file.getvalue())
+
+
+def openoccupancy_rows(semantics: np.ndarray, rig: Rig, lidar_height: float) -> np.ndarray:
+    """The occupied voxels of nuScenes-Occupancy: z, y, x and class, int16 [M, 4].
+
+    A voxel is what is at its centre in semantics [ny, nx, nz], classes of Occ3D over (y, x, z) of
+    the box of `rig`; beyond that it is free. lidar_height: metres above the ego frame.
+    """
+    x, y, z = (metres.numpy() for metres in centres(OPENOCCUPANCY_BOX, OpenOccupancy.grid))
+    in_ego = ((1, -x), (0, y), (2, z + lidar_height))  # axis of the ego frame, place along it
+    cells = [np.floor((metres - rig.box[a]) / rig.voxel).astype(int) for a, metres in in_ego]
+    padded = np.pad(semantics, 1, constant_values=FREE)
+    cells = [np.clip(c + 1, 0, n - 1) for c, n in zip(cells, padded.shape, strict=True)]
+    voxels = padded[np.ix_(*cells)].transpose(2, 1, 0)
+    places = np.argwhere(voxels != FREE)
+    return np.column_stack([places, voxels[tuple(places.T)]]).astype(np.int16)
 
 
 def _token(*what):

@@ -1,8 +1,8 @@
-"""nuScenes with Occ3D voxels (Caesar et al. 2020, Tian et al. 2023) as sequences.
+"""nuScenes with voxels (Caesar et al. 2020, Tian et al. 2023, Wang et al. 2023) as sequences.
 
     VERSION/*.json                      the official tables
     samples, sweeps/CHANNEL/...         six cameras at 12 Hz, LIDAR_TOP of key frames (2 Hz)
-    gts/scene-XXXX/TOKEN/labels.npz     Occ3D: semantics, mask_camera [200, 200, 16] over (x, y, z)
+    gts, nuScenes-Occupancy             voxels of Occ3D and of OpenOccupancy (nuscenes_voxels.py)
 
 World: nuScenes' global frame. Every sensor is placed by its own ego pose (spec section 1). Volume:
 the ego frame (x forward, y left, z up) at the time of LIDAR_TOP, or the LiDAR's own (x right, y
@@ -18,10 +18,10 @@ import numpy as np
 from selfocc import InputError
 from selfocc.datasets import kitti_files
 from selfocc.datasets.nuscenes_tables import CHANNELS, LIDAR, open_index, rigid, table
+from selfocc.datasets.nuscenes_voxels import VOXELS
 from selfocc.labels import PseudoLabels
 
 CAMERAS = CHANNELS[:LIDAR]
-GRID, FREE, UNKNOWN = (200, 200, 16), 17, 255
 # where LIDAR_TOP sits, for scenes that have no scan: x right, y forward, above the rear axle
 NOMINAL_LIDAR_TO_EGO = np.array(
     [[0, 1, 0, 0.94], [-1, 0, 0, 0], [0, 0, 1, 1.84], [0, 0, 0, 1]], np.float64
@@ -50,6 +50,7 @@ def nuscenes_sequences(
     chosen: str = "",
     volume_frame: str = "ego",
     labels: PseudoLabels | None = None,
+    voxels: str = "occ3d",
 ) -> list["NuScenesSequence"]:
     """The scenes of split `train` or `val`, or those `chosen`: "scene-0061,scene-0103:0-1", where
     numbers are key frames. Scenes that lack images of key frames are left out, which a line of the
@@ -57,6 +58,8 @@ def nuscenes_sequences(
     """
     if volume_frame not in ("ego", "lidar"):
         raise InputError(f"data.volume_frame is {volume_frame!r}; it may be ego or lidar")
+    if voxels not in VOXELS:
+        raise InputError(f"data.voxels is {voxels!r}; it may be {' or '.join(VOXELS)}")
     folder = root / version
     index = open_index(folder)
     scenes = table(folder, "scene", "token", "name")
@@ -74,7 +77,7 @@ def nuscenes_sequences(
     bounds = np.searchsorted(index["scene"], np.arange(len(names) + 1))
     present = _Present(root)
     sequences, skipped = [], []
-    for place, name in enumerate(names):
+    for place, (token, name) in enumerate(scenes):
         if name not in ranges:
             continue
         rows = np.array(index[bounds[place] : bounds[place + 1]])
@@ -84,7 +87,16 @@ def nuscenes_sequences(
             continue
         sequences.append(
             NuScenesSequence(
-                root, name, rows[there], samples, mounts, ranges[name], volume_frame, labels
+                root,
+                name,
+                token,
+                rows[there],
+                samples,
+                mounts,
+                ranges[name],
+                volume_frame,
+                labels,
+                voxels,
             )
         )
     if not sequences:
@@ -165,7 +177,9 @@ def _synchronised(rows: np.ndarray) -> np.ndarray:
 class NuScenesSequence:
     """One scene; the protocol of `datasets.video`. Raises InputError on what is malformed."""
 
-    def __init__(self, root, name, rows, samples, mounts, keys, volume_frame, labels):
+    def __init__(
+        self, root, name, token, rows, samples, mounts, keys, volume_frame, labels, voxels
+    ):
         self.root, self.name, self._labels = root, name, labels
         self.missing: list[str] = []
         views = _synchronised(rows)
@@ -197,15 +211,20 @@ class NuScenesSequence:
         if scans:
             self._lidar_to_ego[:] = mounts.to_ego[next(iter(scans.values()))["mount"]]
         self._scans: dict[int, str] = {}
+        scan_tokens: dict[int, str] = {}
         for frame in self.inputs:
             scan = scans.get(int(self._views["sample"][frame, 0]))
             if scan is not None:
                 self._scans[frame] = scan["file"].decode()
+                scan_tokens[frame] = scan["token"].decode()
                 self._ego_to_world[frame] = rigid(scan["rotation"], scan["translation"])
         self._volume_to_ego = self._lidar_to_ego if volume_frame == "lidar" else None
-        labelled = root / "gts" / name  # listed once: 34,000 questions to a network disk take long
-        tokens = {p.name for p in labelled.iterdir()} if labelled.is_dir() else set()
-        self.labelled = [f for f in self.inputs if str(self.tokens[f]) in tokens]
+        if voxels == "occ3d":
+            tokens = {frame: str(self.tokens[frame]) for frame in self.inputs}
+            self._voxels = VOXELS[voxels](root, name, tokens)
+        else:
+            self._voxels = VOXELS[voxels](root, token, scan_tokens)
+        self.labelled = sorted(self._voxels.files)
         self._survey()
 
     def _survey(self) -> None:
@@ -214,7 +233,9 @@ class NuScenesSequence:
         if not self._scans:
             self.missing.append("no LIDAR_TOP in some scenes: depth is not scored there")
         if not self.labelled:
-            self.missing.append("no gts (Occ3D) of some scenes: occupancy is not scored there")
+            self.missing.append(
+                f"no {self._voxels.title} of some scenes: occupancy is not scored there"
+            )
 
     def frame_id(self, frame: int) -> str:
         """The sample's token; of a sweep, followed by the time of CAM_FRONT in microseconds."""
@@ -280,40 +301,16 @@ class NuScenesSequence:
         return (points @ mount[:3, :3].T + mount[:3, 3]).astype(np.float32)
 
     def voxels(self, frame: int) -> np.ndarray | None:
-        """Occ3D labels, uint8 [200, 200, 16] over (y, x, z) of the ego frame; None without them.
-
-        0 free (Occ3D's 17), 1..16 classes; "others" (0) counts as free too (spec section 12).
-        """
-        labels = self._read_voxels(frame, "semantics")
-        if labels is None:
-            return None
-        if labels.max() > FREE:
-            raise InputError(f"{self._voxel_file(frame)}: class {labels.max()} is beyond {FREE}")
-        return np.ascontiguousarray(np.where(labels == FREE, 0, labels).astype(np.uint8))
+        """Labels [ny, nx, nz] as nuscenes_voxels.py has them; None where there are none."""
+        return self._voxels.labels(frame) if frame in self._voxels.files else None
 
     def voxel_mask(self, frame: int) -> np.ndarray | None:
-        """bool [200, 200, 16] over (y, x, z): what the cameras see."""
-        mask = self._read_voxels(frame, "mask_camera")
-        return None if mask is None else np.ascontiguousarray(mask == 1)
+        """bool [ny, nx, nz]: what the cameras see; None where that is not known."""
+        return self._voxels.mask(frame) if frame in self._voxels.files else None
 
     def voxels_to_volume(self, frame: int) -> np.ndarray:
-        """[4, 4]: voxels are in the ego frame, whatever the volume's frame."""
-        if self._volume_to_ego is None:
+        """[4, 4]: voxels are in the ego frame or the LiDAR's, whatever the volume's frame."""
+        if self._voxels.frame == ("ego" if self._volume_to_ego is None else "lidar"):
             return np.eye(4)
-        return np.linalg.inv(self._volume_to_ego[frame])
-
-    def _voxel_file(self, frame: int) -> Path:
-        return self.root / "gts" / self.name / str(self.tokens[frame]) / "labels.npz"
-
-    def _read_voxels(self, frame: int, name: str) -> np.ndarray | None:
-        path = self._voxel_file(frame)
-        if frame not in self.labelled:
-            return None
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                array = arrays[name]
-        except Exception as error:  # zip and numpy raise whatever the damage makes them raise
-            raise InputError(f"{path}: damaged, or no {name} in it; copy it again") from error
-        if array.shape != GRID:
-            raise InputError(f"{path}: {name} is {array.shape}, not {GRID}; copy it again")
-        return array.transpose(1, 0, 2)
+        lidar_to_ego = self._lidar_to_ego[frame]
+        return lidar_to_ego.copy() if self._volume_to_ego is None else np.linalg.inv(lidar_to_ego)

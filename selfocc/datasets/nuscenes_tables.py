@@ -24,7 +24,7 @@ CHANNELS = (
     "LIDAR_TOP",
 )  # fmt: skip
 LIDAR = CHANNELS.index("LIDAR_TOP")
-FORMAT = 1  # of the index; part of its name
+FORMAT = 2  # of the index; part of its name
 CHUNK = 1 << 22  # characters read at a time
 LONGEST = 1 << 20  # characters of a row; what is longer is damage
 NAMES = ("sensor", "calibrated_sensor", "scene", "sample", "sample_data", "ego_pose")
@@ -110,7 +110,8 @@ def open_index(folder: Path, progress: bool = True) -> np.ndarray:
 
     Fields: scene, sample and mount (places in scene.json, sample.json and calibrated_sensor.json),
     channel (place in CHANNELS), key, time (microseconds), rotation (w, x, y, z) and translation
-    of the ego pose, size (height, width), file. Raises InputError for damaged tables.
+    of the ego pose, size (height, width), token (of the sample_data), file. Raises InputError for
+    damaged tables.
     """
     try:
         stats = [(folder / f"{name}.json").stat() for name in NAMES]
@@ -177,7 +178,7 @@ def make_index(folder: Path, progress: bool) -> np.ndarray:
             raise _dangling(folder, "sample", token, "scene", scene)
         samples[token] = place, scenes[scene]
 
-    numbers, files, pose_of, pose_tokens = [], [], [], {}
+    numbers, files, tokens, pose_of, pose_tokens = [], [], [], [], {}
     columns = (
         "token", "sample_token", "calibrated_sensor_token", "ego_pose_token", "is_key_frame",
         "timestamp", "height", "width", "filename",
@@ -196,15 +197,16 @@ def make_index(folder: Path, progress: bool) -> np.ndarray:
             (samples[sample][1], channel, time, samples[sample][0], place, key, height, width)
         )
         files.append(file.encode())
+        tokens.append(token.encode())
         pose_of.append(pose_tokens.setdefault(pose, len(pose_tokens)))
     poses = _read_poses(folder, pose_tokens, progress)
 
     numbers = np.array(numbers, np.int64).reshape(-1, 8)
-    files = np.array(files, dtype=np.bytes_ if files else "S1")
+    files, tokens = (np.array(a, dtype=np.bytes_ if a else "S1") for a in (files, tokens))
     dtype = np.dtype([
         ("scene", "<i4"), ("sample", "<i4"), ("mount", "<i4"), ("channel", "i1"), ("key", "?"),
         ("time", "<i8"), ("rotation", "<f8", 4), ("translation", "<f8", 3), ("size", "<i4", 2),
-        ("file", files.dtype),
+        ("token", tokens.dtype), ("file", files.dtype),
     ])  # fmt: skip
     order = np.lexsort((numbers[:, 2], numbers[:, 1], numbers[:, 0]))
     numbers, poses = numbers[order], poses[np.array(pose_of, np.int64)[order]]
@@ -218,7 +220,7 @@ def make_index(folder: Path, progress: bool) -> np.ndarray:
         ("key", 5),
     ):
         index[field] = numbers[:, column]
-    index["size"], index["file"] = numbers[:, 6:], files[order]
+    index["size"], index["token"], index["file"] = numbers[:, 6:], tokens[order], files[order]
     index["rotation"], index["translation"] = poses[:, :4], poses[:, 4:]
     return index
 

@@ -71,6 +71,14 @@ class Sequence(Protocol):
         camera_to_world [N, 4, 4], images uint8 [N, h, w, 3]; only read for data.stereo_source."""
 
 
+def voxels_to_volume(sequence: Sequence, frame: int) -> Tensor | None:
+    """[4, 4] float64 where the voxels of a sequence have another frame than its volume."""
+    if not hasattr(sequence, "voxels_to_volume"):
+        return None
+    matrix = torch.from_numpy(sequence.voxels_to_volume(frame))
+    return None if torch.equal(matrix, torch.eye(4, dtype=matrix.dtype)) else matrix
+
+
 @dataclass
 class Frames:
     """Images of one time stamp or several, cameras in the volume frame of the *input* frame."""
