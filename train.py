@@ -49,6 +49,12 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
         "--resume", action="store_true", help="go on from the checkpoint in the run folder"
     )
     parser.add_argument(
+        "--init",
+        type=Path,
+        metavar="FILE",
+        help="fine-tune: start from the weights of this checkpoint or run folder",
+    )
+    parser.add_argument(
         "--backbone-weights", metavar="FILE", help="torchvision file, `imagenet` or `none`"
     )
     parser.add_argument("--steps", type=int, help="optimiser steps; short for --set optim.steps=N")
@@ -177,6 +183,7 @@ def train(arguments: argparse.Namespace) -> None:
             f"{out} already holds a run; --resume continues it, --out DIR starts another"
         )
     resumed = resume(file, settings) if arguments.resume else None
+    initial = resumed or (checkpoint.load(arguments.init) if arguments.init else None)
 
     with distributed.chief_first():  # it fills the cache of the synthetic data
         training = open_dataset(settings, "train", folders(arguments))
@@ -185,10 +192,9 @@ def train(arguments: argparse.Namespace) -> None:
     torch.manual_seed(optim.seed)
     model = SelfOcc(settings).to(device)
     optimizer = make_optimizer(model, optim)
-    start = 0
-    if resumed:
-        checkpoint.restore(resumed, model, optimizer)
-        start = resumed.step
+    if initial:
+        checkpoint.restore(initial, model, optimizer if resumed else None)
+    start = resumed.step if resumed else 0
     parallel = model
     if world > 1:
         if settings.backbone.norm == "batch":

@@ -65,6 +65,21 @@ def test_killed_run_resumes_to_the_same_weights(finished, cache, tmp_path):
     assert steps == sorted(steps)
 
 
+def test_fine_tuning_starts_from_a_checkpoint(finished, cache, tmp_path):
+    still = {"optim.steps": 1, "optim.lr": 0.0, "optim.warmup": 0}
+    done = run("train.py", "--init", finished, "--out", tmp_path, cache=cache, **still)
+    assert done.returncode == 0, done.stderr
+    before, after = checkpoint.load(finished), checkpoint.load(tmp_path)
+    assert (before.step, after.step) == (6, 1)
+    learnt = [name for name in after.model if name.endswith(("weight", "bias"))]
+    assert learnt and all(torch.equal(before.model[name], after.model[name]) for name in learnt)
+
+    other = ("--out", tmp_path / "other")
+    done = run("train.py", "--init", finished, *other, cache=cache, field__hidden=24)
+    assert done.returncode == 2 and "the checkpoint is of another model" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "other").exists()
+
+
 def test_interrupt_saves_and_says_so(cache, tmp_path):
     """Ctrl-C in a terminal reaches every process of the group: the loader's workers too."""
     out = tmp_path / "stopped"
