@@ -370,7 +370,7 @@ _synthetic = _preset(
     ),
     loss=dict(automask=False, weight_eikonal=0.001, weight_hessian=0.05),
     optim=dict(
-        steps=760,
+        steps=700,
         batch=4,  # more steps with fewer images fill what no camera sees with matter
         lr=1.5e-3,
         backbone_factor=1.0,
