@@ -20,7 +20,7 @@ import math
 import signal
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -190,7 +190,9 @@ def train(arguments: argparse.Namespace) -> None:
         validation = open_dataset(settings, "val", folders(arguments))
     torch.set_flush_denormal(True)  # Adam's vanishing moments are slow on CPUs otherwise
     torch.manual_seed(optim.seed)
-    model = SelfOcc(settings).to(device)
+    # weights that are replaced anyway need not be fetched
+    backbone = replace(settings.backbone, weights="none") if initial else settings.backbone
+    model = SelfOcc(replace(settings, backbone=backbone)).to(device)
     optimizer = make_optimizer(model, optim)
     if initial:
         checkpoint.restore(initial, model, optimizer if resumed else None)

@@ -401,7 +401,8 @@ _preset(
     volume=dict(box=(-40.0, -40.0, -1.0, 40.0, 40.0, 5.4), nodes=(81, 81, 17), voxel=1, ground=0.0),
     field=dict(ground=0.0),
     render=dict(rays=(16, 26), samples=48, eval_rays=(48, 80), margin=(0.0, 0.0, 0.0)),
-    optim=dict(steps=1750, batch=1),
+    loss=dict(weight_hessian=0.01),
+    optim=dict(steps=1750, batch=2),
 )
 
 _kitti_small = _preset(

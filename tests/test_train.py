@@ -67,6 +67,7 @@ def test_killed_run_resumes_to_the_same_weights(finished, cache, tmp_path):
 
 def test_fine_tuning_starts_from_a_checkpoint(finished, cache, tmp_path):
     still = {"optim.steps": 1, "optim.lr": 0.0, "optim.warmup": 0}
+    still["backbone.weights"] = "absent.pth"  # not looked for, since the checkpoint has its own
     done = run("train.py", "--init", finished, "--out", tmp_path, cache=cache, **still)
     assert done.returncode == 0, done.stderr
     before, after = checkpoint.load(finished), checkpoint.load(tmp_path)
