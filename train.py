@@ -28,7 +28,17 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from selfocc import InputError, checkpoint, config, distributed, evaluation, files, panels, pictures
+from selfocc import (
+    InputError,
+    checkpoint,
+    config,
+    distributed,
+    evaluation,
+    files,
+    panels,
+    pictures,
+    presets,
+)
 from selfocc.commandline import Parser, Stopped, add_data_options, folders, run
 from selfocc.config import Config, OptimConfig
 from selfocc.datasets import open_dataset
@@ -40,8 +50,8 @@ from selfocc.model import Noise, SelfOcc
 
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
-    presets = "\n".join(f"  {name:20s} {summary}" for name, (summary, _) in config.PRESETS.items())
-    parser = Parser(description=__doc__, epilog=f"presets:\n{presets}")
+    listed = (f"  {name:20s} {summary}" for name, (summary, _) in presets.PRESETS.items())
+    parser = Parser(description=__doc__, epilog="\n".join(["presets:", *listed]))
     add_data_options(parser)
     parser.add_argument("--preset", metavar="NAME", help="default: the data set's name")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: runs/PRESET")
@@ -81,7 +91,7 @@ def choose_settings(arguments: argparse.Namespace) -> Config:
         "optim.steps": arguments.steps,
     }
     overrides = [f"{path}={value}" for path, value in named.items() if value is not None]
-    return settle_classes(config.build(preset, overrides + arguments.set))
+    return settle_classes(presets.build(preset, overrides + arguments.set))
 
 
 def learning_rate(optim: OptimConfig, base: float, step: int) -> float:

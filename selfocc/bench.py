@@ -26,7 +26,7 @@ from kernels.measure import (
     gpu_seconds,
     reset_cpu_peak,
 )
-from selfocc import config
+from selfocc import config, presets
 from selfocc.commandline import Parser, run
 from selfocc.config import Config
 from selfocc.datasets.video import Batch, Frames
@@ -74,7 +74,7 @@ def bench(arguments: argparse.Namespace) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     presets = arguments.preset or [
-        name for name in ("kitti", "nuscenes") if name in config.PRESETS and gpu
+        name for name in ("kitti", "nuscenes") if name in presets.PRESETS and gpu
     ]
     if not presets:
         presets = ["synthetic"]
@@ -86,7 +86,7 @@ def bench(arguments: argparse.Namespace) -> None:
     report = {"device": where, "torch": torch.__version__, "runs": []}
     for preset in presets:
         # with what numbers it starts costs no time
-        settings = config.build(preset, [*arguments.set, "backbone.weights=none"])
+        settings = presets.build(preset, [*arguments.set, "backbone.weights=none"])
         for backend in backends:
             with chosen_backend(backend):
                 row = {"preset": preset, "backend": backend}

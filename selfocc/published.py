@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from selfocc import InputError, config
+from selfocc import InputError, config, presets
 from selfocc.config import Config
 from selfocc.encoder import PLANES
 from selfocc.files import replacing
@@ -168,7 +168,7 @@ def choose(
         )
     (kind,) = kinds
     if preset is not None:
-        base = config.build(preset, overrides)
+        base = presets.build(preset, overrides)
         if base.encoder.kind != kind:
             raise InputError(
                 f"{path} has the planes of a {kind} network, --preset {preset} is "
@@ -181,7 +181,7 @@ def choose(
     likeness: dict[str, tuple] = {}
     found: dict[str, Config] = {}
     for name in PRESETS:
-        base = config.build(name, overrides)
+        base = presets.build(name, overrides)
         if base.encoder.kind != kind:
             continue
         settings = found[name] = _read_sizes(path, state, shapes, base)
@@ -198,7 +198,7 @@ def choose(
     how = "guessed by names and shapes" if likeness[best][0] else "the nearest, with other sizes"
     also = f", which are those of {', '.join(alike)} too" if alike else ""
     print(f"{path} is a published checkpoint of preset {best} ({how}{also}); --preset says another")
-    for line in _differences(config.build(best, overrides), found[best]):
+    for line in _differences(presets.build(best, overrides), found[best]):
         print(f"{path}: {line} preset {best}")
     return found[best]
 

@@ -2,11 +2,11 @@ import json
 
 import pytest
 
-from selfocc import InputError, config
+from selfocc import InputError, config, presets
 
 
 def test_presets_survive_json():
-    for name, (_, preset) in config.PRESETS.items():
+    for name, (_, preset) in presets.PRESETS.items():
         assert preset.preset == name
         assert config.from_dict(json.loads(json.dumps(config.to_dict(preset)))) == preset
 
@@ -25,7 +25,7 @@ def test_presets_survive_json():
     ],
 )
 def test_override(override, section, name, value):
-    got = getattr(getattr(config.build("synthetic", [override]), section), name)
+    got = getattr(getattr(presets.build("synthetic", [override]), section), name)
     assert got == value and type(got) is type(value)
 
 
@@ -42,23 +42,23 @@ def test_override(override, section, name, value):
 )
 def test_wrong_override_says_what_is_right(override, said):
     with pytest.raises(InputError, match=said):
-        config.build("synthetic", [override])
+        presets.build("synthetic", [override])
 
 
 def test_unknown_preset_names_the_nearest():
     with pytest.raises(InputError, match="did you mean 'synthetic'"):
-        config.build("sinthetic")
+        presets.build("sinthetic")
 
 
 def test_saved_field_this_version_lacks():
-    values = config.to_dict(config.build("synthetic"))
+    values = config.to_dict(presets.build("synthetic"))
     values["optim"]["momentum"] = 0.9
     with pytest.raises(InputError, match=r"optim\.momentum"):
         config.from_dict(values)
 
 
 def test_quirks_had_no_section_once():
-    saved = config.to_dict(config.build("kitti"))
+    saved = config.to_dict(presets.build("kitti"))
     del saved["quirks"]
     saved["encoder"]["transposed_bev_grid"] = True
     quirks = config.from_dict(saved).quirks

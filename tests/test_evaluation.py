@@ -15,7 +15,7 @@ from PIL import Image
 import eval as eval_script
 import train as train_script
 from selfocc import InputError, checkpoint, metrics, protocols
-from selfocc.config import DataConfig, build
+from selfocc.config import DataConfig
 from selfocc.datasets import Folders, open_dataset, open_sequences
 from selfocc.datasets.export_kitti import export_kitti
 from selfocc.datasets.export_nuscenes import export_nuscenes
@@ -25,6 +25,7 @@ from selfocc.evaluation import Samples, evaluate
 from selfocc.journal import Journal
 from selfocc.labels import SEMANTICKITTI, label_map
 from selfocc.model import SelfOcc
+from selfocc.presets import build
 from selfocc.render import render_grid
 from selfocc.scores import Scores
 from tests.tiny import ROOT, TORCHRUN, environment, overrides, run

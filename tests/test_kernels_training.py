@@ -7,7 +7,7 @@ import torch
 
 import kernels
 from kernels import dispatch
-from selfocc import config
+from selfocc import presets
 from selfocc.datasets import Folders, open_dataset
 from selfocc.datasets.video import collate
 from selfocc.geometry import cellular_pixels
@@ -57,7 +57,7 @@ def test_training_steps_agree_between_backends(backend, cache: Path, monkeypatch
         pytest.skip("Triton needs a GPU or TRITON_INTERPRET=1")
     monkeypatch.setenv("SELFOCC_CACHE", str(cache))
     changes = tiny.overrides(optim__batch="1", volume__nodes="9,9,5")
-    settings = config.build("synthetic", changes)
+    settings = presets.build("synthetic", changes)
     training = open_dataset(settings, "train", Folders())
     keys = Keys(len(training), settings.optim, 0, 0, 1)
     samples = [training[key] for (key,), _ in zip(keys, range(STEPS), strict=False)]

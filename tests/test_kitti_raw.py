@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from selfocc import InputError
-from selfocc.config import build
 from selfocc.datasets.export_kitti import BASELINE
 from selfocc.datasets.export_kitti_raw import export_kitti_raw
 from selfocc.datasets.kitti_drive import oxts_poses
@@ -18,6 +17,7 @@ from selfocc.datasets.kitti_raw import kitti_raw_sequences
 from selfocc.datasets.synthetic import SyntheticConfig, synthetic_sequences
 from selfocc.datasets.video import VideoDataset, project_points
 from selfocc.labels import PseudoLabels
+from selfocc.presets import build
 from tests.tiny import run
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "kitti_raw"

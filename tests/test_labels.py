@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from selfocc import InputError
-from selfocc.config import DataConfig, build
+from selfocc.config import DataConfig
 from selfocc.datasets.kitti import kitti_sequences
 from selfocc.labels import (
     OCC3D,
@@ -19,6 +19,7 @@ from selfocc.labels import (
     read_label_map,
     settle_classes,
 )
+from selfocc.presets import build
 from tests.test_kitti import HEIGHT, WIDTH, root  # noqa: F401 - a fixture
 
 ROAD = {"name": "road", "occ3d": "driveable_surface", "kitti": "road"}

@@ -4,7 +4,7 @@ import math
 import torch
 
 import kernels
-from selfocc import config
+from selfocc import presets
 from selfocc.config import EncoderConfig, FieldConfig, VolumeConfig
 from selfocc.datasets.video import Frames
 from selfocc.field import FieldDecoder
@@ -128,7 +128,7 @@ def test_backdrop_stops_what_nothing_else_stops():
 
 
 def test_rays_go_on_beyond_the_volume():
-    settings = config.build("synthetic", overrides(render__margin="4.4,20,1.5"))
+    settings = presets.build("synthetic", overrides(render__margin="4.4,20,1.5"))
     model = SelfOcc(settings).eval()
     volume = torch.full((1, 4, *settings.volume.nodes), 50.0)
     intrinsics = torch.tensor([[32.0, 0, 31.5], [0, 32, 15.5], [0, 0, 1]], dtype=torch.float64)

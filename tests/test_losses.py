@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kernels
-from selfocc import InputError, config, losses
+from selfocc import InputError, losses, presets
 from selfocc.datasets.video import Batch, Frames
 from selfocc.model import View
 from tests.test_field import recorded
@@ -242,7 +242,7 @@ def step(overrides=(), semantics=True):
     """`objective` of random images, volume and rendering: two samples, three cameras."""
     torch.manual_seed(0)
     small = ["volume.nodes=6,5,4", "render.rays=3,4", "render.samples=6", "field.classes=5"]
-    settings = config.build("synthetic", [*small, *overrides])
+    settings = presets.build("synthetic", [*small, *overrides])
     batch, cameras, rays, samples = 2, 3, 12, 6
     intrinsics = torch.tensor([[20.0, 0, 10], [0, 20, 6], [0, 0, 1]]).double()
     pose = torch.eye(4, dtype=torch.float64)[[0, 2, 1, 3]].repeat(batch, 3, cameras, 1, 1)
@@ -309,7 +309,7 @@ def test_objective_reaches_what_its_losses_are_about(overrides, reached):
 
 def test_objective_pools_the_eikonal_over_samples_and_nodes():
     result, leaves = step(["loss.weight_eikonal=2", "loss.weight_hessian=0"])
-    spacing = losses.node_spacing(config.build("synthetic").volume.box, (6, 5, 4))
+    spacing = losses.node_spacing(presets.build("synthetic").volume.box, (6, 5, 4))
     nodes, _ = kernels.node_losses(leaves["volume"][:, 0], spacing, True)
     expected = 2 * (nodes + leaves["eikonal"].sum()) / (2 * 6 * 5 * 4 + 2 * 3 * 12 * 6)
     torch.testing.assert_close(result["eikonal"], expected)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from selfocc import InputError
-from selfocc.config import build
 from selfocc.datasets import Folders, open_dataset
 from selfocc.datasets.export_nuscenes import EGO_TO_GLOBAL, OCC3D_CLASS, export_nuscenes
 from selfocc.datasets.nuscenes import nuscenes_sequences, official_val
 from selfocc.datasets.nuscenes_tables import CHANNELS, open_index, stream
 from selfocc.datasets.synthetic import SyntheticConfig, synthetic_sequences
+from selfocc.presets import build
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "nuscenes"
 VERSION = "v1.0-trainval"

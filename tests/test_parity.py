@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from selfocc import config, published
+from selfocc import config, presets, published
 from selfocc.encoder import Encoder
 from selfocc.field import shifted_grid_sdf
 from selfocc.losses import objective
@@ -44,7 +44,7 @@ def small(name: str, model: torch.nn.Module, settings: config.Config) -> dict[st
 
 def settings_of(preset: str, *overrides: str) -> config.Config:
     sizes = ("encoder.dim=48", "encoder.layers=1", "field.hidden=48", "backbone.depth=18")
-    return config.build(preset, [*sizes, "backbone.weights=none", *overrides])
+    return presets.build(preset, [*sizes, "backbone.weights=none", *overrides])
 
 
 def test_the_tpv_network_from_image_features_to_losses():

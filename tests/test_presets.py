@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from selfocc import config, published
+from selfocc import presets, published
 from selfocc.bench import random_batch
 from selfocc.geometry import fixed_pixels
 from selfocc.losses import objective
@@ -35,7 +35,7 @@ FOCAL_RATIOS = {
 
 @pytest.mark.parametrize("preset", published.PRESETS)
 def test_losses_and_image_sizes(preset):
-    settings = config.build(preset)
+    settings = presets.build(preset)
     names = ("photometric", "color", "eikonal", "hessian", "semantic", "sparsity", "edge")
     assert tuple(getattr(settings.loss, f"weight_{name}") for name in names) == WEIGHTS[preset]
     assert settings.loss.compact_hessian == (preset in ("kitti", "kitti_raw"))
@@ -62,7 +62,7 @@ SMALL = """
 def test_a_training_step(preset):
     """The losses of the preset are finite and reach all that is trained, in miniature."""
     torch.manual_seed(0)
-    settings = config.build(preset, SMALL.split())
+    settings = presets.build(preset, SMALL.split())
     model = SelfOcc(settings).train()
     batch = random_batch(settings, seed=0)
     cameras, rays = settings.data.cameras, 24

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from selfocc import InputError, config, pictures
+from selfocc import InputError, pictures, presets
 from selfocc.commandline import Parser, add_data_options, folders, run
 from selfocc.config import DataConfig
 from selfocc.datasets import Folders, open_sequences
@@ -293,7 +293,7 @@ def _settings(chosen) -> DataConfig:
     named = {"data.dataset": dataset, "data.train": chosen.train, "data.val": chosen.val}
     named |= {"data.label_map": chosen.label_map, "data.version": chosen.version}
     overrides = [f"{path}={value}" for path, value in named.items() if value]
-    data = config.build(chosen.preset or dataset, overrides + chosen.set).data
+    data = presets.build(chosen.preset or dataset, overrides + chosen.set).data
     if dataset == "synthetic":  # nothing can be missing; a scene of each split shows it
         data = dataclasses.replace(data, scenes=1, scenes_val=1)
     return data
