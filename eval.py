@@ -98,9 +98,9 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--prior-frames",
         type=count,
-        default=24,
+        default=100,
         metavar="N",
-        help="training frames for the baselines",
+        help="training frames from which baselines learn; default: 100, where more know better",
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="default: `eval` beside the checkpoint"
@@ -158,7 +158,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         model, dataset, tasks, rules, frames=arguments.frames, prior_frames=arguments.prior_frames
     )
     journal = Journal(out, what, rank, arguments.resume)
-    priors = evaluation.gather_priors(model, training, arguments.prior_frames, rules, chief)
+    priors = evaluation.gather_priors(model, training, arguments.prior_frames, rules, rank, world)
     tables = evaluation.evaluate(
         model,
         dataset,
@@ -180,7 +180,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
         return
     print(
         f"{settings.preset} at step {saved.step}, {settings.data.dataset}, {len(dataset)} frames, "
-        f"protocol: {rules.protocol}"
+        f"protocol: {rules.protocol}; priors from {min(arguments.prior_frames, len(training))} of "
+        f"{len(training)} training frames"
     )
     for name, table in tables.items():
         print(f"\n{format_table(f'{name} ({rules.protocol})', table)}")
@@ -189,6 +190,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         "step": saved.step,
         "dataset": settings.data.dataset,
         "protocol": rules.protocol,
+        "prior_frames": min(arguments.prior_frames, len(training)),
     }
     files.write_file(out / "metrics.json", json.dumps(summary | tables, indent=1).encode())
 

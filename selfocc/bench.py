@@ -73,18 +73,15 @@ def bench(arguments: argparse.Namespace) -> None:
     device = torch.device("cuda" if gpu else "cpu")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    presets = arguments.preset or [
-        name for name in ("kitti", "nuscenes") if name in presets.PRESETS and gpu
-    ]
-    if not presets:
-        presets = ["synthetic"]
+    chosen = arguments.preset or (["kitti", "nuscenes"] if gpu else ["synthetic"])
+    if not (arguments.preset or gpu):
         print("No GPU here, so the small preset `synthetic`; --preset kitti is the published size.")
     backends = arguments.backends or (["torch", "triton"] if gpu else ["torch"])
     repeats = arguments.repeats or (20 if gpu else 3)
     where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}, torch {torch.__version__}")
     report = {"device": where, "torch": torch.__version__, "runs": []}
-    for preset in presets:
+    for preset in chosen:
         # with what numbers it starts costs no time
         settings = presets.build(preset, [*arguments.set, "backbone.weights=none"])
         for backend in backends:

@@ -64,9 +64,7 @@ class VolumeConfig:
         True  # the published KITTI post-processing: nothing at the sides, far end and top
     )
     ground: float = -1.73  # height of a flat road, metres: the baseline that needs no image
-    threshold: float = (
-        0.0  # a voxel is occupied where the SDF at its centre is at most this, metres
-    )
+    threshold: float = 0.0  # a voxel is occupied where its SDF is at most this, metres
 
 
 @dataclass(frozen=True)

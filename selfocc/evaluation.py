@@ -294,12 +294,22 @@ def validate(
 
 
 def gather_priors(
-    model: SelfOcc, training: VideoDataset, frames: int, rules: Rules, progress: bool = True
+    model: SelfOcc,
+    training: VideoDataset,
+    frames: int,
+    rules: Rules,
+    rank: int = 0,
+    world: int = 1,
 ) -> Priors:
-    """Priors from at most `frames` training frames (a data set opened with train=False)."""
-    priors = Priors()
+    """Priors from at most `frames` training frames (a data set opened with train=False).
+
+    Each of `world` processes reads its share, and all get the priors.
+    """
+    mine, priors = Priors(), Priors()
     samples = Samples(training, rules, ("occupancy",), model.config.volume.voxel)
-    batches = loader(samples, evenly(training, frames), model.config.optim.workers)
-    for sample in tqdm(batches, desc="priors from training truth", disable=not progress):
-        priors.add(sample.labels, sample.batch)
+    # the model waits meanwhile, so there is a core more than in training
+    batches = loader(samples, evenly(training, frames)[rank::world], model.config.optim.workers + 1)
+    for sample in tqdm(batches, desc="priors from training truth", disable=rank > 0):
+        mine.add(sample.labels, sample.batch)
+    priors.join(distributed.gather_dicts({rank: mine}).values())
     return priors

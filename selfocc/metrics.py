@@ -6,6 +6,8 @@ with `update` and reports with `results`; what it knows of them is one tensor, `
 state of many frames is the sum of theirs. Arguments are tensors on the CPU or numpy arrays.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -263,17 +265,26 @@ class MedianDepth:
     """The best depth without looking: the median over training of each pixel of each camera."""
 
     def __init__(self):
-        self.maps: list[Tensor] = []
+        self.shape = (0, 0, 0)
+        self.known: list[tuple[Tensor, Tensor]] = []  # pixels and their depths; LiDAR has few
 
     def add(self, depth: Tensor) -> None:
         """depth [N, h, w] of a training frame, 0 where there is none."""
-        self.maps.append(torch.as_tensor(depth).float())
+        depth = torch.as_tensor(depth).float()
+        self.shape = depth.shape
+        pixels = (depth.flatten() > 0).nonzero()[:, 0]
+        self.known.append((pixels, depth.flatten()[pixels]))
 
     def depth(self) -> Tensor:
         """[N, h, w]; pixels that never had truth take the nearest one that had."""
-        maps = torch.stack(self.maps)
-        median = torch.where(maps > 0, maps, torch.nan).nanmedian(dim=0).values
-        return fill_nearest(median.nan_to_num(0.0), ~median.isnan())
+        pixels, depths = (torch.cat(parts) for parts in zip(*self.known, strict=True))
+        depths, order = depths.sort()
+        pixels, order = pixels[order].sort(stable=True)  # by depth within every pixel
+        count = pixels.bincount(minlength=math.prod(self.shape))
+        middle = count.cumsum(0) - count + (count - 1) // 2  # of an even number the lower one
+        median = torch.zeros(len(count))
+        median[count > 0] = depths[order][middle[count > 0]]
+        return fill_nearest(median.view(self.shape), (count > 0).view(self.shape))
 
 
 def flat_ground_sdf(points_z: Tensor, height: float) -> Tensor:

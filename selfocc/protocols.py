@@ -7,8 +7,9 @@ Three protocols, named in every table:
   run from end to end of the box (quirk 23). The depth map is read where its rays are, not up to a
   stride to the left of it and above (24). Metres ahead are those driven, not the sum over skipped
   frames too (20). Scans are projected with the cameras of their own time stamp (21).
-- `own`: the embedded world's. Voxels at their centres, pooled and cropped as the preset says; depth
-  maps interpolated to the pixels of the image and compared with maps (exact, LiDAR or stereo), the
+- `own`: the embedded world's. The SDF of a voxel is the lowest at its corners, as a voxel of the
+  truth is occupied where any part of it is; pooled and cropped as the preset says. Depth maps are
+  interpolated to the pixels of the image and compared with maps (exact, LiDAR or stereo), the
   nearest point of a pixel. Also there for the other data sets, to compare with the embedded world.
 
 With `data.voxels=openoccupancy`, nuScenes is judged against nuScenes-Occupancy instead of Occ3D:
@@ -175,10 +176,33 @@ def read_voxels(
         voxels_to_volume: [4, 4] where the labels have another frame than the volume.
     """
     extent = rules.box or box
-    channels = [0, *range(volume.shape[1] - classes, volume.shape[1])]
     if rules.crude:
         voxels_to_volume = None
-    elif not rules.ends and (rules.openoccupancy or voxels_to_volume is not None):
+    if rules.protocol != "own":
+        return _read(volume, classes, rules, box, extent, shape, voxels_to_volume)
+    # corners are the centres of voxels that begin half a voxel earlier, one more along each axis
+    lo, hi = torch.tensor(extent, dtype=torch.float64).view(2, 3)
+    half = (hi - lo) / torch.tensor([shape[1], shape[0], shape[2]]) / 2
+    around = (*(lo - half).tolist(), *(hi + half).tolist())
+    corners, _ = _read(volume, 0, rules, box, around, [n + 1 for n in shape], voxels_to_volume)
+    sdf = -F.max_pool3d(-corners[None], 2, stride=1)[0]
+    if not classes:
+        return sdf, None
+    return sdf, _read(volume, classes, rules, box, extent, shape, voxels_to_volume)[1]
+
+
+def _read(
+    volume: Tensor,
+    classes: int,
+    rules: Rules,
+    box: Box,
+    extent: Box,
+    shape: tuple[int, int, int],
+    voxels_to_volume: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """What `read_voxels` returns, read at the protocol's point of each voxel of `extent`."""
+    channels = [0, *range(volume.shape[1] - classes, volume.shape[1])]
+    if not rules.ends and (rules.openoccupancy or voxels_to_volume is not None):
         return _read_centres(volume[:, channels], box, extent, shape, voxels_to_volume)
     grid = torch.cat(
         [occupancy_grid(volume[:, c : c + 1], box, shape, rules.ends, extent) for c in channels]

@@ -46,6 +46,16 @@ class Priors:
         for name, truth in truth_maps(batch).items():
             self.depth.setdefault(name, metrics.MedianDepth()).add(truth[0])
 
+    def join(self, others: Iterable["Priors"]) -> None:
+        """Add what other processes have learnt."""
+        for other in others:
+            self.occupancy.known = self.occupancy.known + other.occupancy.known
+            self.occupancy.occupied = self.occupancy.occupied + other.occupancy.occupied
+            for name, prior in other.depth.items():
+                mine = self.depth.setdefault(name, metrics.MedianDepth())
+                mine.shape = prior.shape
+                mine.known += prior.known
+
 
 class Scores:
     """Scores a model's frames beside baselines on the same frames; `tables` sums them up."""

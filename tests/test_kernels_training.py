@@ -17,7 +17,7 @@ from tests import tiny
 from train import Keys, draw_noise, make_optimizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-STEPS = 3
+STEPS = 2
 
 
 @pytest.fixture

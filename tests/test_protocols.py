@@ -1,5 +1,6 @@
 """The published protocols against recorded numbers; truth is perfect, and moved truth is not."""
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from selfocc import InputError, config, labels, metrics, protocols
+from selfocc import InputError, config, labels, metrics, presets, protocols
+from selfocc.geometry import node_positions
 from selfocc.metrics import (
     DEPTH_ERRORS,
     DepthMetrics,
@@ -32,7 +34,7 @@ def load(name):
 
 
 def rules(dataset, protocol="published"):
-    return protocols.choose(config.build("kitti", [f"data.dataset={dataset}"]), protocol)
+    return protocols.choose(presets.build("kitti", [f"data.dataset={dataset}"]), protocol)
 
 
 def percent(value):
@@ -204,14 +206,14 @@ def truth_and_volume(dataset, protocol, few, seed=0):
     Nodes lie on the points that are read: from end to end as published, else at voxel centres.
     """
     settings = [f"data.dataset={dataset}", f"data.label_map={few}"]
-    of_data = protocols.choose(config.build("kitti", settings), protocol)
+    of_data = protocols.choose(presets.build("kitti", settings), protocol)
     shape = (256, 256, 32) if dataset == "kitti" else (200, 200, 16)
     lo, hi = np.array(of_data.box).reshape(2, 3)
     if not of_data.ends:
         half = (hi - lo) / np.array([shape[1], shape[0], shape[2]]) / 2
         lo, hi = lo + half, hi - half
     box = ",".join(str(float(x)) for x in (*lo, *hi))
-    lut = labels.label_map(config.build("kitti", settings).data).voxel_classes(dataset)
+    lut = labels.label_map(presets.build("kitti", settings).data).voxel_classes(dataset)
     settings += [f"volume.box={box}", "volume.nodes=" + ",".join(map(str, shape))]
     settings.append(f"field.classes={len(lut)}")
     generator = torch.Generator().manual_seed(seed)
@@ -220,7 +222,7 @@ def truth_and_volume(dataset, protocol, few, seed=0):
     logits = F.one_hot(ids, len(lut)).movedim(-1, 0).float()
     volume = torch.cat([torch.where(truth > 0, -1.0, 1.0)[None], logits])[None]
     truth[torch.rand(shape, generator=generator) < 0.1] = metrics.UNKNOWN
-    return config.build("kitti", settings), of_data, truth, volume
+    return presets.build("kitti", settings), of_data, truth, volume
 
 
 @pytest.mark.parametrize(
@@ -248,6 +250,29 @@ def test_moved_voxels_are_not(protocol, move, few):
     tables = scores.tables([scores.occupancy(MOVES[move](volume), truth)])
     assert tables["occupancy"]["SelfOcc"]["iou"] < 0.95  # most voxels of random labels are full
     assert tables["semantics"]["mIoU of the classes seen"]["iou"] < 0.3
+
+
+@pytest.mark.parametrize("degrees", [None, 0, 30])
+def test_own_voxels_are_as_low_as_their_lowest_corner(degrees):
+    """A plane, in the frame of the voxels and where a matrix takes them."""
+    box, shape, normal = (-4.0, 0.0, -1.0, 4.0, 6.0, 2.0), (6, 4, 2), np.array([0.3, -0.5, 0.7])
+    nodes = node_positions(box, (4, 5, 3)).numpy()
+    volume = torch.from_numpy(nodes @ normal + 0.1)[None, None].float()
+    angle = np.radians(degrees or 0)
+    matrix = np.eye(4)
+    matrix[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    x, y, z = (metres.numpy() for metres in protocols.centres(box, shape))
+    centres = np.stack(np.meshgrid(x, y, z, indexing="ij"), -1).swapaxes(0, 1)
+    half = np.array([1.0, 0.5, 0.75])
+    turned = normal @ matrix[:3, :3]
+    lowest = torch.from_numpy(centres @ turned + 0.1 - half @ np.abs(turned)).float()
+    move = None if degrees is None else torch.from_numpy(matrix)
+    sdf, _ = protocols.read_voxels(volume, 0, rules("kitti", "own"), box, shape, move)
+    corners = np.stack([centres + half * sign for sign in itertools.product((-1, 1), repeat=3)])
+    place = corners @ matrix[:3, :3].T
+    whole = ((place >= np.array(box[:3]) - 1e-6) & (place <= np.array(box[3:]) + 1e-6)).all((0, -1))
+    assert whole.mean() > 0.3 and (degrees == 30) != whole.all()
+    torch.testing.assert_close(sdf[whole], lowest[whole])
 
 
 @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
@@ -365,11 +390,11 @@ def test_novel_targets_of_nuscenes():
 
 def test_the_default_protocol():
     assert rules("kitti", None).protocol == "published"
-    embedded = protocols.choose(config.build("synthetic"))
+    embedded = protocols.choose(presets.build("synthetic"))
     assert (embedded.protocol, embedded.box, embedded.crop) == ("own", None, None)
-    ring = protocols.choose(config.build("synthetic_surround"), "published")
+    ring = protocols.choose(presets.build("synthetic_surround"), "published")
     assert ring.dataset == "nuscenes" and ring.ground == metrics.GROUND
     with pytest.raises(InputError, match="--protocol paper: unknown"):
         rules("kitti", "paper")
-    pooled = protocols.choose(config.build("kitti", ["volume.voxel=2"]), "own")
+    pooled = protocols.choose(presets.build("kitti", ["volume.voxel=2"]), "own")
     assert (pooled.crop(torch.ones(128, 128, 16)) == 1).sum() == 125 * 122 * 14

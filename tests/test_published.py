@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import eval as eval_script
-from selfocc import InputError, checkpoint, config, published
+from selfocc import InputError, checkpoint, config, presets, published
 from selfocc.model import SelfOcc
 from tests import goldens
 from tests.tiny import ROOT, SETTINGS
@@ -28,7 +28,7 @@ SMALL = [
 def small(preset="kitti", *overrides) -> tuple[config.Config, dict[str, torch.Tensor]]:
     """A configuration and random weights of ours, batch norm and colours included."""
     torch.manual_seed(0)
-    settings = config.build(preset, [*SMALL, *overrides])
+    settings = presets.build(preset, [*SMALL, *overrides])
     state = SelfOcc(settings).state_dict()
     for name, tensor in state.items():
         if tensor.is_floating_point():
@@ -59,16 +59,16 @@ def official_layouts() -> dict[str, list]:
 @pytest.mark.parametrize("preset", published.PRESETS)
 def test_names_and_shapes_are_the_published_ones(preset, capsys):
     theirs = {name: tuple(shape) for name, shape in official_layouts()[preset]}
-    ours = published.published_shapes(config.build(preset))
+    ours = published.published_shapes(presets.build(preset))
     assert list(ours.items()) == list(theirs.items())
-    names = published.published_names(config.build(preset))
+    names = published.published_names(presets.build(preset))
     used = [name for name in names.values() if name is not None]
     assert len(set(used)) == len(used) == len(theirs) - 3
 
 
 @pytest.mark.parametrize("preset", published.PRESETS)
 def test_the_preset_is_guessed(preset, capsys):
-    settings = config.build(preset)
+    settings = presets.build(preset)
     state = {
         name: torch.zeros(()).expand(shape)
         for name, shape in published.published_shapes(settings).items()
@@ -260,7 +260,7 @@ def test_a_file_of_full_size_is_not_held_in_memory(tmp_path):
     """35.8 M parameters; 0.8 times the file was measured on top of what torch and Triton take."""
     state = {
         name: torch.zeros(shape, dtype=torch.int64 if name.endswith("tracked") else None)
-        for name, shape in published.published_shapes(config.build("kitti")).items()
+        for name, shape in published.published_shapes(presets.build("kitti")).items()
     }
     assert sum(t.numel() for t in state.values() if t.is_floating_point()) > 35_000_000
     torch.save({"state_dict": state}, tmp_path / "full.pth")
@@ -282,7 +282,7 @@ def test_a_file_of_full_size_is_not_held_in_memory(tmp_path):
 @pytest.mark.parametrize(("preset", "recorded"), [("kitti", "kitti_occ"), ("nuscenes", None)])
 def test_learning_rates_are_the_published_ones(preset, recorded):
     table = json.loads(goldens.path("extra/lr_schedule.json").read_text())
-    optim = config.build(preset).optim
+    optim = presets.build(preset).optim
     part = table[recorded or "nuscenes_occ"]
     for row in part["table"]:
         after = row["after_step_update"]
