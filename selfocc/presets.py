@@ -142,7 +142,7 @@ _synthetic = _preset(
     Config(),
     # frames ahead as targets (anchor_input=0.5) cost depth and, in ten minutes, occupancy too
     data=dict(scenes_val=4, anchor_input=1.0, future=(0.4, 25.0), source=(0.8, 10.0)),
-    volume=dict(nodes=(49, 49, 25), voxel=2, crop_margins=False, threshold=0.25),
+    volume=dict(nodes=(49, 49, 25), voxel=2, crop_margins=False, threshold=0.15),
     backbone=dict(depth=18, width=32, norm="local", weights="none", frozen_stem=False),
     encoder=dict(
         dim=32,
@@ -166,19 +166,20 @@ _synthetic = _preset(
         backdrop=True,
         margin=(0.0, 25.6, 1.6),
     ),
-    loss=dict(automask=False, weight_eikonal=0.001, weight_hessian=0.05),
+    loss=dict(automask=False, weight_eikonal=0.001, weight_hessian=0.07),
     optim=dict(
-        steps=700,
-        batch=4,  # more steps with fewer images fill what no camera sees with matter
-        lr=1.5e-3,
+        steps=420,
+        batch=3,
+        accumulate=2,  # more steps with fewer images fill what no camera sees with matter
+        lr=2.2e-3,
         backbone_factor=1.0,
         warmup=50,
         workers=1,
         clip=5.0,
         validate_every=100_000,
         validate_frames=8,
-        picture_every=300,
-        save_every=300,
+        picture_every=200,
+        save_every=200,
     ),
 )
 
@@ -187,6 +188,7 @@ _depth = _preset(
     "the same, tuned for depth: rougher surfaces",
     _synthetic,
     loss=dict(weight_hessian=0.01),
+    optim=dict(steps=470),
 )
 
 _preset(
@@ -200,7 +202,7 @@ _preset(
     field=dict(ground=0.0),
     render=dict(rays=(16, 26), samples=48, eval_rays=(48, 80), margin=(0.0, 0.0, 0.0)),
     loss=dict(weight_hessian=0.01),
-    optim=dict(steps=1750, batch=2),
+    optim=dict(steps=1750, batch=2, accumulate=1, lr=1.5e-3),
 )
 
 _kitti_small = _preset(
@@ -218,7 +220,7 @@ _kitti_small = _preset(
     volume=dict(nodes=(49, 49, 13)),
     backbone=dict(norm="batch"),
     render=dict(samples=48, eval_rays=(44, 152), spread=0.0, margin=(0.0, 0.0, 0.0)),
-    optim=dict(steps=1000, batch=2),
+    optim=dict(steps=1000, batch=2, accumulate=1, lr=1.5e-3),
 )
 
 _preset(
