@@ -143,6 +143,18 @@ def test_collate_drops_truth_that_one_sample_lacks():
     assert batch.name == ["drive/000004", "drive/000009"]
 
 
+def test_every_tensor_of_a_batch_is_pinned(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.double() + 1)
+    batch = collate([VideoDataset([Drive()], CONFIG, train=False)[3]])
+    pinned = batch.pin_memory()
+    for name in ("images", "intrinsics", "camera_to_volume", "depth", "lidar"):
+        assert torch.equal(getattr(pinned, name), getattr(batch, name).double() + 1), name
+    for name in ("images", "intrinsics", "camera_to_volume"):
+        for frames in ("target", "sources"):
+            before, after = (getattr(getattr(b, frames), name) for b in (batch, pinned))
+            assert torch.equal(after, before.double() + 1), (frames, name)
+
+
 def test_scaled_targets_keep_their_rays():
     config = dataclasses.replace(CONFIG, target_scale=0.5, scale=0.5, pad=(32, 32))
     sample = VideoDataset([Drive()], config, train=False)[0]

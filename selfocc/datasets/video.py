@@ -111,6 +111,10 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         return _map(self, lambda tensor: tensor.to(device, non_blocking=True))
 
+    def pin_memory(self) -> "Batch":
+        """In page-locked memory, from which `to` copies beside the computation; for DataLoader."""
+        return _map(self, Tensor.pin_memory)
+
 
 def _map(item, function):
     changes = {}
