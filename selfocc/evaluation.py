@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -307,8 +308,13 @@ def gather_priors(
     """
     mine, priors = Priors(), Priors()
     samples = Samples(training, rules, ("occupancy",), model.config.volume.voxel)
-    # the model waits meanwhile, so there is a core more than in training
-    batches = loader(samples, evenly(training, frames)[rank::world], model.config.optim.workers + 1)
+    workers = model.config.optim.workers
+    workers += workers > 0  # the model waits meanwhile, which frees a core
+    # Workers take turns, and whoever has read a frame knows half of the next one of its sequence.
+    share = np.array_split(evenly(training, frames), world)[rank]
+    runs = np.array_split(share, max(1, workers))
+    in_turn = [int(i) for turn in zip_longest(*runs) for i in turn if i is not None]
+    batches = loader(samples, in_turn, workers)
     for sample in tqdm(batches, desc="priors from training truth", disable=rank > 0):
         mine.add(sample.labels, sample.batch)
     priors.join(distributed.gather_dicts({rank: mine}).values())
