@@ -7,10 +7,11 @@ Three protocols, named in every table:
   run from end to end of the box (quirk 23). The depth map is read where its rays are, not up to a
   stride to the left of it and above (24). Metres ahead are those driven, not the sum over skipped
   frames too (20). Scans are projected with the cameras of their own time stamp (21).
-- `own`: the embedded world's. The SDF of a voxel is the lowest at its corners, as a voxel of the
-  truth is occupied where any part of it is; pooled and cropped as the preset says. Depth maps are
-  interpolated to the pixels of the image and compared with maps (exact, LiDAR or stereo), the
-  nearest point of a pixel. Also there for the other data sets, to compare with the embedded world.
+- `own`: the embedded world's. The SDF of a voxel is the lowest at its centre and corners, as a
+  voxel of the truth is occupied where any part of it is; pooled and cropped as the preset says.
+  Depth maps are interpolated to the pixels of the image and compared with maps (exact, LiDAR or
+  stereo), the nearest point of a pixel. Also there for the other data sets, to compare with the
+  embedded world.
 
 With `data.voxels=openoccupancy`, nuScenes is judged against nuScenes-Occupancy instead of Occ3D:
 512 x 512 x 40 voxels of 0.2 m in the frame of LIDAR_TOP, all of them but noise; the lowest 1 m, the
@@ -178,17 +179,15 @@ def read_voxels(
     extent = rules.box or box
     if rules.crude:
         voxels_to_volume = None
+    sdf, likeliest = _read(volume, classes, rules, box, extent, shape, voxels_to_volume)
     if rules.protocol != "own":
-        return _read(volume, classes, rules, box, extent, shape, voxels_to_volume)
+        return sdf, likeliest
     # corners are the centres of voxels that begin half a voxel earlier, one more along each axis
     lo, hi = torch.tensor(extent, dtype=torch.float64).view(2, 3)
     half = (hi - lo) / torch.tensor([shape[1], shape[0], shape[2]]) / 2
     around = (*(lo - half).tolist(), *(hi + half).tolist())
     corners, _ = _read(volume, 0, rules, box, around, [n + 1 for n in shape], voxels_to_volume)
-    sdf = -F.max_pool3d(-corners[None], 2, stride=1)[0]
-    if not classes:
-        return sdf, None
-    return sdf, _read(volume, classes, rules, box, extent, shape, voxels_to_volume)[1]
+    return torch.minimum(sdf, -F.max_pool3d(-corners[None], 2, stride=1)[0]), likeliest
 
 
 def _read(

@@ -161,7 +161,7 @@ def test_a_network_that_diverged_is_no_silent_zero(model):
 def test_the_true_volume_scores_perfectly(model, monkeypatch):
     """The whole loop with the truth instead of the network's volume, and with it mirrored.
 
-    Twice as many nodes as voxels: every second node is the centre of one.
+    Twice as many nodes as voxels: every second node is the centre of one, all others are free.
     """
 
     def volume_of(batch, flip):
@@ -172,7 +172,7 @@ def test_the_true_volume_scores_perfectly(model, monkeypatch):
         coarse = torch.cat([sdf[None], torch.zeros(3, *sdf.shape), logits])[None]
         if flip:
             coarse = coarse.flip(3)
-        nodes = torch.zeros(*coarse.shape[:2], *(2 * n + 1 for n in coarse.shape[2:]))
+        nodes = torch.full((*coarse.shape[:2], *(2 * n + 1 for n in coarse.shape[2:])), 9.0)
         nodes[:, :, 1::2, 1::2, 1::2] = coarse
         return nodes
 
