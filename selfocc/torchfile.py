@@ -2,7 +2,7 @@
 
 import ctypes
 import mmap
-import pickle
+import pickle  # the name of an error alone: nothing here unpickles
 import re
 import sys
 import zipfile
