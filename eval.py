@@ -41,6 +41,7 @@ from selfocc.datasets.video import VideoDataset
 from selfocc.journal import Journal
 from selfocc.model import SelfOcc
 from selfocc.scores import Table
+from selfocc.settings import change
 
 TASKS = ("occupancy", "depth", "novel_depth")
 COLUMNS = {  # key in metrics.json -> title
@@ -125,7 +126,7 @@ def choose_settings(arguments: argparse.Namespace, saved: config.Config) -> conf
         "data.label_map": arguments.label_map,
     }
     overrides = [f"{path}={value}" for path, value in named.items() if value is not None]
-    settings = config.override(saved, overrides + arguments.set)
+    settings = change(saved, overrides + arguments.set)
     labels.check_classes(settings)
     return settings
 

@@ -15,6 +15,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
+import contextlib
 import json
 import math
 import signal
@@ -31,22 +32,23 @@ from tqdm import tqdm
 from selfocc import (
     InputError,
     checkpoint,
-    config,
     distributed,
     evaluation,
     files,
     panels,
     pictures,
     presets,
+    runs,
 )
 from selfocc.commandline import Parser, Stopped, add_data_options, folders, run
-from selfocc.config import Config, OptimConfig
-from selfocc.datasets import open_dataset
+from selfocc.config import Config, OptimConfig, check_training
+from selfocc.datasets import Folders, open_dataset
 from selfocc.datasets.video import collate, start_worker
 from selfocc.geometry import cellular_pixels
 from selfocc.labels import settle_classes
 from selfocc.losses import objective
 from selfocc.model import Noise, SelfOcc
+from selfocc.settings import change
 
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
@@ -79,8 +81,17 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def choose_settings(arguments: argparse.Namespace) -> Config:
-    preset = arguments.preset or arguments.dataset or "synthetic"
+def choose_settings(arguments: argparse.Namespace, resumed: Config | None) -> Config:
+    """The preset's settings, or those of the run that goes on, with what the arguments change.
+
+    Raises InputError where a preset is named that is not the run's.
+    """
+    preset = arguments.preset or (None if resumed else arguments.dataset or "synthetic")
+    if resumed and preset not in (None, resumed.preset):
+        raise InputError(
+            f"the run is of preset {resumed.preset}, not {preset}; leave --preset out, or start "
+            "another run with --out DIR"
+        )
     named = {
         "data.dataset": arguments.dataset,
         "data.version": arguments.version,
@@ -91,7 +102,10 @@ def choose_settings(arguments: argparse.Namespace) -> Config:
         "optim.steps": arguments.steps,
     }
     overrides = [f"{path}={value}" for path, value in named.items() if value is not None]
-    return settle_classes(presets.build(preset, overrides + arguments.set))
+    overrides += arguments.set
+    chosen = change(resumed, overrides) if resumed else presets.build(preset, overrides)
+    check_training(chosen)
+    return settle_classes(chosen)
 
 
 def learning_rate(optim: OptimConfig, base: float, step: int) -> float:
@@ -157,47 +171,54 @@ def draw_noise(settings: Config, cameras: int, forward: int, rank: int, world: i
     return Noise(pixels, numbers[..., 0], numbers[..., 1:], shift)
 
 
-def resume(file: Path, settings: Config) -> checkpoint.Checkpoint:
-    """The checkpoint of an interrupted run. Raises InputError if it is of another preset."""
-    saved = checkpoint.load(file)
-    if saved.config.preset != settings.preset:
-        raise InputError(
-            f"{file} is of preset {saved.config.preset}, not {settings.preset}; give --preset "
-            f"{saved.config.preset}, or --out DIR to start another run"
-        )
-    return saved
-
-
-def changes(before: Config, now: Config) -> list[str]:
-    """A line for every setting that a resumed run changes."""
-    before, now = config.to_dict(before), config.to_dict(now)
-    return [
-        f"{section}.{name} is now {value}, was {before[section][name]}"
-        for section, values in now.items()
-        if section != "preset"
-        for name, value in values.items()
-        if value != before[section][name]
-    ]
-
-
 def train(arguments: argparse.Namespace) -> None:
-    settings = choose_settings(arguments)
-    optim, render = settings.optim, settings.render
     device = distributed.choose_device(arguments.device)
     rank, world = distributed.start(device)
-    chief = rank == 0
-    out = arguments.out or Path("runs") / settings.preset
+    out = arguments.out or Path("runs") / (arguments.preset or arguments.dataset or "synthetic")
     file = out / checkpoint.FILE_NAME
-    if file.exists() and not arguments.resume:
+    before, saved, notes = None, None, []
+    if arguments.resume:
+        before = runs.read(out)
+        if file.exists() or before is None:  # a run without a checkpoint yet begins anew
+            saved = checkpoint.load(file)
+            before = before or runs.Run(saved.config, Folders(), world)
+    elif file.exists():
         raise InputError(
             f"{out} already holds a run; --resume continues it, --out DIR starts another"
         )
-    resumed = resume(file, settings) if arguments.resume else None
-    initial = resumed or (checkpoint.load(arguments.init) if arguments.init else None)
+    settings = choose_settings(arguments, saved.config if saved else before and before.settings)
+    given = runs.completed(folders(arguments), before.folders if before else Folders())
+    init = arguments.init and arguments.init.absolute()
+    if saved and init not in (None, before.init):
+        notes.append(f"--init {init} is not read: the run goes on from its checkpoint")
+    if before and (saved or init is None):
+        init = before.init
+    record = runs.Run(settings, given, world, init)
+    notes += record.changed(before) if before else []
+    with files.owned(out) if rank == 0 else contextlib.nullcontext():
+        fit(record, saved, out, device, rank, notes)
+
+
+def fit(
+    record: runs.Run,
+    saved: checkpoint.Checkpoint | None,
+    out: Path,
+    device: torch.device,
+    rank: int,
+    notes: list[str],
+) -> None:
+    """Train from `saved`, or from the start, to the end, and keep everything in the folder `out`.
+
+    `notes` are told at the start, with what the data lack.
+    """
+    settings, world, chief = record.settings, record.processes, rank == 0
+    optim, render = settings.optim, settings.render
+    file = out / checkpoint.FILE_NAME
+    initial = saved or (checkpoint.load(record.init) if record.init else None)
 
     with distributed.chief_first():  # it fills the cache of the synthetic data
-        training = open_dataset(settings, "train", folders(arguments))
-        validation = open_dataset(settings, "val", folders(arguments))
+        training = open_dataset(settings, "train", record.folders)
+        validation = open_dataset(settings, "val", record.folders)
     torch.set_flush_denormal(True)  # Adam's vanishing moments are slow on CPUs otherwise
     torch.manual_seed(optim.seed)
     # weights that are replaced anyway need not be fetched
@@ -205,8 +226,8 @@ def train(arguments: argparse.Namespace) -> None:
     model = SelfOcc(replace(settings, backbone=backbone)).to(device)
     optimizer = make_optimizer(model, optim)
     if initial:
-        checkpoint.restore(initial, model, optimizer if resumed else None)
-    start = resumed.step if resumed else 0
+        checkpoint.restore(initial, model, optimizer if saved else None)
+    start = saved.step if saved else 0
     parallel = model
     if world > 1:
         if settings.backbone.norm == "batch":
@@ -222,10 +243,9 @@ def train(arguments: argparse.Namespace) -> None:
         pin_memory=device.type == "cuda",
     )
     if chief:
-        log = Log(files.make_folder(out) / "metrics.jsonl", start)
-        notes = [line for d in (training, validation) for s in d.sequences for line in s.missing]
-        if resumed:
-            notes += changes(resumed.config, settings)
+        record.write(out)
+        log = Log(out / "metrics.jsonl", start)
+        notes += [line for d in (training, validation) for s in d.sequences for line in s.missing]
         for line in dict.fromkeys(notes):
             tqdm.write(f"note: {line}")
         parameters = sum(p.numel() for p in model.parameters())
@@ -234,6 +254,10 @@ def train(arguments: argparse.Namespace) -> None:
             f"{parameters / 1e6:.1f} M parameters, {device}, steps {start} to {optim.steps}, "
             f"run folder {out}"
         )
+    if start >= optim.steps:
+        if chief:
+            tqdm.write(f"step {start} was the last; --steps N with a larger N goes on")
+        return
 
     stop = StopRequest()
     model.train()

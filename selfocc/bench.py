@@ -26,7 +26,7 @@ from kernels.measure import (
     gpu_seconds,
     reset_cpu_peak,
 )
-from selfocc import config, presets
+from selfocc import presets
 from selfocc.commandline import Parser, run
 from selfocc.config import Config
 from selfocc.datasets.video import Batch, Frames
@@ -34,6 +34,7 @@ from selfocc.geometry import cellular_pixels, fixed_pixels, node_positions
 from selfocc.losses import objective
 from selfocc.model import Noise, SelfOcc
 from selfocc.render import SPENT
+from selfocc.settings import change
 from train import draw_noise, make_optimizer
 
 SAMPLES = 256  # of a ray, when depth is rendered
@@ -206,7 +207,7 @@ def training_step(
 
 def time_depth(settings: Config, device: torch.device, repeats: int) -> dict:
     """Rays a second when whole images are rendered from a given volume, and the memory added."""
-    settings = config.override(settings, ["optim.batch=1"])
+    settings = change(settings, ["optim.batch=1"])
     model = SelfOcc(settings).to(device).eval()
     batch = random_batch(settings, 0).to(device)
     size = tuple(batch.target.images.shape[-2:])

@@ -1,14 +1,18 @@
 """What the scripts share: whatever goes wrong is told in one line, with an exit code."""
 
 import argparse
+import dataclasses
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from selfocc import InputError, distributed
+from selfocc.config import Config, Dataset
 from selfocc.datasets import Folders
 from selfocc.labels import TABLES
+from selfocc.settings import kinds
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,6 +22,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: --([\w-]+)", message)
+        name = unknown and unknown[1].replace("-", "_")
+        for section in dataclasses.fields(Config):
+            if section.type is not str and name in kinds(section.type):
+                message += f": it is a setting, --set {section.name}.{name}=VALUE"
         raise InputError(f"{message}; --help lists the options")
 
 
@@ -25,7 +34,7 @@ def add_data_options(parser: Parser) -> None:
     """The options that say which data are read, for `folders` to collect."""
     parser.add_argument(
         "--dataset",
-        choices=["synthetic", "kitti", "kitti_raw", "nuscenes"],
+        choices=get_args(Dataset),
         help="default: the preset's, or what the checkpoint was trained on",
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set")

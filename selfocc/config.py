@@ -4,176 +4,193 @@
 """
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil, prod
+from typing import Annotated, Literal
 
 from selfocc import InputError
-from selfocc.overrides import change
+from selfocc.settings import (
+    Count,
+    Index,
+    NonNegative,
+    Positive,
+    Range,
+    Section,
+    Share,
+    describe,
+    kinds,
+    text,
+)
+
+Dataset = Literal["synthetic", "kitti", "kitti_raw", "nuscenes"]
+Size = tuple[Count, Count]  # height, width
+Window = tuple[NonNegative, NonNegative]  # least and greatest distance, metres
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    dataset: str = "synthetic"  # synthetic | kitti | kitti_raw | nuscenes
+class DataConfig(Section, name="data"):
+    dataset: Dataset = "synthetic"
     version: str = "v1.0-trainval"  # nuScenes only: which tables
-    volume_frame: str = "ego"  # nuScenes only: the volume's frame, ego | lidar
-    voxels: str = "occ3d"  # nuScenes only: whose labels to score against, occ3d | openoccupancy
-    rig: str = "forward"  # synthetic only: forward (one camera) | surround (ring of six)
-    scenes: int = 40  # synthetic only: training scenes
-    scenes_val: int = 8  # synthetic only: validation and test scenes
-    frames: int = 48  # synthetic only: frames a scene
-    crop: tuple[int, int] = (96, 320)  # height, width kept of every image, from the top left
-    target_crop: tuple[int, int] | None = None  # the same of images that supervise; None: `crop`
-    scale: float = 1.0  # resize of the cropped image for the network
-    pad: tuple[int, int] = (
-        96,
-        320,
-    )  # height, width the network sees, zero padded at bottom and right
-    target_scale: float = 1.0  # resize of the cropped images that supervise
+    volume_frame: Literal["ego", "lidar"] = "ego"  # nuScenes only: the volume's frame
+    # nuScenes only: whose labels to score against
+    voxels: Literal["occ3d", "openoccupancy"] = "occ3d"
+    # synthetic only: one camera, or a ring of six
+    rig: Literal["forward", "surround"] = "forward"
+    scenes: Count = 40  # synthetic only: training scenes
+    scenes_val: Count = 8  # synthetic only: validation and test scenes
+    frames: Count = 48  # synthetic only: frames a scene
+    crop: Size = (96, 320)  # kept of every image, from the top left
+    target_crop: Size | None = None  # the same of images that supervise; None: `crop`
+    scale: Positive = 1.0  # resize of the cropped image for the network
+    pad: Size = (96, 320)  # what the network sees, zero padded at bottom and right
+    target_scale: Positive = 1.0  # resize of the cropped images that supervise
     mean: tuple[float, float, float] = (124.16, 116.74, 103.94)  # RGB, 0..255
-    std: tuple[float, float, float] = (58.624, 57.344, 57.6)
+    std: tuple[Positive, Positive, Positive] = (58.624, 57.344, 57.6)
     augment: bool = True  # photometric augmentation of the network's images
-    anchor_input: float = 0.333  # probability that the rendered frame is the input frame
-    anchor_past: float = 0.2  # otherwise, probability of an earlier frame; else a later one
-    past: tuple[float, float] = (0.4, 10.0)  # path length in metres to earlier anchors
-    future: tuple[float, float] = (0.4, 40.0)  # path length in metres to later anchors
-    source: tuple[float, float] = (
-        0.4,
-        40.0,
-    )  # path length in metres from the anchor to its two source frames
-    distance: str = "path"  # what lengths above mean: path driven, or straight line
-    neighbours: str = "nearest"  # source frames: nearest | composite (drawn for each camera)
+    anchor_input: Share = 0.333  # probability that the rendered frame is the input frame
+    anchor_past: Share = 0.2  # otherwise, probability of an earlier frame; else a later one
+    past: Window = (0.4, 10.0)  # path length to earlier anchors
+    future: Window = (0.4, 40.0)  # path length to later anchors
+    source: Window = (0.4, 40.0)  # path length from the anchor to its two source frames
+    # what lengths above mean: path driven, or straight line
+    distance: Literal["path", "straight"] = "path"
+    # source frames: the nearest, or drawn for each camera
+    neighbours: Literal["nearest", "composite"] = "nearest"
     one_sided: bool = False  # a frame with a neighbour on one side only: that is both its sources
     stereo_source: bool = False  # KITTI raw: the other eye often replaces a source frame
-    label_map: str = ""  # meaning of 2-D pseudo labels: openseed21 | cityscapes19 | a JSON file
-    train: str = (
-        ""  # KITTI: sequences and frames, such as 00,01 or 06:0-39; empty is the official split
-    )
+    label_map: str = ""  # meaning of 2-D pseudo labels: a table of labels.py, or a JSON file
+    # KITTI: sequences and frames, such as 00,01 or 06:0-39; empty is the official split
+    train: str = ""
     val: str = ""
 
     @property
     def cameras(self) -> int:
         """Cameras of a frame."""
-        return 6 if self.dataset == "nuscenes" or self.rig == "surround" else 1
+        ring = self.dataset == "synthetic" and self.rig == "surround"
+        return 6 if self.dataset == "nuscenes" or ring else 1
 
 
 @dataclass(frozen=True)
-class VolumeConfig:
-    box: tuple[float, ...] = (-25.6, 0.0, -2.0, 25.6, 51.2, 4.4)  # x0 y0 z0 x1 y1 z1, metres
-    nodes: tuple[int, int, int] = (257, 257, 33)  # H (y), W (x), Z
-    voxel: int = 1  # ground-truth voxels are pooled by this factor before scoring
-    crop_margins: bool = (
-        True  # the published KITTI post-processing: nothing at the sides, far end and top
+class VolumeConfig(Section, name="volume"):
+    # x0 y0 z0 x1 y1 z1, metres
+    box: tuple[float, float, float, float, float, float] = (-25.6, 0.0, -2.0, 25.6, 51.2, 4.4)
+    # H (y), W (x), Z
+    nodes: tuple[Annotated[int, Range(2)], Annotated[int, Range(2)], Annotated[int, Range(2)]] = (
+        257,
+        257,
+        33,
     )
+    voxel: Literal[1, 2, 4, 8] = 1  # ground-truth voxels are pooled by this factor before scoring
+    # the published KITTI post-processing: nothing at the sides, far end and top
+    crop_margins: bool = True
     ground: float = -1.73  # height of a flat road, metres: the baseline that needs no image
     threshold: float = 0.0  # a voxel is occupied where its SDF is at most this, metres
 
 
 @dataclass(frozen=True)
-class BackboneConfig:
-    depth: int = 50  # 18 | 34 | 50 | 101
-    width: int = 64  # channels of the stem; 64 is the standard network
-    # batch | local | group: over the images of all processes, of a process, or of one image; only
-    # the first needs words between processes, and gives what a single process would
-    norm: str = "batch"
+class BackboneConfig(Section, name="backbone"):
+    depth: Literal[18, 34, 50, 101] = 50
+    width: Count = 64  # channels of the stem; 64 is the standard network
+    # over the images of all processes, of a process, or of one image; only the first needs words
+    # between processes, and gives what a single process would
+    norm: Literal["batch", "local", "group"] = "batch"
     weights: str = "imagenet"  # none | imagenet | a torchvision file
     frozen_stem: bool = True  # conv1 and bn1 keep their weights
 
 
 @dataclass(frozen=True)
-class EncoderConfig:
-    kind: str = "tpv"  # tpv | bev
-    dim: int = 96  # channels of tokens and planes
-    heads: int = 6
-    layers: int = 4
-    points_cross: tuple[int, int, int] = (
-        8,
-        48,
-        48,
-    )  # reference points of an hw, zh, wz query (bev uses the first)
-    points_self: int = 12
-    frequencies: int = 12  # of the positional encoding
-    dropout: float = 0.1
-    lift: bool = (
-        False  # nodes also read what the pixels they project to say (see lift.py; tpv only)
-    )
-    lift_bins: int = 24  # depths at which a pixel describes its ray
+class EncoderConfig(Section, name="encoder"):
+    kind: Literal["tpv", "bev"] = "tpv"
+    dim: Count = 96  # channels of tokens and planes
+    heads: Count = 6
+    layers: Count = 4
+    # reference points of an hw, zh, wz query (bev uses the first)
+    points_cross: tuple[Count, Count, Count] = (8, 48, 48)
+    points_self: Count = 12
+    frequencies: Count = 12  # of the positional encoding
+    dropout: Share = 0.1
+    lift: bool = False  # nodes also read what the pixels they project to say (see lift.py)
+    lift_bins: Count = 24  # depths at which a pixel describes its ray
     plane_scale: float = 1.0  # of the last LayerNorm at the start; small lets the lift speak first
-    cameras: int | None = None  # camera embeddings; None: as many as the data set has cameras
+    cameras: Count | None = None  # camera embeddings; None: as many as the data set has cameras
 
 
 @dataclass(frozen=True)
-class FieldConfig:
-    hidden: int = 96  # width of the MLP from planes to volume
-    colors: int = 3
-    classes: int = 0  # semantic classes, 0 for none
+class FieldConfig(Section, name="field"):
+    hidden: Count = 96  # width of the MLP from planes to volume
+    colors: Literal[0, 3] = 3
+    classes: Annotated[int, Range(0, 255)] = 0  # semantic classes, 0 for none
     ground: float | None = None  # height in metres of the road to start from; None: random start
-    rise: float = 1.0  # metres to which the SDF of that start is limited
+    rise: Positive = 1.0  # metres to which the SDF of that start is limited
 
 
 @dataclass(frozen=True)
-class RenderConfig:
-    rays: tuple[int, int] = (55, 190)  # rows, columns of training rays
+class RenderConfig(Section, name="render"):
+    # rows, columns of training rays; SSIM compares neighbours
+    rays: tuple[Annotated[int, Range(2)], Annotated[int, Range(2)]] = (55, 190)
     # least stride of the grid of training rays: 0 is neighbouring pixels, 1 the whole image
-    spread: float = 0.0
-    samples: int = 256  # intervals a ray
-    eval_rays: tuple[int, int] = (176, 608)
-    eval_samples: int = 256
-    alpha: str = "neus"  # neus | volsdf | density
+    spread: Share = 0.0
+    samples: Count = 256  # intervals a ray
+    eval_rays: Size = (176, 608)
+    eval_samples: Count = 256
+    alpha: Literal["neus", "volsdf", "density"] = "neus"
     variance: float = 0.1  # start of the learnt sharpness: inv_s = exp(10 variance)
-    sharpen: tuple[float, float] | None = (
-        None  # inv_s at the first and last step instead of learning it
-    )
-    anneal_steps: int = 5000  # steps until the cosine in NeuS alpha is fully used
-    backdrop: bool = (
-        False  # rays that hit nothing see the far end of the volume, instead of no depth
-    )
+    # inv_s at the first and last step instead of learning it
+    sharpen: tuple[Positive, Positive] | None = None
+    anneal_steps: Count = 5000  # steps until the cosine in NeuS alpha is fully used
+    # rays that hit nothing see the far end of the volume, instead of no depth
+    backdrop: bool = False
     # metres that rays go on beyond the volume's sides (x), ends (y) and floor (z), where its border
     # goes on: a backdrop just behind a surface would do instead of the surface
-    margin: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    background: str = "random"  # random | black
+    margin: tuple[NonNegative, NonNegative, NonNegative] = (0.0, 0.0, 0.0)
+    background: Literal["random", "black"] = "random"
 
 
 @dataclass(frozen=True)
-class LossConfig:
-    photometric: str = "mvs"  # mvs | mvs_combined | reprojection
+class LossConfig(Section, name="loss"):
+    photometric: Literal["mvs", "mvs_combined", "reprojection"] = "mvs"
     automask: bool = True
-    weight_photometric: float = 1.0
-    weight_color: float = 0.1
-    weight_eikonal: float = 0.1
-    weight_hessian: float = 0.1
+    weight_photometric: NonNegative = 1.0
+    weight_color: NonNegative = 0.1
+    weight_eikonal: NonNegative = 0.1
+    weight_hessian: NonNegative = 0.1
     compact_hessian: bool = True  # diagonal second differences over one node instead of two
-    weight_sparsity: float = 0.005
-    sparsity: str = "soft"  # soft | smooth | hard | adaptive
-    sparsity_pitch: float | None = None  # metres between the points it reads; None: the nodes'
-    weight_edge: float = 0.0
-    weight_semantic: float = 0.0
-    semantic: str = "ce"  # ce | bce
+    weight_sparsity: NonNegative = 0.005
+    sparsity: Literal["soft", "smooth", "hard", "adaptive"] = "soft"
+    # metres between the points it reads; None: the nodes'
+    sparsity_pitch: Positive | None = None
+    weight_edge: NonNegative = 0.0
+    weight_semantic: NonNegative = 0.0
+    semantic: Literal["ce", "bce"] = "ce"
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    steps: int = 69_504  # 24 epochs of KITTI, 2,896 steps each on eight GPUs
-    batch: int = 1  # of one process
-    accumulate: int = 1
-    lr: float = 1e-3
-    backbone_factor: float = 0.1
-    weight_decay: float = 0.01
-    clip: float = 35.0  # gradient norm
-    warmup: int = 1000
-    warmup_lr: float = 1e-6
-    schedule: str = "cosine"  # cosine | step
-    min_lr: float = 1e-6
-    drop_at: float = 0.75  # step schedule: lr / 10 after this share of the steps and the warm-up
+class OptimConfig(Section, name="optim"):
+    steps: Count = 69_504  # 24 epochs of KITTI, 2,896 steps each on eight GPUs
+    batch: Count = 1  # of one process
+    accumulate: Count = 1
+    lr: NonNegative = 1e-3
+    backbone_factor: NonNegative = 0.1
+    weight_decay: NonNegative = 0.01
+    clip: Positive = 35.0  # gradient norm
+    warmup: Index = 1000
+    warmup_lr: NonNegative = 1e-6
+    schedule: Literal["cosine", "step"] = "cosine"
+    min_lr: NonNegative = 1e-6
+    # step schedule: lr / 10 after this share of the steps and the warm-up
+    drop_at: Share = 0.75
     bf16: bool = False  # autocast backbone and encoder to bfloat16
-    seed: int = 42
-    workers: int = 4
-    validate_every: int = 5000
-    validate_frames: int = 32
-    picture_every: int = 500
-    save_every: int = 1000
+    seed: Annotated[int, Range(0, 2**31 - 1)] = 42
+    workers: Index = 4
+    validate_every: Count = 5000
+    validate_frames: Count = 32
+    picture_every: Count = 500
+    save_every: Count = 1000
 
 
 @dataclass(frozen=True)
-class QuirkConfig:
+class QuirkConfig(Section, name="quirks"):
     """Where the published code computes something else than it says (spec section 13).
 
     The published presets switch these on, since their checkpoints were trained with them; nobody
@@ -189,11 +206,13 @@ class QuirkConfig:
     pixels_over_size: bool = False  # 13.12: the same images are read at u (W - 1) / W instead of u
     # height, width of the padded input over the cropped image before scaling, as the published
     # configuration rounds it; None: exact
-    pad_rate: tuple[float, float] | None = None
+    pad_rate: tuple[Positive, Positive] | None = None
 
 
 @dataclass(frozen=True)
 class Config:
+    """All sections. Raises InputError where two settings contradict each other."""
+
     preset: str = "kitti"
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     volume: VolumeConfig = dataclasses.field(default_factory=VolumeConfig)
@@ -205,16 +224,63 @@ class Config:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     quirks: QuirkConfig = dataclasses.field(default_factory=QuirkConfig)
 
+    def __post_init__(self):
+        for contradiction in _contradictions(self):
+            raise InputError(contradiction)
 
-def override(config: Config, overrides: list[str]) -> Config:
-    """The configuration with `section.field=value` changes.
 
-    Raises InputError for an unknown section or field (naming the nearest), or for a value of the
-    wrong type.
-    """
-    for text in overrides:
-        config = change(config, text)
-    return config
+def _contradictions(config: Config) -> Iterator[str]:
+    """What settings that are each allowed cannot be together."""
+    data, volume, encoder = config.data, config.volume, config.encoder
+    for name in ("past", "future", "source"):
+        near, far = getattr(data, name)
+        if near > far:
+            yield f"data.{name} is {near:g},{far:g}; the first distance must not exceed the second"
+    seen = tuple(int(n * data.scale) for n in data.crop)
+    if any(n < 1 or n > p for n, p in zip(seen, data.pad, strict=True)):
+        yield (
+            f"data.pad is {_size(data.pad)}, but data.crop times data.scale makes images of "
+            f"{_size(seen)} pixels, which it must hold; --set data.pad=H,W"
+        )
+    if any(low >= high for low, high in zip(volume.box[:3], volume.box[3:], strict=True)):
+        yield "volume.box is x0,y0,z0,x1,y1,z1 in metres; each of the last three must be greater"
+    if encoder.dim % encoder.heads:
+        yield f"encoder.heads, {encoder.heads}, must divide encoder.dim, {encoder.dim}"
+    if encoder.lift and encoder.kind == "bev":
+        yield "encoder.lift needs encoder.kind=tpv"
+
+
+def check_training(config: Config) -> None:
+    """Raises InputError for what can be evaluated, but not trained."""
+    for contradiction in _training_contradictions(config):
+        raise InputError(contradiction)
+
+
+def _training_contradictions(config: Config) -> Iterator[str]:
+    data, volume, loss = config.data, config.volume, config.loss
+    rendered = tuple(int(n * data.target_scale) for n in data.target_crop or data.crop)
+    if any(n < rays for n, rays in zip(rendered, config.render.rays, strict=True)):
+        yield (
+            f"render.rays is {_size(config.render.rays)}, more than the {_size(rendered)} pixels "
+            "of the images that supervise (data.target_crop or data.crop, times data.target_scale)"
+        )
+    if data.stereo_source and data.dataset != "kitti_raw":
+        yield f"data.stereo_source needs data.dataset=kitti_raw, not {data.dataset}"
+    if loss.weight_color and not config.field.colors:
+        yield "loss.weight_color needs field.colors=3; set it to 0 otherwise"
+    if not any(getattr(loss, f.name) for f in dataclasses.fields(loss) if "weight" in f.name):
+        yield "all weights of losses are 0, so that nothing would be learnt"
+    pitch, sides = loss.sparsity_pitch, (volume.box[a + 3] - volume.box[a] for a in range(3))
+    if loss.weight_sparsity and pitch is not None and pitch > min(sides):
+        yield f"loss.sparsity_pitch, {pitch:g} m, is more than a side of volume.box"
+    smallest = prod(ceil(n / 32) for n in data.pad)  # pixels of the last stage of the backbone
+    images = config.optim.batch * data.cameras
+    if config.backbone.norm != "group" and smallest * images == 1:
+        yield "batch norm needs more than one pixel: data.pad above 32, or backbone.norm=group"
+
+
+def _size(size: tuple[int, int]) -> str:
+    return "x".join(map(str, size))
 
 
 def to_dict(config: Config) -> dict:
@@ -235,15 +301,37 @@ def from_dict(values: dict) -> Config:
     for entry in dataclasses.fields(Config):
         if entry.name == "preset":
             continue
-        kind = entry.default_factory
         given = values.get(entry.name, {})
-        unknown = set(given) - {f.name for f in dataclasses.fields(kind)}
+        unknown = given.keys() - {f.name for f in dataclasses.fields(entry.type)}
         if unknown:
             raise InputError(
-                f"the saved configuration has {entry.name}.{sorted(unknown)[0]}, which this "
+                f"the saved configuration has {entry.name}.{min(unknown)}, which this "
                 "version does not know"
             )
-        sections[entry.name] = kind(
+        sections[entry.name] = entry.type(
             **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
         )
     return Config(preset=values.get("preset", "kitti"), **sections)
+
+
+def differences(before: Config, now: Config) -> list[tuple[str, object, object]]:
+    """Every setting that differs: its name, what it was and what it is."""
+    before, now = to_dict(before), to_dict(now)
+    return [
+        (f"{section}.{name}", before[section][name], value)
+        for section, values in now.items()
+        if section != "preset"
+        for name, value in values.items()
+        if value != before[section][name]
+    ]
+
+
+def listing(config: Config) -> str:
+    """A line for every setting: its name, its value, and what it may be."""
+    return "\n".join(
+        f"  {f'{section.name}.{name}':24s} {text(getattr(getattr(config, section.name), name)):24s}"
+        f" {describe(kind)}"
+        for section in dataclasses.fields(config)
+        if section.name != "preset"
+        for name, kind in kinds(section.type).items()
+    )

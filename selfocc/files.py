@@ -1,11 +1,20 @@
 """Files that are written whole or not at all."""
 
 import contextlib
+import errno
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from selfocc import InputError
+
+try:
+    import fcntl
+except ImportError:  # on Windows two runs into one folder are not noticed
+    fcntl = None
+
+OWNER = ".owner"  # locked by the process that writes to its folder
 
 
 def make_folder(path: Path) -> Path:
@@ -15,6 +24,51 @@ def make_folder(path: Path) -> Path:
     except OSError as error:
         raise InputError(f"cannot make folder {path}: {error.strerror}; choose another") from None
     return path
+
+
+@contextlib.contextmanager
+def owned(folder: Path) -> Iterator[Path]:
+    """The folder, made, and in the block written to by this process alone.
+
+    The lock is the kernel's: it ends with the process, however that ends, is not inherited by
+    workers, and reaches other hosts where a network disk has locks. A folder in which the block
+    writes nothing is removed again. Raises InputError where another process owns it.
+    """
+    made = not folder.exists()
+    make_folder(folder)
+    path = folder / OWNER
+    try:
+        file = path.open("a+")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another folder") from None
+    with file:
+        _lock(file, folder)
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield folder
+        finally:
+            if made and [entry.name for entry in folder.iterdir()] == [OWNER]:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                    folder.rmdir()
+
+
+def _lock(file, folder: Path) -> None:
+    try:
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.seek(0)
+            owner = file.read() or "another process"
+            raise InputError(
+                f"{folder} is being written by {owner}; wait for it, stop it, or choose another "
+                "folder with --out"
+            ) from None
+        # the disk has no locks
 
 
 @contextlib.contextmanager

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from selfocc import InputError
-from selfocc.config import Config, override
-from selfocc.overrides import nearest
+from selfocc.config import Config
+from selfocc.settings import change, nearest
 
 PRESETS: dict[str, tuple[str, Config]] = {}
 
@@ -264,4 +264,4 @@ def build(preset: str, overrides: list[str] = ()) -> Config:
         raise InputError(
             f"unknown preset {preset!r}{nearest(preset, PRESETS)}; presets: {', '.join(PRESETS)}"
         )
-    return override(PRESETS[preset][1], overrides)
+    return change(PRESETS[preset][1], overrides)

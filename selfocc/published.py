@@ -175,8 +175,7 @@ def choose(
                 f"{base.encoder.kind}; name another or none"
             )
         settings = _read_sizes(path, state, shapes, base)
-        for line in _differences(base, settings):
-            print(f"{path}: {line} preset {preset}")
+        _tell_differences(path, base, settings)
         return settings
     likeness: dict[str, tuple] = {}
     found: dict[str, Config] = {}
@@ -198,21 +197,14 @@ def choose(
     how = "guessed by names and shapes" if likeness[best][0] else "the nearest, with other sizes"
     also = f", which are those of {', '.join(alike)} too" if alike else ""
     print(f"{path} is a published checkpoint of preset {best} ({how}{also}); --preset says another")
-    for line in _differences(presets.build(best, overrides), found[best]):
-        print(f"{path}: {line} preset {best}")
+    _tell_differences(path, presets.build(best, overrides), found[best])
     return found[best]
 
 
-def _differences(base: Config, settings: Config) -> list[str]:
-    """A line for every setting that the file changes."""
-    before, now = config.to_dict(base), config.to_dict(settings)
-    return [
-        f"{section}.{name} is {value} in the file, {before[section][name]} in"
-        for section, values in now.items()
-        if section != "preset"
-        for name, value in values.items()
-        if value != before[section][name]
-    ]
+def _tell_differences(path: Path, base: Config, settings: Config) -> None:
+    """Print a line for every setting that the file changes."""
+    for name, before, now in config.differences(base, settings):
+        print(f"{path}: {name} is {now} in the file, {before} in preset {base.preset}")
 
 
 def _read_sizes(path, state, shapes, base: Config) -> Config:

@@ -1,0 +1,69 @@
+"""What a run was started with, beside its checkpoint, so that it can go on without being told."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+from selfocc import InputError, config, files
+from selfocc.config import Config
+from selfocc.datasets import Folders
+
+FILE_NAME = "run.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    settings: Config
+    folders: Folders  # absolute
+    processes: int
+    init: Path | None = None  # the checkpoint that it started from
+    torch: str = torch.__version__
+
+    def write(self, folder: Path) -> None:
+        """Raises InputError if the folder cannot be written."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values |= {"settings": config.to_dict(self.settings)}
+        values |= {"folders": dataclasses.asdict(self.folders)}
+        files.write_file(folder / FILE_NAME, json.dumps(values, indent=1, default=str).encode())
+
+    def changed(self, before: "Run") -> list[str]:
+        """A line for everything that differs from an earlier part of the same run."""
+        pairs = config.differences(before.settings, self.settings)
+        lines = [f"{name} is now {now}, was {then}" for name, then, now in pairs]
+        for f in fields(Folders):
+            now, then = getattr(self.folders, f.name), getattr(before.folders, f.name)
+            if now != then:
+                lines.append(f"the folder of {f.name} is now {now}, was {then}")
+        if self.processes != before.processes:
+            lines.append(
+                f"{self.processes} processes now, {before.processes} before: a step sees as many "
+                "times more or fewer images"
+            )
+        return lines
+
+
+def read(folder: Path) -> Run | None:
+    """What the run in a folder was started with; None where nothing says it.
+
+    Raises InputError for a file that is damaged.
+    """
+    path = folder / FILE_NAME
+    try:
+        values = json.loads(path.read_text())
+        where = {name: Path(at) for name, at in values["folders"].items() if at is not None}
+        init = values["init"] and Path(values["init"])
+        settings = config.from_dict(values["settings"])
+        return Run(settings, Folders(**where), values["processes"], init, values["torch"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged ({error}); remove it, and give all options") from None
+
+
+def completed(given: Folders, before: Folders) -> Folders:
+    """The folders given, absolute, and those of before where none is given."""
+    pairs = ((f.name, getattr(given, f.name) or getattr(before, f.name)) for f in fields(Folders))
+    return Folders(**{name: at and at.absolute() for name, at in pairs})
