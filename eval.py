@@ -16,6 +16,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
+import contextlib
 import json
 import sys
 from dataclasses import replace
@@ -26,7 +27,6 @@ from tqdm import tqdm
 from selfocc import (
     InputError,
     checkpoint,
-    config,
     distributed,
     evaluation,
     files,
@@ -34,9 +34,11 @@ from selfocc import (
     panels,
     pictures,
     protocols,
+    runs,
 )
 from selfocc.commandline import Parser, add_data_options, folders, run
-from selfocc.datasets import open_sequences
+from selfocc.config import Config
+from selfocc.datasets import Folders, open_sequences
 from selfocc.datasets.video import VideoDataset
 from selfocc.journal import Journal
 from selfocc.model import SelfOcc
@@ -117,7 +119,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def choose_settings(arguments: argparse.Namespace, saved: config.Config) -> config.Config:
+def choose_settings(arguments: argparse.Namespace, saved: Config) -> Config:
     named = {
         "data.dataset": arguments.dataset,
         "data.version": arguments.version,
@@ -138,72 +140,79 @@ def evaluate(arguments: argparse.Namespace) -> None:
     saved = checkpoint.load(arguments.ckpt, arguments.preset, arguments.set)
     settings = choose_settings(arguments, saved.config)
     tasks = TASKS if "all" in arguments.task else tuple(arguments.task)
-    untrained = replace(settings, backbone=replace(settings.backbone, weights="none"))
-    model = SelfOcc(untrained).to(device).eval()
-    checkpoint.restore(saved, model)
     folder = arguments.ckpt if arguments.ckpt.is_dir() else arguments.ckpt.parent
-    out = files.make_folder(arguments.out or folder / "eval")
+    trained = runs.read(folder)
+    same = trained and trained.settings.data.dataset == settings.data.dataset
+    where = runs.completed(folders(arguments), trained.folders if same else Folders())
+    out = arguments.out or folder / "eval"
+    with files.owned(out) if chief else contextlib.nullcontext():
+        untrained = replace(settings, backbone=replace(settings.backbone, weights="none"))
+        model = SelfOcc(untrained).to(device).eval()
+        checkpoint.restore(saved, model)
+        with distributed.chief_first():  # it fills the cache of the synthetic data
+            dataset, training = (
+                VideoDataset(
+                    open_sequences(settings.data, split, where), settings.data, train=False
+                )
+                for split in ("val", "train")
+            )
+        if chief:
+            for line in dict.fromkeys(line for s in dataset.sequences for line in s.missing):
+                print(f"note: {line}")
 
-    where = folders(arguments)
-    with distributed.chief_first():  # it fills the cache of the synthetic data
-        dataset, training = (
-            VideoDataset(open_sequences(settings.data, split, where), settings.data, train=False)
-            for split in ("val", "train")
+        rules = protocols.choose(settings, arguments.protocol)
+        frames = arguments.frames, arguments.prior_frames
+        what = evaluation.identity(model, dataset, training, tasks, rules, *frames, rank)
+        journal = Journal(out, what, rank, arguments.resume)
+        priors = evaluation.gather_priors(
+            model, training, arguments.prior_frames, rules, rank, world
         )
-    if chief:
-        for line in dict.fromkeys(line for s in dataset.sequences for line in s.missing):
-            print(f"note: {line}")
-
-    rules = protocols.choose(settings, arguments.protocol)
-    what = evaluation.identity(
-        model, dataset, tasks, rules, frames=arguments.frames, prior_frames=arguments.prior_frames
-    )
-    journal = Journal(out, what, rank, arguments.resume)
-    priors = evaluation.gather_priors(model, training, arguments.prior_frames, rules, rank, world)
-    tables = evaluation.evaluate(
-        model,
-        dataset,
-        device,
-        tasks,
-        priors,
-        arguments.frames,
-        rules,
-        journal,
-        rank,
-        world,
-        progress=chief,
-    )
-    if not tables:
-        raise InputError(
-            f"nothing to score: the data has no truth for --task {' '.join(tasks)} (see the notes)"
+        tables = evaluation.evaluate(
+            model,
+            dataset,
+            device,
+            tasks,
+            priors,
+            arguments.frames,
+            rules,
+            journal,
+            rank,
+            world,
+            progress=chief,
         )
-    if not chief:
-        return
-    print(
-        f"{settings.preset} at step {saved.step}, {settings.data.dataset}, {len(dataset)} frames, "
-        f"protocol: {rules.protocol}; priors from {min(arguments.prior_frames, len(training))} of "
-        f"{len(training)} training frames"
-    )
-    for name, table in tables.items():
-        print(f"\n{format_table(f'{name} ({rules.protocol})', table)}")
-    summary = {
-        "preset": settings.preset,
-        "step": saved.step,
-        "dataset": settings.data.dataset,
-        "protocol": rules.protocol,
-        "prior_frames": min(arguments.prior_frames, len(training)),
-    }
-    files.write_file(out / "metrics.json", json.dumps(summary | tables, indent=1).encode())
+        if not tables:
+            raise InputError(
+                f"nothing to score: the data has no truth for --task {' '.join(tasks)} (see the "
+                "notes)"
+            )
+        if not chief:
+            return
+        prior_frames = min(arguments.prior_frames, len(training))
+        print(
+            f"{settings.preset} at step {saved.step}, {settings.data.dataset}, {len(dataset)} "
+            f"frames, protocol: {rules.protocol}; priors from {prior_frames} of {len(training)} "
+            "training frames"
+        )
+        for name, table in tables.items():
+            print(f"\n{format_table(f'{name} ({rules.protocol})', table)}")
+        summary = {
+            "preset": settings.preset,
+            "step": saved.step,
+            "dataset": settings.data.dataset,
+            "protocol": rules.protocol,
+            "prior_frames": prior_frames,
+        }
+        files.write_file(out / "metrics.json", json.dumps(summary | tables, indent=1).encode())
 
-    shown = min(arguments.pictures, len(dataset))
-    for number in tqdm(range(shown), desc="pictures"):
-        index = number * len(dataset) // shown
-        panel = panels.panel(model, dataset, index, device)
-        pictures.write_picture(out / f"frame_{index:04d}.png", panel)
-    if arguments.video:
-        frames = panels.fly_through(model, dataset, device)
-        print(f"video: {pictures.write_video(out / 'video', tqdm(frames, desc='video'))}")
-    print(f"\nwritten to {out}")
+        shown = min(arguments.pictures, len(dataset))
+        for number in tqdm(range(shown), desc="pictures"):
+            index = number * len(dataset) // shown
+            panel = panels.panel(model, dataset, index, device)
+            pictures.write_picture(out / f"frame_{index:04d}.png", panel)
+        if arguments.video:
+            frames = panels.fly_through(model, dataset, device)
+            print(f"video: {pictures.write_video(out / 'video', tqdm(frames, desc='video'))}")
+        print(f"\nwritten to {out}")
 
 
 def format_table(name: str, table: Table) -> str:

@@ -195,6 +195,8 @@ def train(arguments: argparse.Namespace) -> None:
         init = before.init
     record = runs.Run(settings, given, world, init)
     notes += record.changed(before) if before else []
+    if given.labels and not settings.loss.weight_semantic:
+        notes.append("--labels teach nothing while loss.weight_semantic is 0")
     with files.owned(out) if rank == 0 else contextlib.nullcontext():
         fit(record, saved, out, device, rank, notes)
 

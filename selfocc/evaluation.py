@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from selfocc.datasets.video import (
 )
 from selfocc.geometry import image_projection
 from selfocc.journal import Journal, Record
+from selfocc.labels import label_map
 from selfocc.model import SelfOcc, View
 from selfocc.protocols import Rules
 from selfocc.render import render_grid, to_images
@@ -259,18 +261,47 @@ def evaluate(
 
 
 def identity(
-    model: SelfOcc, dataset: VideoDataset, tasks: Iterable[str], rules: Rules, **more
+    model: SelfOcc,
+    dataset: VideoDataset,
+    training: VideoDataset,
+    tasks: Iterable[str],
+    rules: Rules,
+    frames: int | None,
+    prior_frames: int,
+    rank: int = 0,
 ) -> str:
-    """A digest of everything on which the records of an evaluation depend."""
+    """A digest of everything on which the records of an evaluation depend.
+
+    That is weights, settings, and the files read, by name, size and time of change: those of every
+    sequence with a frame that is scored, and of the training frames that the priors learn from.
+    The first process takes it, for all.
+    """
+    if rank > 0:
+        return distributed.gather_dicts({})[0]
     digest = hashlib.sha256()
-    names = [f"{s.name}/{s.frame_id(f)}" for s, f in map(dataset.locate, range(len(dataset)))]
+    scored = [dataset.locate(index) for index in evenly(dataset, frames)]
+    names = [f"{sequence.name}/{sequence.frame_id(frame)}" for sequence, frame in scored]
+    places = [(s, f) for s in {id(s): s for s, _ in scored}.values() for f in range(s.frames)]
+    places += [training.locate(index) for index in evenly(training, prior_frames)]
+    read = sorted({file for sequence, frame in places for file in sequence.files(frame)})
     settings = config.to_dict(model.config)
     settings["optim"] = {"bf16": model.config.optim.bf16}  # the rest is of training
-    what = [settings, sorted(tasks), rules.protocol, names, more]
+    what = [settings, sorted(tasks), rules.protocol, names, prior_frames, list(map(_stamp, read))]
+    if model.config.field.classes:
+        what.append(dataclasses.asdict(label_map(model.config.data)))
     digest.update(json.dumps(what).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return distributed.gather_dicts({0: digest.hexdigest()})[0]
+
+
+def _stamp(file: Path) -> tuple[str, int, int] | None:
+    """Name, size and time of change of a file; None where there is none."""
+    try:
+        stat = file.stat()
+    except OSError:
+        return None
+    return str(file), stat.st_size, stat.st_mtime_ns
 
 
 def validate(

@@ -1,6 +1,6 @@
 """Data sets: one file each, all read through `video.VideoDataset`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from selfocc import InputError
@@ -23,17 +23,39 @@ class Folders:
     poses: Path | None = None  # KITTI raw: one pose file a drive
 
 
+# what is read of each data set, and what --data names
+READ = {
+    "synthetic": (),
+    "kitti": ("data", "labels"),
+    "kitti_raw": ("data", "labels", "splits", "poses"),
+    "nuscenes": ("data", "labels"),
+}
+HOLDS = {
+    "kitti": "`dataset/sequences`",
+    "kitti_raw": "2011_09_26, ...",
+    "nuscenes": "samples and v1.0-trainval, ...",
+}
+
+
 def open_dataset(config: Config, split: str, folders: Folders) -> VideoDataset:
     """The data set that a configuration names, split `train` or `val`.
 
-    Raises InputError for an unknown data set, a missing folder, or files that cannot be used.
+    Raises InputError for a missing folder, one that is not read, or files that cannot be used.
     """
     sequences = open_sequences(config.data, split, folders)
     return VideoDataset(sequences, config.data, train=split == "train")
 
 
 def open_sequences(config: DataConfig, split: str, folders: Folders) -> list[Sequence]:
-    if config.dataset == "synthetic":
+    name, data = config.dataset, folders.data
+    for folder in fields(folders):
+        at = getattr(folders, folder.name)
+        if at is not None and folder.name not in READ[name]:
+            raise InputError(
+                f"{at} is given for {folder.name}, which data set {name} does not read; name "
+                "another with --dataset, or leave it out"
+            )
+    if name == "synthetic":
         # here, so that `python -m selfocc.datasets.synthetic` does not import itself twice
         from selfocc.datasets.synthetic import SyntheticConfig, prerender, synthetic_sequences
 
@@ -42,39 +64,16 @@ def open_sequences(config: DataConfig, split: str, folders: Folders) -> list[Seq
         sequences = synthetic_sequences(world, split, scenes)
         prerender(sequences)
         return sequences
-    if config.dataset == "kitti":
-        if folders.data is None:
-            raise InputError(
-                "--dataset kitti needs --data DIR, the folder that holds `dataset/sequences`"
-            )
-        chosen = config.train if split == "train" else config.val
-        if not chosen:
-            chosen = ",".join(TRAIN_SEQUENCES if split == "train" else VAL_SEQUENCES)
-        parts = [parse_range(part) for part in chosen.split(",")]
-        labels = pseudo_labels(folders.labels, folders.data, config)
-        return [
-            sequence
-            for name, frames in parts
-            for sequence in kitti_sequences(folders.data, [name], frames, labels)
-        ]
-    if config.dataset == "kitti_raw":
-        if folders.data is None:
-            raise InputError("--dataset kitti_raw needs --data DIR, which holds 2011_09_26, ...")
-        chosen = config.train if split == "train" else config.val
-        labels = pseudo_labels(folders.labels, folders.data, config)
-        return kitti_raw_sequences(
-            folders.data, split, chosen, folders.splits, folders.poses, labels
-        )
-    if config.dataset == "nuscenes":
-        if folders.data is None:
-            raise InputError(
-                "--dataset nuscenes needs --data DIR, which holds samples and v1.0-trainval, ..."
-            )
-        chosen = config.train if split == "train" else config.val
-        labels = pseudo_labels(folders.labels, folders.data, config)
+    if data is None:
+        raise InputError(f"--dataset {name} needs --data DIR, the folder that holds {HOLDS[name]}")
+    chosen = config.train if split == "train" else config.val
+    labels = pseudo_labels(folders.labels, data, config)
+    if name == "kitti_raw":
+        return kitti_raw_sequences(data, split, chosen, folders.splits, folders.poses, labels)
+    if name == "nuscenes":
         return nuscenes_sequences(
-            folders.data, config.version, split, chosen, config.volume_frame, labels, config.voxels
+            data, config.version, split, chosen, config.volume_frame, labels, config.voxels
         )
-    raise InputError(
-        f"unknown data set {config.dataset!r}; known: synthetic, kitti, kitti_raw, nuscenes"
-    )
+    official = TRAIN_SEQUENCES if split == "train" else VAL_SEQUENCES
+    parts = [parse_range(part) for part in (chosen or ",".join(official)).split(",")]
+    return [s for name, frames in parts for s in kitti_sequences(data, [name], frames, labels)]

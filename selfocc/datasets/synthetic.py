@@ -108,6 +108,10 @@ class SyntheticSequence:
     def frame_id(self, frame: int) -> str:
         return f"{frame:06d}"
 
+    def files(self, frame: int) -> list[Path]:
+        """Nothing: the world is a function of settings."""
+        return []
+
     def true_volume_to_world(self, frame: int) -> np.ndarray:
         """[4, 4] float64, without pose noise: where the frame was rendered."""
         return self.street.ego(frame) @ self.rig.volume_to_ego
