@@ -6,7 +6,8 @@
     python train.py --resume                     # go on where runs/synthetic stopped
     torchrun --nproc-per-node 8 train.py --dataset kitti --data DIR
 
-The run folder receives checkpoint.safetensors, metrics.jsonl (one JSON a line) and panel pictures.
+The run folder receives checkpoint.safetensors, metrics.jsonl (one JSON a line), panel pictures, and
+run.json, which says what the run was started with.
 """
 
 import os
@@ -41,7 +42,7 @@ from selfocc import (
     runs,
 )
 from selfocc.commandline import Parser, Stopped, add_data_options, folders, run
-from selfocc.config import Config, OptimConfig, check_training
+from selfocc.config import Config, OptimConfig, check_training, listing
 from selfocc.datasets import Folders, open_dataset
 from selfocc.datasets.video import collate, start_worker
 from selfocc.geometry import cellular_pixels
@@ -53,12 +54,16 @@ from selfocc.settings import change
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     listed = (f"  {name:20s} {summary}" for name, (summary, _) in presets.PRESETS.items())
-    parser = Parser(description=__doc__, epilog="\n".join(["presets:", *listed]))
+    epilog = ["presets:", *listed, "", "settings, their defaults where the preset has none, and "
+              "what they may be:", listing(Config())]  # fmt: skip
+    parser = Parser(description=__doc__, epilog="\n".join(epilog))
     add_data_options(parser)
     parser.add_argument("--preset", metavar="NAME", help="default: the data set's name")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: runs/PRESET")
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the checkpoint in the run folder"
+        "--resume",
+        action="store_true",
+        help="go on with the run in the run folder; its options need not be given again",
     )
     parser.add_argument(
         "--init",

@@ -25,6 +25,7 @@ from selfocc.settings import (
 
 Dataset = Literal["synthetic", "kitti", "kitti_raw", "nuscenes"]
 Size = tuple[Count, Count]  # height, width
+Scale = Annotated[float, Range(0, 4, above=True)]
 Window = tuple[NonNegative, NonNegative]  # least and greatest distance, metres
 
 
@@ -42,9 +43,9 @@ class DataConfig(Section, name="data"):
     frames: Count = 48  # synthetic only: frames a scene
     crop: Size = (96, 320)  # kept of every image, from the top left
     target_crop: Size | None = None  # the same of images that supervise; None: `crop`
-    scale: Positive = 1.0  # resize of the cropped image for the network
+    scale: Scale = 1.0  # resize of the cropped image for the network
     pad: Size = (96, 320)  # what the network sees, zero padded at bottom and right
-    target_scale: Positive = 1.0  # resize of the cropped images that supervise
+    target_scale: Scale = 1.0  # resize of the cropped images that supervise
     mean: tuple[float, float, float] = (124.16, 116.74, 103.94)  # RGB, 0..255
     std: tuple[Positive, Positive, Positive] = (58.624, 57.344, 57.6)
     augment: bool = True  # photometric augmentation of the network's images

@@ -29,9 +29,10 @@ class Range:
         return self.least <= value <= self.most and not (self.above and value == self.least)
 
     def __str__(self) -> str:
-        if self.most < math.inf:
+        if self.most < math.inf and not self.above:
             return f" from {self.least} to {self.most}"
-        return f" above {self.least}" if self.above else f" of at least {self.least}"
+        least = f" above {self.least}" if self.above else f" of at least {self.least}"
+        return least + (f" and at most {self.most}" if self.most < math.inf else "")
 
 
 UNIONS = types.UnionType, typing.Union
