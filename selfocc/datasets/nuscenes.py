@@ -288,13 +288,7 @@ class NuScenesSequence:
         """The scan of a key frame, float32 [M, 3] in its volume frame; None where there is none."""
         if frame not in self._scans:
             return None
-        path = self.root / self._scans[frame]
-        raw = path.read_bytes()
-        if not raw or len(raw) % 20:
-            raise InputError(f"{path}: torn, {len(raw)} bytes are not whole points; copy it again")
-        points = np.frombuffer(raw, "<f4").reshape(-1, 5)[:, :3]
-        if not np.isfinite(points).all():
-            raise InputError(f"{path}: holds points that are not finite; copy it again")
+        points = kitti_files.read_points(self.root / self._scans[frame], 5)
         if self._volume_to_ego is not None:
             return points.copy()
         mount = self._lidar_to_ego[frame]
