@@ -75,7 +75,8 @@ def _composite_forward(
     """
     row = tl.program_id(0).to(tl.int64) * RAYS + tl.arange(0, RAYS)[:, None]
     known = row < rows
-    first = tl.program_id(1) == 0
+    # a block, since Triton 3.9's interpreter joins no scalar with the mask
+    first = tl.program_id(1) + tl.zeros([RAYS, 1], tl.int32) == 0
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, None, :]
     entering = tl.full([RAYS, 1], 1.0, tl.float32)
     total = tl.zeros([RAYS, CHANNELS], tl.float32)

@@ -435,7 +435,8 @@ def _problem(
     programs = triton.cdiv(batch * queries, block_q) * heads
     tensors = [x.contiguous() for x in (value, reference_points, offsets, logits)]
     tensors += [logits if x is None else x.contiguous() for x in pairs]
-    references = reference_points.shape[0] * queries
+    # with pairs nobody asks, and a number that changes from batch to batch would be compiled anew
+    references = reference_points.shape[0] * queries if pairs[0] is None else 1
     counts = (tuple(sizes), queries, batch * queries, references, tokens)
     constants = dict(HEADS=heads, WIDTH=width, LEVELS=levels, POINTS=points)
     constants |= dict(PAIRS=pairs[0] is not None)

@@ -223,27 +223,27 @@ def _sign(x):
 def _node_table_forward(
     sdf,
     table,
-    item_stride,
     half_x,
     half_y,
     half_z,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
+    ITEM: tl.constexpr,
     Y: tl.constexpr,
     X: tl.constexpr,
     Z: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """sdf [B, H, W, Z] of strides Y, X, Z -> rows [B, H, W, Z, 4]: SDF, gradient along x, y, z.
+    """sdf [B, H, W, Z] of strides ITEM, Y, X, Z -> rows [B, H, W, Z, 4]: SDF and its gradient.
 
-    half: 1 / (2 step) along each axis.
+    half: 1 / (2 step) along x, y, z.
     """
     item = tl.program_id(1).to(tl.int64)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = index < HEIGHT * WIDTH * DEPTH
     y, x, z = _node_of(tl.where(mask, index, 0), HEIGHT, WIDTH, DEPTH)
-    sdf += item * item_stride
+    sdf += item * ITEM
     here = sdf + (y * Y + x * X + z * Z)
     upper = sdf + (y * Y + _inside(x + 1, WIDTH) * X + z * Z)
     lower = sdf + (y * Y + _inside(x - 1, WIDTH) * X + z * Z)
@@ -263,19 +263,19 @@ def _node_table_forward(
 def _node_table_backward(
     rows,
     grad_sdf,
-    item_stride,
     half_x,
     half_y,
     half_z,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
+    ITEM: tl.constexpr,
     Y: tl.constexpr,
     X: tl.constexpr,
     Z: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gradients of rows [B, H, W, Z, 4] -> grad_sdf [B, H, W, Z] of strides Y, X, Z."""
+    """Gradients of rows [B, H, W, Z, 4] -> grad_sdf [B, H, W, Z] of strides ITEM, Y, X, Z."""
     item = tl.program_id(1).to(tl.int64)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = index < HEIGHT * WIDTH * DEPTH
@@ -290,7 +290,7 @@ def _node_table_backward(
             at = (there[0] * WIDTH + there[1]) * DEPTH + there[2]
             total += sign * tl.load(rows + 4 * at + (1 + axis))
         out += total * (half_x if axis == 0 else half_y if axis == 1 else half_z)
-    tl.store(grad_sdf + item * item_stride + (y * Y + x * X + z * Z), out, mask)
+    tl.store(grad_sdf + item * ITEM + (y * Y + x * X + z * Z), out, mask)
 
 
 def _halves(spacing) -> list[float]:
@@ -306,7 +306,6 @@ def node_table(volume: Tensor, spacing: Spacing) -> Tensor:
         (triton.cdiv(height * width * depth, COPY), batch),
         volume,
         table,
-        volume.stride(0),
         *_halves(spacing),
         warps=WARPS,
         **_layout(volume),
@@ -323,7 +322,6 @@ def node_table_adjoint(rows: Tensor, spacing: Spacing, grad_volume: Tensor) -> N
         (triton.cdiv(height * width * depth, COPY), batch),
         rows,
         grad_volume,
-        grad_volume.stride(0),
         *_halves(spacing),
         warps=WARPS,
         **_layout(grad_volume),
@@ -336,8 +334,8 @@ def _layout(volume: Tensor) -> dict[str, int]:
     such.
     """
     _, _, height, width, depth = volume.shape
-    _, _, y, x, z = volume.stride()
-    return dict(HEIGHT=height, WIDTH=width, DEPTH=depth, Y=y, X=x, Z=z)
+    item, _, y, x, z = volume.stride()
+    return dict(HEIGHT=height, WIDTH=width, DEPTH=depth, ITEM=item, Y=y, X=x, Z=z)
 
 
 # -----------------------------------------------------------------------------------------------

@@ -113,7 +113,6 @@ def _forward(
     color,
     valid,
     total,
-    volume_batch,
     samples,
     tiles,
     low_x,
@@ -141,6 +140,7 @@ def _forward(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
+    ITEM: tl.constexpr,
     C: tl.constexpr,
     Y: tl.constexpr,
     X: tl.constexpr,
@@ -167,7 +167,7 @@ def _forward(
     metre = tl.load(stretch + index).to(tl.float32)
     sharpness = tl.load(inv_s).to(tl.float32)
     table += item * (HEIGHT * WIDTH * DEPTH * 4)
-    volume += item * volume_batch
+    volume += item * ITEM
 
     known, line, image, goal, results, answers = ray_in_sources(
         pixels,
@@ -290,7 +290,6 @@ def _backward(
     grad_inv_s,
     magnitude,
     fixed,
-    volume_batch,
     samples,
     tiles,
     low_x,
@@ -318,6 +317,7 @@ def _backward(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
+    ITEM: tl.constexpr,
     C: tl.constexpr,
     Y: tl.constexpr,
     X: tl.constexpr,
@@ -350,7 +350,7 @@ def _backward(
     sharpness = tl.load(inv_s).to(tl.float32)
     table += item * (HEIGHT * WIDTH * DEPTH * 4)
     grad_table += item * (HEIGHT * WIDTH * DEPTH * 4)
-    volume += item * volume_batch
+    volume += item * ITEM
     GRAD_C: tl.constexpr = 1 + COLORS + CLASSES
     grad_volume += item * (HEIGHT * WIDTH * DEPTH * GRAD_C)
 
@@ -510,7 +510,7 @@ class _Walk:
     def __init__(self, volume: Tensor, inv_s: Tensor, read: list[Tensor], options: _Options):
         *rest, target, sources, projections = read
         batch, channels, height, width, depth = volume.shape
-        _, c, y, x, z = volume.stride()
+        item, c, y, x, z = volume.stride()
         _, count, cameras, _, rows, columns = sources.shape
         self.volume, self.options = volume, options
         self.blocks = -(-options.samples // LANES)
@@ -521,7 +521,6 @@ class _Walk:
         self.tensors = [volume, inv_s, *rest, target, sources, projections.contiguous()]
         shrink = ((columns - 1) / columns, (rows - 1) / rows)
         self.numbers = [
-            volume.stride(0),
             options.samples,
             self.blocks,
             *options.box[:3],
@@ -539,6 +538,7 @@ class _Walk:
             HEIGHT=height,
             WIDTH=width,
             DEPTH=depth,
+            ITEM=item,
             C=c,
             Y=y,
             X=x,
@@ -781,10 +781,10 @@ def render_photometric(
         results = epipolar_photometric(*proposals, *scene, **shown)
         nothing = dict(normal=None, weights=None, mids=None, deltas=None, sdf=None)
         return replace(seen, **nothing), *results
-    options = _Options(jittered=jitter is not None, **dict(march, box=[*box]), **shown)
-    distance, opacity, sums, eikonal, _, l1, color, valid, _ = _op(
-        volume, inv_s, read, *vars(options).values()
-    )
+    # in the order of `_Options`, spelled out: Dynamo of torch 2.11 cannot look into one
+    options = ([*box], samples, anneal, alpha, classes, backdrop, jitter is not None)
+    options = (*options, combine, published_pixels)
+    distance, opacity, sums, eikonal, _, l1, color, valid, _ = _op(volume, inv_s, read, *options)
     colors, semantics = sums.split([volume.shape[1] - 1 - classes, classes], dim=-1)
     semantics = semantics if classes else None
     seen = Rendering(distance, opacity, colors, semantics=semantics, eikonal=eikonal)

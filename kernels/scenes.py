@@ -231,8 +231,11 @@ def cross_view_references(size: Size) -> Tensor:
 
 
 def road(size: Size, draw: Draw) -> Tensor:
-    """[1, 4 + classes, H, W, Z]: ground with noise, so that some rays end early and others not."""
-    noise = draw.normal(1, 4 + size.classes, *size.nodes)
+    """[1, 4 + classes, H, W, Z]: ground with noise, so that some rays end early and others not.
+
+    The channels of a node are neighbours in memory, as the decoder writes them.
+    """
+    noise = draw.normal(1, *size.nodes, 4 + size.classes).permute(0, 4, 1, 2, 3)
     height = torch.linspace(size.box[2], size.box[5], size.nodes[2]) - size.box[2] - 0.3
     noise[:, 0].mul_(0.1).add_(draw.put(height.clamp(-0.5, 0.5)).to(draw.dtype))
     return noise
