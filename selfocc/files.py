@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,11 +10,18 @@ from selfocc import InputError
 
 
 def make_folder(path: Path) -> Path:
-    """The folder, made with its parents where it is missing. Raises InputError if it cannot be."""
+    """The folder, made with its parents where it is missing, before work is done for it.
+
+    Raises InputError if it cannot be made, or no file can be written in it.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path, buffering=0) as probe:
+            probe.write(b"0")  # a full disk still takes empty files
     except OSError as error:
-        raise InputError(f"cannot make folder {path}: {error.strerror}; choose another") from None
+        raise InputError(
+            f"cannot write in folder {path}: {error.strerror}; choose another"
+        ) from None
     return path
 
 
@@ -24,12 +32,12 @@ def replacing(path: Path) -> Iterator[Path]:
     If the block fails, or the process dies in it, `path` stays what it was. Raises InputError where
     the block raises OSError (full disk, no permission).
     """
-    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.partial")
     kept = " (the previous one is kept)" if path.exists() else ""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with temporary.open("rb") as written:
+        with temporary.open("rb+") as written:  # Windows syncs only what may be written
             os.fsync(written.fileno())
         temporary.chmod(0o644)  # safetensors makes files that only their owner can read
         temporary.replace(path)
