@@ -27,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from selfocc import (
@@ -44,7 +43,8 @@ from selfocc import (
 from selfocc.commandline import Parser, Stopped, add_data_options, folders, run
 from selfocc.config import Config, OptimConfig, check_training, listing
 from selfocc.datasets import Folders, open_dataset
-from selfocc.datasets.video import collate, start_worker
+from selfocc.datasets.loader import read_ahead
+from selfocc.datasets.video import collate
 from selfocc.geometry import cellular_pixels
 from selfocc.labels import settle_classes
 from selfocc.losses import objective
@@ -241,12 +241,13 @@ def fit(
             distributed.synchronise_batch_norm(model, device)
         parallel = torch.nn.parallel.DistributedDataParallel(model)
     keys = Keys(len(training), optim, start * optim.accumulate, rank, world)
-    loader = DataLoader(
+    loader = read_ahead(
         training,
+        optim.workers,
+        world,
+        beside=1,  # validation reads ahead too, a sample at a time
         batch_sampler=keys,
         collate_fn=collate,
-        num_workers=optim.workers,
-        worker_init_fn=start_worker,
         pin_memory=device.type == "cuda",
     )
     if chief:

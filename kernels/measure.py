@@ -2,7 +2,6 @@
 
 import gc
 import itertools
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -91,6 +90,8 @@ def cpu_peak() -> int:
     try:
         return _status("VmHWM")
     except OSError:
+        import resource  # not on Windows
+
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

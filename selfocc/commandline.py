@@ -2,9 +2,12 @@
 
 import argparse
 import dataclasses
+import io
+import os
 import re
 import sys
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NoReturn, get_args
 
@@ -20,6 +23,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.register("type", Path, _path)  # what `type=Path` does
 
     def error(self, message: str) -> NoReturn:
         unknown = re.match(r"unrecognized arguments: --([\w-]+)", message)
@@ -35,6 +39,14 @@ def count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
     return int(text)
+
+
+def _path(text: str) -> Path:
+    """A path; `~`, which shells leave in quotes and after `--out=`, is the home folder."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text}: there is no such home folder") from None
 
 
 def add_data_options(parser: Parser) -> None:
@@ -95,12 +107,26 @@ def run(work: Callable[[], None]) -> int:
 
     Of several processes only the first to fail says why; the others lose their peer and follow.
     """
+    _make_writable()
+    try:
+        try:
+            return _run(work)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+
+
+def _run(work: Callable[[], None]) -> int:
     try:
         work()
     except InputError as error:
-        if distributed.first_to_fail():
-            print(f"error: {error.line()}", file=sys.stderr)
-        return 2
+        return _fail(error.line())
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        return _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
     except Stopped as note:
         if str(note):
             print(note, file=sys.stderr)
@@ -108,8 +134,30 @@ def run(work: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except RuntimeError:
+    except RuntimeError as error:
+        if isinstance(error, BrokenProcessPool) or str(error).startswith("DataLoader worker (pid"):
+            return _fail(
+                f"a process that reads or renders ahead was ended ({str(error).splitlines()[0]}); "
+                "is memory short, or /dev/shm (docker run --shm-size)? --set optim.workers=0 "
+                "needs the least"
+            )
         if distributed.first_to_fail():
             raise
         return 2
     return 0
+
+
+def _fail(reason: str) -> int:
+    if distributed.first_to_fail():
+        print(f"error: {reason}", file=sys.stderr)
+    return 2
+
+
+def _make_writable() -> None:
+    """Make stdout and stderr take whatever is printed: they may be closed, or know ASCII only."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - it stays open
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

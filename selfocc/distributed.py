@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import re
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -11,6 +13,16 @@ from torch import Tensor, nn
 
 from selfocc import InputError
 
+# what torchrun tells its processes; a scheduler may export some of these for reasons of its own
+_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+MEETING = timedelta(minutes=5)  # within which all processes have to be there
+WORK = timedelta(minutes=30)  # for which others wait while the first renders, indexes or validates
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun, or who sets all that it sets, started this process."""
+    return all(os.environ.get(name) for name in _TORCHRUN)
+
 
 def choose_device(name: str | None) -> torch.device:
     """The device asked for, or a GPU where there is one (this process's own under torchrun).
@@ -19,30 +31,88 @@ def choose_device(name: str | None) -> torch.device:
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    asked = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    refused = f"--device {name} cannot be used here"
+    if name.partition(":")[0] == "mps":
+        raise InputError(f"{refused}: cameras are float64, which MPS lacks; give --device cpu")
+    if not asked:
+        raise InputError(f"{refused}; it may be cpu, cuda or cuda:N")
+    if name == "cpu":
+        return torch.device(name)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not gpus:
+        built = torch.version.cuda or torch.version.hip
+        reason = "finds no GPU; is its driver there?" if built else "is built for CPUs only"
+        raise InputError(f"{refused}: this PyTorch ({torch.__version__}) {reason}")
+    number = asked[1]
+    if number is None:
+        number = _number("LOCAL_RANK") if under_torchrun() else 0
+    if int(number) >= gpus:
+        whose = "" if asked[1] else f", and process {number} of this machine needs its own"
+        raise InputError(f"{refused}: the GPUs here are 0 to {gpus - 1}{whose}")
+    device = torch.device("cuda", int(number))
     try:
-        device = torch.device(name)
-        if device == torch.device("cuda"):
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name} cannot be used here: {reason}") from None
+    except RuntimeError as error:
+        raise InputError(f"{refused}: {str(error).splitlines()[0]}") from None
     return device
 
 
 def start(device: torch.device) -> tuple[int, int]:
-    """Join the processes of torchrun; returns (rank, world size), (0, 1) without torchrun."""
-    if "WORLD_SIZE" not in os.environ:
+    """Join the processes of torchrun; returns (rank, world size), (0, 1) without torchrun.
+
+    Raises InputError where its variables make no sense, or the processes do not meet.
+    """
+    if not under_torchrun():
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            missing = ", ".join(name for name in _TORCHRUN if not os.environ.get(name))
+            said = f"WORLD_SIZE is set but {missing} not, so this is no torchrun: one process"
+            print(f"note: {said}", file=sys.stderr)
         return 0, 1
-    if device.type == "cuda":
+    rank, world, _ = (_number(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    if rank >= world:
+        raise InputError(
+            f"RANK is {rank} and WORLD_SIZE {world}, so there is no such process; start with "
+            "torchrun, or unset both"
+        )
+    gpu = device.type == "cuda"
+    if gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size()
+    try:
+        store, *_ = next(dist.rendezvous("env://", timeout=MEETING))
+        store.set_timeout(WORK)
+        backend = "nccl" if gpu else "gloo"
+        dist.init_process_group(backend, timeout=WORK, store=store, rank=rank, world_size=world)
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"process {rank} of {world} did not meet the others at {where} ({reason}); start all "
+            f"with torchrun, on another port if this one is taken, or unset {_TORCHRUN[0]}"
+        ) from None
+    return rank, world
+
+
+def _number(name: str) -> int:
+    text = os.environ[name]
+    if not text.isdecimal():
+        raise InputError(
+            f"{name} is {text!r} in the environment, and no whole number; start with torchrun, "
+            f"or unset {name}"
+        )
+    return int(text)
+
+
+def joined() -> bool:
+    """Whether this process has joined others."""
+    return dist.is_available() and dist.is_initialized()  # some builds have no torch.distributed
 
 
 def first_to_fail() -> bool:
     """Whether no other process has called this before; always true without torchrun."""
-    if "WORLD_SIZE" not in os.environ:
+    # before `start` only torchrun itself keeps a store
+    kept = joined() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not (under_torchrun() and kept):
         return True
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
@@ -55,21 +125,21 @@ def first_to_fail() -> bool:
 @contextlib.contextmanager
 def chief_first() -> Iterator[None]:
     """The block runs in rank 0 before the others, which then find what it left on disk."""
-    if dist.is_initialized() and dist.get_rank() > 0:
+    if joined() and dist.get_rank() > 0:
         dist.barrier()
     yield
-    if dist.is_initialized() and dist.get_rank() == 0:
+    if joined() and dist.get_rank() == 0:
         dist.barrier()
 
 
 def mean(value: Tensor) -> Tensor:
     """The mean of a tensor over all processes, differentiable."""
-    return _Mean.apply(value) if dist.is_initialized() else value
+    return _Mean.apply(value) if joined() else value
 
 
 def gather_dicts(entries: dict) -> dict:
     """The entries of all processes' dictionaries, in every process."""
-    if not dist.is_initialized():
+    if not joined():
         return entries
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, entries)

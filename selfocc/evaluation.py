@@ -20,13 +20,13 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from selfocc import InputError, config, distributed, metrics, protocols
+from selfocc.datasets.loader import read_ahead
 from selfocc.datasets.video import (
     Batch,
     Frames,
     Sequence,
     VideoDataset,
     collate,
-    start_worker,
     voxels_to_volume,
 )
 from selfocc.geometry import image_projection
@@ -162,14 +162,9 @@ def evenly(dataset: VideoDataset, frames: int | None) -> list[int]:
     return np.unique(np.linspace(0, len(dataset) - 1, count).round().astype(int)).tolist()
 
 
-def loader(dataset: Dataset, chosen: list[int], workers: int) -> DataLoader:
-    """Single samples in order, read ahead by workers."""
-    return DataLoader(
-        Subset(dataset, chosen),
-        batch_size=None,
-        num_workers=workers,
-        worker_init_fn=start_worker,
-    )
+def loader(dataset: Dataset, chosen: list[int], workers: int, world: int) -> DataLoader:
+    """Single samples in order, read ahead by workers. Raises InputError as `read_ahead`."""
+    return read_ahead(Subset(dataset, chosen), workers, world, batch_size=None)
 
 
 def score(
@@ -241,7 +236,7 @@ def evaluate(
     records = {} if journal is None else journal.records
     todo = [index for index in mine if index not in records]
     bar = tqdm(
-        loader(samples, todo, settings.optim.workers),
+        loader(samples, todo, settings.optim.workers, world),
         desc="evaluating",
         unit="frame",
         initial=len(mine) - len(todo),
@@ -345,7 +340,7 @@ def gather_priors(
     share = np.array_split(evenly(training, frames), world)[rank]
     runs = np.array_split(share, max(1, workers))
     in_turn = [int(i) for turn in zip_longest(*runs) for i in turn if i is not None]
-    batches = loader(samples, in_turn, workers)
+    batches = loader(samples, in_turn, workers, world)
     for sample in tqdm(batches, desc="priors from training truth", disable=rank > 0):
         mine.add(sample.labels, sample.batch)
     priors.join(distributed.gather_dicts({rank: mine}).values())

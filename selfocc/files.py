@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,11 +26,18 @@ def as_named(path: Path) -> Path:
 
 
 def make_folder(path: Path) -> Path:
-    """The folder, made with its parents where it is missing. Raises InputError if it cannot be."""
+    """The folder, made with its parents where it is missing, before work is done for it.
+
+    Raises InputError if it cannot be made, or no file can be written in it.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path, buffering=0) as probe:
+            probe.write(b"0")  # a full disk still takes empty files
     except OSError as error:
-        raise InputError(f"cannot make folder {path}: {error.strerror}; choose another") from None
+        raise InputError(
+            f"cannot write in folder {path}: {error.strerror}; choose another"
+        ) from None
     return path
 
 
@@ -42,13 +50,8 @@ def owned(folder: Path) -> Iterator[Path]:
     writes nothing is removed again. Raises InputError where another process owns it.
     """
     made = not folder.exists()
-    make_folder(folder)
-    path = folder / OWNER
-    try:
-        file = path.open("a+")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; choose another folder") from None
-    with file:
+    path = make_folder(folder) / OWNER
+    with path.open("a+") as file:
         _lock(file, folder)
         file.seek(0)
         file.truncate()
@@ -85,12 +88,12 @@ def replacing(path: Path) -> Iterator[Path]:
     If the block fails, or the process dies in it, `path` stays what it was. Raises InputError where
     the block raises OSError (full disk, no permission).
     """
-    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.partial")
     kept = " (the previous one is kept)" if path.exists() else ""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with temporary.open("rb") as written:
+        with temporary.open("rb+") as written:  # Windows syncs only what may be written
             os.fsync(written.fileno())
         temporary.chmod(0o644)  # safetensors makes files that only their owner can read
         temporary.replace(path)

@@ -12,6 +12,7 @@ from selfocc.model import SelfOcc
 
 SPENT = 1e-4  # transmittance at which a ray ends; moves no depth by more than 1e-4 of its ray
 MEMORY_SHARE = 0.25  # of the free memory that the rays rendered at once may take
+ASSUMED_FREE = 2 << 30  # bytes, where the system does not say
 
 
 def render_grid(
@@ -40,7 +41,10 @@ def _rays_at_once(volume: Tensor) -> int:
     if volume.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(volume.device)
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        try:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, ValueError):  # Windows has no sysconf, and macOS does not say
+            free = ASSUMED_FREE
     # a ray comes with 10 numbers and goes with a number a channel, some of which are copied
     return int(MEMORY_SHARE * free / (4 * 3 * (10 + volume.shape[1])))
 

@@ -1,7 +1,9 @@
 """Arrays kept on disk: written whole or not at all, checked when opened, remade when damaged."""
 
+import functools
 import hashlib
 import os
+import sys
 import tempfile
 import zlib
 from pathlib import Path
@@ -9,6 +11,37 @@ from pathlib import Path
 import numpy as np
 
 from selfocc import InputError
+from selfocc.files import make_folder
+
+
+def folder() -> Path:
+    """$SELFOCC_CACHE, or ~/.cache/selfocc.
+
+    Where there is no home to write in, as in containers, it is below the folder for temporary
+    files, and that is said. Raises InputError if $SELFOCC_CACHE names a home that is not there.
+    """
+    named = os.environ.get("SELFOCC_CACHE")
+    if named:
+        try:
+            return Path(named).expanduser()
+        except RuntimeError:
+            raise InputError(f"SELFOCC_CACHE is {named}, and there is no such home") from None
+    try:
+        kept = Path.home() / ".cache" / "selfocc"
+        kept.mkdir(parents=True, exist_ok=True)
+        return kept
+    except (OSError, RuntimeError):
+        return _temporary()
+
+
+@functools.cache
+def _temporary() -> Path:
+    path = Path(tempfile.gettempdir()) / "selfocc"
+    print(
+        f"note: no home folder to keep files in, so in {path}; or set SELFOCC_CACHE",
+        file=sys.stderr,
+    )
+    return path
 
 
 def key(*parts):
@@ -23,6 +56,7 @@ def load_or_make(path, dtype, shape, make):
     same file at once. Raises InputError if the folder cannot be written."""
     array = _load(path, dtype, shape)
     if array is None:
+        check_writable(path.parent)
         _store(path, make())
         array = _load(path, dtype, shape)
     if array is None:
@@ -30,6 +64,14 @@ def load_or_make(path, dtype, shape, make):
             f"{path}: what was just written does not read back; check the disk or set SELFOCC_CACHE"
         )
     return array
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder; InputError where it cannot be written, said before work is done for it."""
+    try:
+        make_folder(path)
+    except InputError as error:
+        raise InputError(f"{error} with SELFOCC_CACHE") from None
 
 
 def _load(path, dtype, shape):
@@ -46,7 +88,6 @@ def _load(path, dtype, shape):
 def _store(path, array):
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         with os.fdopen(handle, "r+b") as file:
             np.save(file, array)

@@ -1,17 +1,21 @@
 """The tables of nuScenes, streamed: those that are gigabytes are read once, into a compact index.
 
 The index has a row for every camera image and every LiDAR scan of a key frame, with its ego pose,
-sorted by scene, channel and time. It is kept in $SELFOCC_CACHE (default ~/.cache/selfocc), shared
-by any number of processes, and made again when a table changes.
+sorted by scene, channel and time. It is kept in `cache.folder`, shared by any number of processes,
+and made again when a table changes.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: what two processes make at once is made twice
+    fcntl = None
 
 import numpy as np
 from tqdm import tqdm
@@ -121,14 +125,13 @@ def open_index(folder: Path, progress: bool = True) -> np.ndarray:
             f"{folder.name}, samples and sweeps"
         ) from None
     key = cache.key(FORMAT, str(folder.resolve()), [(s.st_size, s.st_mtime_ns) for s in stats])
-    home = os.environ.get("SELFOCC_CACHE") or Path.home() / ".cache" / "selfocc"
-    path = Path(home) / f"nuscenes-{key}.npy"
+    path = cache.folder() / f"nuscenes-{key}.npy"
     index = _load(path)
     if index is None:
+        cache.check_writable(path.parent)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             with path.with_suffix(".lock").open("w") as lock:
-                with contextlib.suppress(OSError):  # some network disks have no locks
+                with contextlib.suppress(OSError, AttributeError):  # some systems have no locks
                     fcntl.flock(lock, fcntl.LOCK_EX)
                 index = _load(path)  # another process may have made it meanwhile
                 if index is None:

@@ -7,7 +7,6 @@ A scene is a function of (config, seed). What is rendered once is cached on disk
 `sensors.py` casts the rays, `occupancy.py` labels voxels, `rigs.py` mounts the cameras.
 """
 
-import os
 import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -56,8 +55,7 @@ def synthetic_sequences(
     """Scenes number `seed` to `seed + scenes - 1` of a split: train, val or test.
 
     No scene is in two splits. Frames are rendered when first asked for and kept in the folder
-    `cache` (default: $SELFOCC_CACHE or ~/.cache/selfocc). Raises InputError for a split or rig that
-    does not exist.
+    `cache` (default: `cache.folder`). Raises InputError for a split or rig that does not exist.
     """
     if split not in SPLITS:
         raise InputError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
@@ -65,11 +63,9 @@ def synthetic_sequences(
         raise InputError(
             "the embedded world needs at least 1 frame and images of at least 8x8 pixels"
         )
-    folder = cache or os.environ.get("SELFOCC_CACHE") or Path.home() / ".cache" / "selfocc"
+    folder = cache or disk.folder()
     return [
-        SyntheticSequence(
-            config, f"synthetic-{split}-{n:03d}", 3 * n + SPLITS.index(split), Path(folder)
-        )
+        SyntheticSequence(config, f"synthetic-{split}-{n:03d}", 3 * n + SPLITS.index(split), folder)
         for n in range(seed, seed + scenes)
     ]
 
@@ -294,6 +290,7 @@ def prerender(
     todo = [(sequence, voxels) for sequence in sequences if not sequence.cached(voxels)]
     if not todo:
         return
+    disk.check_writable(todo[0][0].cache)
     with (
         ProcessPoolExecutor(
             min(workers, len(todo)), initializer=_leave_interrupt_to_parent

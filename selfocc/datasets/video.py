@@ -7,7 +7,6 @@ in the volume frame of the input time stamp) is here, once.
 
 import dataclasses
 import functools
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -139,12 +138,6 @@ def collate(samples: list[Batch]) -> Batch:
         return None if any(value is None for value in values) else torch.stack(values)
 
     return Batch(*(stack([getattr(s, f.name) for s in samples]) for f in dataclasses.fields(Batch)))
-
-
-def start_worker(_: int):
-    """`worker_init_fn` of loaders: Ctrl-C is for the main process, which ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class VideoDataset(torch.utils.data.Dataset):
