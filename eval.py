@@ -107,7 +107,9 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--pictures", type=count, default=6, metavar="N", help="panels to write")
     parser.add_argument(
-        "--video", action="store_true", help="write a video along the first sequence"
+        "--video",
+        action="store_true",
+        help="write a video along the first sequence: mp4 with `pip install imageio[pyav]`, or GIF",
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     parser.add_argument(
@@ -142,6 +144,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
     checkpoint.restore(saved, model)
     folder = arguments.ckpt if arguments.ckpt.is_dir() else arguments.ckpt.parent
     out = files.make_folder(arguments.out or folder / "eval")
+    if chief and arguments.video:
+        plugin, why_not = pictures.video_plugin()
+        if why_not:
+            print(f"note: {why_not}")
 
     where = folders(arguments)
     with distributed.chief_first():  # it fills the cache of the synthetic data
@@ -200,8 +206,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
         panel = panels.panel(model, dataset, index, device)
         pictures.write_picture(out / f"frame_{index:04d}.png", panel)
     if arguments.video:
-        frames = panels.fly_through(model, dataset, device)
-        print(f"video: {pictures.write_video(out / 'video', tqdm(frames, desc='video'))}")
+        frames = panels.FlyThrough(model, dataset, device)
+        print(f"video: {pictures.write_video(out / 'video', frames, plugin=plugin)}")
     print(f"\nwritten to {out}")
 
 
