@@ -103,7 +103,9 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--pictures", type=count, default=6, metavar="N", help="panels to write")
     parser.add_argument(
-        "--video", action="store_true", help="write a video along the first sequence"
+        "--video",
+        action="store_true",
+        help="write a video along the first sequence: mp4 with `pip install imageio[pyav]`, or GIF",
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     parser.add_argument(
@@ -139,6 +141,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
     where = runs.completed(folders(arguments), trained.folders if same else Folders())
     out = arguments.out or folder / "eval"
     with files.owned(out) if chief else contextlib.nullcontext():
+        if chief and arguments.video:
+            plugin, why_not = pictures.video_plugin()
+            if why_not:
+                print(f"note: {why_not}")
         untrained = replace(settings, backbone=replace(settings.backbone, weights="none"))
         model = SelfOcc(untrained).to(device).eval()
         checkpoint.restore(saved, model)
@@ -203,8 +209,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
             panel = panels.panel(model, dataset, index, device)
             pictures.write_picture(out / f"frame_{index:04d}.png", panel)
         if arguments.video:
-            frames = panels.fly_through(model, dataset, device)
-            print(f"video: {pictures.write_video(out / 'video', tqdm(frames, desc='video'))}")
+            frames = panels.FlyThrough(model, dataset, device)
+            print(f"video: {pictures.write_video(out / 'video', frames, plugin=plugin)}")
         print(f"\nwritten to {out}")
 
 

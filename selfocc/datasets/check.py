@@ -8,7 +8,6 @@ as `datasets.video.Sequence`. Exit code 2 where something has to be mended.
 """
 
 import dataclasses
-import itertools
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from selfocc.config import DataConfig
 from selfocc.datasets import Folders, open_sequences
 from selfocc.datasets.epipolar import epipolar_offset, images_of, scan_agreement
 from selfocc.datasets.kitti_files import check_camera
-from selfocc.datasets.video import Sequence, VideoDataset, project_points
+from selfocc.datasets.video import Sequence, VideoDataset, camera_names, project_points
 
 LONGEST_STEP = 5.0  # metres between consecutive frames, or six times the median
 WIDEST_TURN = 15.0  # degrees between consecutive frames, or six times the median
@@ -238,40 +237,41 @@ class Report:
         for sequence, frame in self.places[middle:] + self.places[:middle]:
             maps = self._try(lambda s=sequence, f=frame: overlay(s, f))
             if maps is not None:
-                rows = [maps[i : i + 3] for i in range(0, len(maps), 3)]
-                return pictures.tile(rows)
+                return _side_by_side(maps, sequence, frame)
         return None
 
 
 def overlay(sequence: Sequence, frame: int) -> list[np.ndarray] | None:
-    """Images [N] of [h, w, 3] with LiDAR points or depth in colour, near is red; or None."""
+    """Images [N] of [h, w, 3] with LiDAR points or depth in colour, as DEPTH_TICKS; or None."""
     points, depth = sequence.lidar(frame), sequence.depth(frame)
     if points is None and depth is None:
         return None
-    images = images_of(sequence, frame)
+    images = list(images_of(sequence, frame))
     if points is not None:
         intrinsics, camera_to_world = sequence.cameras(frame)
         to_cameras = np.linalg.inv(camera_to_world) @ sequence.volume_to_world(frame)
-        depth = np.stack([
-            project_points(points, to_camera, k, images.shape[1:3])
-            for to_camera, k in zip(to_cameras, intrinsics, strict=True)
-        ])  # fmt: skip
-    drawn = []
-    for camera, (image, z) in enumerate(zip(images, depth, strict=True)):
-        v, u = np.nonzero(z)
-        colour, dot = (
-            pictures.turbo(3 / np.maximum(z[v, u], 3)),
-            range(max(image.shape[1] // 400, 1)),
-        )
-        for down, right in itertools.product(dot, dot):  # wide enough to be seen
-            row, column = (
-                np.minimum(at + step, size - 1)
-                for at, step, size in ((v, down, image.shape[0]), (u, right, image.shape[1]))
-            )
-            image[row, column] = colour
-        name = f"{sequence.name} {sequence.frame_id(frame)} camera {camera}"
-        drawn.append(pictures.caption(image, name))
-    return drawn
+        depth = [
+            project_points(points, to_camera, k, image.shape[:2])
+            for to_camera, k, image in zip(to_cameras, intrinsics, images, strict=True)
+        ]
+    shown = [pictures.spread(pictures.inverse_depth(z)) for z in depth]
+    return [
+        np.where(near[..., None] > 0, pictures.turbo(near), image)
+        for near, image in zip(shown, images, strict=True)
+    ]
+
+
+def _side_by_side(maps: list[np.ndarray], sequence: Sequence, frame: int) -> np.ndarray:
+    """What `overlay` has drawn, as one picture with names and a legend."""
+    camera_to_volume = np.linalg.inv(sequence.volume_to_world(frame)) @ sequence.cameras(frame)[1]
+    rows = pictures.rig_rows(camera_to_volume)
+    columns = max(len(row) for row in rows)
+    width = columns * (max(p.shape[1] for p in maps) + pictures.GAP) - pictures.GAP
+    size, names = pictures.text_size(width), camera_names(sequence, len(maps))
+    whole = pictures.rig(maps, rows, names, width, size)
+    source = "depth" if sequence.lidar(frame) is None else "LiDAR"
+    text = f"{source} of {sequence.name} {sequence.frame_id(frame)}"
+    return pictures.caption(whole, text, size, pictures.DEPTH_TICKS)
 
 
 def _next(sequence: Sequence, frame: int) -> int | None:

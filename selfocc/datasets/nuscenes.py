@@ -177,6 +177,8 @@ def _synchronised(rows: np.ndarray) -> np.ndarray:
 class NuScenesSequence:
     """One scene; the protocol of `datasets.video`. Raises InputError on what is malformed."""
 
+    camera_names = CAMERAS
+
     def __init__(
         self, root, name, token, rows, samples, mounts, keys, volume_frame, labels, voxels
     ):

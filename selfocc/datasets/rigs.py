@@ -13,6 +13,7 @@ LIDAR_HEIGHT = 1.73  # metres above ground
 class Rig:
     """Cameras fixed to the volume frame, and the voxels to label."""
 
+    names: tuple[str, ...]  # of the cameras
     intrinsics: np.ndarray  # [N, 3, 3] pixels
     camera_to_volume: np.ndarray  # [N, 4, 4]
     volume_to_ego: np.ndarray  # [4, 4]; ego: x forward, y left, z up, on the ground
@@ -44,24 +45,25 @@ def _forward(size):
     velo_to_ego = np.eye(4)
     velo_to_ego[2, 3] = LIDAR_HEIGHT
     return Rig(
-        intrinsics[None], (velo_to_volume @ camera_to_velo)[None], velo_to_ego @ velo_to_volume.T,
+        ("front",), intrinsics[None], (velo_to_volume @ camera_to_velo)[None],
+        velo_to_ego @ velo_to_volume.T,
         box=(-25.6, 0, -2, 25.6, 51.2, 4.4), voxel=0.2, ahead=51.2, behind=6,
     )  # fmt: skip
 
 
 def _surround(size):
-    # Front, front right, front left, back, back left, back right: yaw, field of view, x and y.
-    ring = (
-        (0, 70, 1.7, 0), (-55, 70, 1.55, -0.5), (55, 70, 1.55, 0.5),
-        (180, 110, 0.05, 0), (110, 70, 1.05, 0.5), (-110, 70, 1.05, -0.5),
-    )  # fmt: skip
+    ring = {  # yaw, field of view, x and y
+        "front": (0, 70, 1.7, 0), "front right": (-55, 70, 1.55, -0.5),
+        "front left": (55, 70, 1.55, 0.5), "back": (180, 110, 0.05, 0),
+        "back left": (110, 70, 1.05, 0.5), "back right": (-110, 70, 1.05, -0.5),
+    }  # fmt: skip
     cameras = [
         _camera(size, size[1] / 2 / np.tan(np.deg2rad(view / 2)), yaw, (x, y, 1.5))
-        for yaw, view, x, y in ring
+        for yaw, view, x, y in ring.values()
     ]
     intrinsics, poses = (np.stack(matrices) for matrices in zip(*cameras, strict=True))
     box = (-40, -40, -1, 40, 40, 5.4)
-    return Rig(intrinsics, poses, np.eye(4), box, voxel=0.4, ahead=40, behind=40)
+    return Rig(tuple(ring), intrinsics, poses, np.eye(4), box, voxel=0.4, ahead=40, behind=40)
 
 
 def _camera(size, focal, yaw, position):

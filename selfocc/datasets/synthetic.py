@@ -83,6 +83,7 @@ class SyntheticSequence:
         self.frames = config.frames
         self.labelled = list(range(0, config.frames, LABEL_EVERY))
         self.rig = make_rig(config.rig, config.image_size)
+        self.camera_names = self.rig.names
         first = np.stack([self.cameras(frame)[1][0] for frame in range(self.frames)])
         self.positions = first[:, :3, 3]
         # As KITTI counts it: in the plane of x and z of the first camera.

@@ -78,6 +78,11 @@ def voxels_to_volume(sequence: Sequence, frame: int) -> Tensor | None:
     return None if torch.equal(matrix, torch.eye(4, dtype=matrix.dtype)) else matrix
 
 
+def camera_names(sequence: Sequence, count: int) -> list[str]:
+    """What a sequence calls its cameras, or else their numbers."""
+    return list(getattr(sequence, "camera_names", (f"camera {k}" for k in range(count))))
+
+
 @dataclass
 class Frames:
     """Images of one time stamp or several, cameras in the volume frame of the *input* frame."""
