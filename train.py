@@ -46,7 +46,7 @@ from selfocc.datasets import Folders, open_dataset
 from selfocc.datasets.loader import read_ahead
 from selfocc.datasets.video import collate
 from selfocc.geometry import cellular_pixels
-from selfocc.labels import settle_classes
+from selfocc.labels import check_classes, settle_classes
 from selfocc.losses import objective
 from selfocc.model import Noise, SelfOcc
 from selfocc.settings import change
@@ -110,7 +110,9 @@ def choose_settings(arguments: argparse.Namespace, resumed: Config | None) -> Co
     overrides += arguments.set
     chosen = change(resumed, overrides) if resumed else presets.build(preset, overrides)
     check_training(chosen)
-    return settle_classes(chosen)
+    settings = settle_classes(chosen)
+    check_classes(settings)
+    return settings
 
 
 def learning_rate(optim: OptimConfig, base: float, step: int) -> float:

@@ -59,7 +59,7 @@ class DataConfig(Section, name="data"):
     # source frames: the nearest, or drawn for each camera
     neighbours: Literal["nearest", "composite"] = "nearest"
     one_sided: bool = False  # a frame with a neighbour on one side only: that is both its sources
-    stereo_source: bool = False  # KITTI raw: the other eye often replaces a source frame
+    stereo_source: bool = False  # KITTI: the other eye often replaces a source frame
     label_map: str = ""  # meaning of 2-D pseudo labels: a table of labels.py, or a JSON file
     # KITTI: sequences and frames, such as 00,01 or 06:0-39; empty is the official split
     train: str = ""
@@ -265,8 +265,8 @@ def _training_contradictions(config: Config) -> Iterator[str]:
             f"render.rays is {_size(config.render.rays)}, more than the {_size(rendered)} pixels "
             "of the images that supervise (data.target_crop or data.crop, times data.target_scale)"
         )
-    if data.stereo_source and data.dataset != "kitti_raw":
-        yield f"data.stereo_source needs data.dataset=kitti_raw, not {data.dataset}"
+    if data.stereo_source and data.dataset not in ("kitti", "kitti_raw"):
+        yield f"data.stereo_source needs stereo pairs, and data set {data.dataset} has none"
     if loss.weight_color and not config.field.colors:
         yield "loss.weight_color needs field.colors=3; set it to 0 otherwise"
     if not any(getattr(loss, f.name) for f in dataclasses.fields(loss) if "weight" in f.name):

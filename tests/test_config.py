@@ -110,7 +110,7 @@ def test_values_that_mean_nothing(override, said):
     "override, said",
     [
         ("render.rays=200,20", "more than the 96x320 pixels"),
-        ("data.stereo_source=true", "needs data.dataset=kitti_raw"),
+        ("data.stereo_source=true", "data set synthetic has none"),
         ("field.colors=0", "loss.weight_color needs field.colors=3"),
         ("loss.sparsity_pitch=7", "more than a side of volume.box"),
     ],

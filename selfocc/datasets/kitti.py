@@ -266,6 +266,17 @@ class KittiSequence:
         """The frame's name on disk, "000040"."""
         return f"{self.numbers[frame]:06d}"
 
+    def files(self, frame: int) -> list[Path]:
+        """All files of a frame that are read where they are there."""
+        name, folder = self.frame_id(frame), self.folder
+        image = folder / self.left / f"{name}.png"
+        labels = [] if self._labels is None else [self._labels.file(image)]
+        poses = folder.parents[1] / "poses" / f"{folder.name}.txt"
+        scan = folder / "velodyne" / f"{name}.bin"
+        voxels = (folder / "voxels" / f"{name}{suffix}" for suffix in (".label", ".invalid"))
+        right = folder / self.right / f"{name}.png"
+        return [folder / "calib.txt", poses, image, right, scan, *voxels, *labels]
+
     def cameras(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
         """intrinsics [1, 3, 3] in pixels, camera_to_world [1, 4, 4], float64."""
         return self.intrinsics[None].copy(), (self._poses[frame] @ self._left_to_cam0)[None]

@@ -96,6 +96,12 @@ class Drive:
             self.imu_to_cam0 = self.velo_to_cam0 @ imu_to_velo
             self.missing.append("no pose file: poses are taken from OXTS, good to some centimetres")
 
+    def files(self, number: int) -> list[Path]:
+        """Calibration, and where the pose of a frame is read."""
+        names = ("cam_to_cam", "velo_to_cam", "imu_to_velo")
+        pose = self.pose_file or self.folder / "oxts" / "data" / f"{number:010d}.txt"
+        return [*(self.folder.parent / f"calib_{name}.txt" for name in names), pose]
+
     def choose(self, eye: str, frames: Iterable[int] | None) -> list[int]:
         """Those of the frame numbers `frames` (None: all) that the eye has; one must have each."""
         if frames is None:

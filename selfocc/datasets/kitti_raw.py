@@ -209,6 +209,14 @@ class KittiRawSequence:
         """The frame's name on disk, "0000000040"."""
         return f"{self.numbers[frame]:0{DIGITS}d}"
 
+    def files(self, frame: int) -> list[Path]:
+        """All files of a frame that are read where they are there."""
+        images = [self._image_path(eye, frame) for eye in EYES]
+        truth = [] if self._truth is None else [self._truth / f"{self.frame_id(frame)}.png"]
+        own = self._image_path(self.eye, frame)
+        labels = [] if self._labels is None else [self._labels.file(own)]
+        return [*self.drive.files(self.numbers[frame]), *images, self._scan(frame), *truth, *labels]
+
     def cameras(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
         """intrinsics [1, 3, 3] in pixels, camera_to_world [1, 4, 4], float64."""
         return self.intrinsics[None].copy(), self._poses[frame][None]
