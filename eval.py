@@ -20,6 +20,7 @@ import contextlib
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -89,7 +90,10 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
         "--resume", action="store_true", help="keep the frames that an earlier run has scored"
     )
     parser.add_argument(
-        "--frames", type=count, metavar="N", help="evaluate N frames, evenly spread; default: all"
+        "--frames",
+        type=partial(count, least=1),
+        metavar="N",
+        help="evaluate N frames, evenly spread; default: all",
     )
     parser.add_argument(
         "--prior-frames",

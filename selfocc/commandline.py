@@ -34,10 +34,10 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; --help lists the options")
 
 
-def count(text: str) -> int:
+def count(text: str, least: int = 0) -> int:
     """Of frames or pictures on the command line."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} on")
     return int(text)
 
 

@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import kernels
+from selfocc import InputError, counted
 from selfocc.backbone import FPN, Backbone
 from selfocc.config import Config
 from selfocc.datasets.video import Batch, Frames
@@ -80,11 +81,19 @@ class SelfOcc(nn.Module):
         return torch.exp(10 * self.variance).clamp(1e-6, 1e6)
 
     def volume(self, batch: Batch) -> Tensor:
-        """The field of a batch [B, 1 + colours + classes, H, W, Z], channel 0 the SDF in metres."""
+        """The field of a batch [B, 1 + colours + classes, H, W, Z], channel 0 the SDF in metres.
+
+        Raises InputError for another number of cameras than the network has embeddings for.
+        """
         with torch.autocast(
             batch.images.device.type, torch.bfloat16, enabled=self.config.optim.bf16
         ):
-            cameras = batch.images.shape[1]
+            cameras, known = batch.images.shape[1], len(self.encoder.camera_embedding)
+            if cameras != known:
+                raise InputError(
+                    f"the network knows a rig of {counted(known, 'camera')}, the data have "
+                    f"{cameras}; leave encoder.cameras alone, or choose data of such a rig"
+                )
             features = self.fpn(self.backbone(rearrange(batch.images, "b n c h w -> (b n) c h w")))
             features = [rearrange(f, "(b n) c h w -> b n c h w", n=cameras) for f in features]
             image_size = seen_size = tuple(batch.images.shape[-2:])
