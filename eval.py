@@ -163,6 +163,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
             for line in dict.fromkeys(line for s in dataset.sequences for line in s.missing):
                 print(f"note: {line}")
 
+        if "occupancy" in tasks:
+            for sequence in dataset.sequences:
+                for frame in getattr(sequence, "damaged", ()):
+                    sequence.voxels(frame)  # says what is wrong, as a score without it would not
         rules = protocols.choose(settings, arguments.protocol)
         frames = arguments.frames, arguments.prior_frames
         what = evaluation.identity(model, dataset, training, tasks, rules, *frames, rank)
