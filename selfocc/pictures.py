@@ -6,7 +6,7 @@ these numbers mean.
 
 import functools
 import io
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -378,14 +378,15 @@ def write_video(
 def _same_size(pictures: Collection[np.ndarray]) -> Iterator[np.ndarray]:
     size = None
     for picture in tqdm(pictures, desc="video"):
-        size = size or [n + n % 2 for n in picture.shape[:2]]  # H.264 halves the resolution of hue
-        shrink = min(1, size[0] / picture.shape[0], size[1] / picture.shape[1])
-        picture = scaled(picture, max(int(picture.shape[1] * shrink), 1), smooth=True)
-        margins = [(0, n - have) for n, have in zip(size, picture.shape[:2], strict=True)]
-        yield np.pad(picture, [*margins, (0, 0)], constant_values=255)
+        image = Image.fromarray(picture)
+        size = size or tuple(n + n % 2 for n in image.size)  # H.264 halves the resolution of hue
+        image.thumbnail(size)
+        frame = Image.new("RGB", size, "white")
+        frame.paste(image)
+        yield np.asarray(frame)
 
 
-def _mp4(pictures: Collection[np.ndarray], fps: int, plugin: str) -> bytes:
+def _mp4(pictures: Iterable[np.ndarray], fps: int, plugin: str) -> bytes:
     buffer = io.BytesIO()
     with iio.imopen(buffer, "w", plugin=plugin, extension=".mp4") as file:
         if plugin == "FFMPEG":  # stretches to multiples of 16 unless told not to
