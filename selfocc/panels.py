@@ -69,15 +69,15 @@ def _occupancy_rows(
         known = labels != 255
         columns[0] = ("predicted, where known", occupied & known)
         columns.append(("truth", (labels > 0) & known))
-    ahead = batch.target.camera_to_volume[0, 0, :3, 2].cpu()
+    ahead = batch.target.camera_to_volume[0, 0, :3, 2].cpu().numpy()
     if matrix is not None:
-        ahead = matrix[:3, :3].T @ ahead
+        ahead = matrix[:3, :3].numpy().T @ ahead
     drawn = -(-width // -(-width // COLUMN[0]))  # a whole number of pixels each
     rows = []
     for view, ticks in (("behind", None), ("above", pictures.height_ticks(box))):
         cells = []
         for name, grid in columns:
-            turned = pictures.facing_y(grid, box, ahead.numpy())
+            turned = pictures.facing_y(grid, box, ahead)
             picture = pictures.occupancy_picture(*turned, view, (round(0.6 * drawn), drawn))
             picture = pictures.scaled(picture, width)
             cells.append(pictures.caption(picture, f"{name}, from {view}", size, ticks))

@@ -6,7 +6,7 @@ these numbers mean.
 
 import functools
 import io
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -214,20 +214,21 @@ def caption(
 def legend(width: int, ticks: dict[str, float], size: int) -> np.ndarray:
     """A bar of turbo's colours from 0 to 1, and below it those labels that find room.
 
-    It stands GAP below whatever is above it.
-
-    ticks: label -> number; its mark is below column `round(number * (width - 1))`.
+    ticks: label -> number. White margins keep the bar off the picture above and the labels off
+    those of the next legend.
     """
-    bar, mark = max(size // 2, 6), max(size // 4, 3)
-    image = Image.new("RGB", (width, GAP + bar + mark + round(1.4 * size)), "white")
-    image.paste(Image.fromarray(turbo(np.tile(np.linspace(0, 1, width), (bar, 1)))), (0, GAP))
-    below = GAP + bar
+    margin, mark = min(size // 2, width // 4), max(size // 4, 3)
+    numbers = np.linspace(0, 1, width - 2 * margin)
+    bar = turbo(np.tile(numbers, (max(size // 2, 6), 1)))
+    below = GAP + len(bar)
+    image = Image.new("RGB", (width, below + mark + round(1.4 * size)), "white")
+    image.paste(Image.fromarray(bar), (margin, GAP))
     draw, font = ImageDraw.Draw(image), _font(size)
     taken: list[tuple[int, int]] = []
     # both ends first
-    for label, value in sorted(ticks.items(), key=lambda tick: min(tick[1], 1 - tick[1])):
-        at, long = round(value * (width - 1)), _length(label, font)
-        left = min(max(at - long // 2, 0), max(width - long, 0))
+    for label, number in sorted(ticks.items(), key=lambda tick: min(tick[1], 1 - tick[1])):
+        at, long = margin + round(number * (len(numbers) - 1)), _length(label, font)
+        left = max(min(at - long // 2, width - margin - long), margin)
         if all(left > end + size // 3 or left + long + size // 3 < start for start, end in taken):
             taken.append((left, left + long))
             draw.line((at, below, at, below + mark - 1), fill="black")
@@ -377,14 +378,15 @@ def write_video(
 def _same_size(pictures: Collection[np.ndarray]) -> Iterator[np.ndarray]:
     size = None
     for picture in tqdm(pictures, desc="video"):
-        size = size or [n + n % 2 for n in picture.shape[:2]]  # H.264 halves the resolution of hue
-        shrink = min(1, size[0] / picture.shape[0], size[1] / picture.shape[1])
-        picture = scaled(picture, max(int(picture.shape[1] * shrink), 1), smooth=True)
-        margins = [(0, n - have) for n, have in zip(size, picture.shape[:2], strict=True)]
-        yield np.pad(picture, [*margins, (0, 0)], constant_values=255)
+        image = Image.fromarray(picture)
+        size = size or tuple(n + n % 2 for n in image.size)  # H.264 halves the resolution of hue
+        image.thumbnail(size)
+        frame = Image.new("RGB", size, "white")
+        frame.paste(image)
+        yield np.asarray(frame)
 
 
-def _mp4(pictures: Collection[np.ndarray], fps: int, plugin: str) -> bytes:
+def _mp4(pictures: Iterable[np.ndarray], fps: int, plugin: str) -> bytes:
     buffer = io.BytesIO()
     with iio.imopen(buffer, "w", plugin=plugin, extension=".mp4") as file:
         if plugin == "FFMPEG":  # stretches to multiples of 16 unless told not to
