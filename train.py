@@ -50,6 +50,7 @@ from selfocc.labels import check_classes, settle_classes
 from selfocc.losses import objective
 from selfocc.model import Noise, SelfOcc
 from selfocc.settings import change
+from selfocc.training import draw_noise, make_optimizer
 
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
@@ -128,19 +129,6 @@ def learning_rate(optim: OptimConfig, base: float, step: int) -> float:
     return optim.min_lr + 0.5 * (base - optim.min_lr) * (1 + math.cos(math.pi * step / optim.steps))
 
 
-def make_optimizer(model: SelfOcc, optim: OptimConfig) -> torch.optim.AdamW:
-    backbone = {id(p) for p in model.backbone.parameters()}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if id(p) not in backbone], "base": optim.lr},
-        {
-            "params": [p for p in trained if id(p) in backbone],
-            "base": optim.lr * optim.backbone_factor,
-        },
-    ]
-    return torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
-
-
 class Keys:
     """For every forward pass from `start` on, the (index, seed) keys of this process's samples.
 
@@ -165,17 +153,6 @@ class Keys:
         order = np.random.default_rng((self.optim.seed, epoch)).permutation(self.length)
         seed = np.random.SeedSequence((self.optim.seed, number)).generate_state(1)
         return int(order[place]), int(seed[0])
-
-
-def draw_noise(settings: Config, cameras: int, forward: int, rank: int, world: int) -> Noise:
-    """The random numbers of one forward pass: drawn for the global batch, this rank's share."""
-    generator = torch.Generator().manual_seed(settings.optim.seed * 1_000_003 + forward)
-    batch, rays = settings.optim.batch, math.prod(settings.render.rays)
-    mine = slice(rank * batch, (rank + 1) * batch)
-    pixels = torch.rand(4, generator=generator)
-    numbers = torch.rand(world * batch, cameras, rays, 4, generator=generator)[mine]
-    shift = torch.rand(world * batch, 3, generator=generator)[mine]
-    return Noise(pixels, numbers[..., 0], numbers[..., 1:], shift)
 
 
 def train(arguments: argparse.Namespace) -> None:

@@ -1,5 +1,13 @@
 """SelfOcc: self-supervised 3D occupancy from camera video (arXiv 2311.12754)."""
 
+import kernels
+
+if not hasattr(kernels, "render_photometric"):  # there are other packages of this name
+    raise ImportError(
+        f"{kernels.__file__} is not the `kernels` of SelfOcc but another package of that name; "
+        "install SelfOcc in an environment without it, or run it in its own folder"
+    )
+
 
 def counted(number: int, noun: str) -> str:
     """ "1 frame", "2 frames"."""

@@ -26,16 +26,17 @@ from kernels.measure import (
     gpu_seconds,
     reset_cpu_peak,
 )
-from selfocc import presets
+from selfocc import InputError, presets
 from selfocc.commandline import Parser, run
 from selfocc.config import Config
 from selfocc.datasets.video import Batch, Frames
+from selfocc.files import make_folder, write_file
 from selfocc.geometry import cellular_pixels, fixed_pixels, node_positions
 from selfocc.losses import objective
 from selfocc.model import Noise, SelfOcc
 from selfocc.render import SPENT
 from selfocc.settings import change
-from train import draw_noise, make_optimizer
+from selfocc.training import draw_noise, make_optimizer
 
 SAMPLES = 256  # of a ray, when depth is rendered
 STAGES = {  # module whose end ends a stage -> stage
@@ -70,6 +71,10 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
 
 
 def bench(arguments: argparse.Namespace) -> None:
+    if arguments.out:
+        if arguments.out.is_dir():
+            raise InputError(f"--out {arguments.out} is a folder; name a file")
+        make_folder(arguments.out.parent)
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     if arguments.threads:
@@ -94,7 +99,7 @@ def bench(arguments: argparse.Namespace) -> None:
             report["runs"].append(row)
             print(table(row))
     if arguments.out:
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+        write_file(arguments.out, (json.dumps(report, indent=1) + "\n").encode())
 
 
 def table(row: dict) -> str:

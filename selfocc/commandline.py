@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-        self.register("type", Path, _path)  # what `type=Path` does
+        self.register("type", Path, path)  # what `type=Path` does
 
     def error(self, message: str) -> NoReturn:
         unknown = re.match(r"unrecognized arguments: --([\w-]+)", message)
@@ -41,12 +41,12 @@ def count(text: str, least: int = 0) -> int:
     return int(text)
 
 
-def _path(text: str) -> Path:
+def path(text: str) -> Path:
     """A path; `~`, which shells leave in quotes and after `--out=`, is the home folder."""
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text}: there is no such home folder") from None
+        raise InputError(f"{text}: there is no such home folder; give the whole path") from None
 
 
 def add_data_options(parser: Parser) -> None:
@@ -126,7 +126,7 @@ def _run(work: Callable[[], None]) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        return _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
+        return _fail(": ".join(str(x) for x in (error.filename, error.strerror or error) if x))
     except Stopped as note:
         if str(note):
             print(note, file=sys.stderr)

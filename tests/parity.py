@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import kernels
-from selfocc import published
+from selfocc import InputError, published
+from selfocc.commandline import run
 from selfocc.config import Config
 from selfocc.datasets.video import Batch, Frames
 from selfocc.encoder import project_points
@@ -261,7 +262,11 @@ def table(results: dict[str, Errors]) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main() -> None:
     if not goldens.FOLDER.exists():
-        sys.exit(f"error: no recorded numbers of the published implementation at {goldens.FOLDER}")
+        raise InputError(f"no recorded numbers of the published implementation at {goldens.FOLDER}")
     print(table({name: compare(Record.load(name)) for name in CASES}))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

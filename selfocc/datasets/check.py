@@ -23,6 +23,7 @@ from selfocc.datasets import Folders, open_sequences
 from selfocc.datasets.epipolar import epipolar_offset, images_of, scan_agreement
 from selfocc.datasets.kitti_files import check_camera
 from selfocc.datasets.video import Sequence, VideoDataset, camera_names, project_points
+from selfocc.files import make_folder
 
 LONGEST_STEP = 5.0  # metres between consecutive frames, or six times the median
 WIDEST_TURN = 15.0  # degrees between consecutive frames, or six times the median
@@ -321,6 +322,7 @@ def _main(words: list[str] | None) -> None:
     )
     chosen = parser.parse_args(words)
     data = _settings(chosen)
+    make_folder(chosen.out)
     reports = {s: _look(s, data, folders(chosen), chosen.frames or None) for s in ("train", "val")}
     problems = []
     for split, report in reports.items():

@@ -1,13 +1,12 @@
 """The command line of `python -m selfocc.datasets.synthetic`: the embedded world as files."""
 
-from pathlib import Path
-
 from selfocc import InputError
-from selfocc.commandline import Parser, run
+from selfocc.commandline import Parser, path, run
 from selfocc.datasets.export_kitti import export_kitti
 from selfocc.datasets.export_kitti_raw import export_kitti_raw
 from selfocc.datasets.export_nuscenes import export_nuscenes
 from selfocc.datasets.synthetic import SPLITS, SyntheticConfig, synthetic_sequences
+from selfocc.files import make_folder
 
 # format: writer, rig, height and width of images
 FORMATS = {
@@ -50,4 +49,4 @@ def _main(arguments):
         for split in dict.fromkeys(chosen.split)
         for sequence in synthetic_sequences(config, split, chosen.scenes, chosen.seed)
     ]
-    export(sequences, Path(folder))
+    export(sequences, make_folder(path(folder)))
