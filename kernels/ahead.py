@@ -91,7 +91,8 @@ def _try_to_compile(task: tuple[int, str]) -> Report | str:
     try:
         return compile_ahead(_to_compile[number], target)
     except Exception as error:  # of whatever kind: the other kernels are of interest all the same
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        reason, _, _ = str(error).strip().partition("\n")
+        return f"{type(error).__name__}: {reason}"
 
 
 def _cuda_resources(cubin: bytes) -> tuple[int, int]:

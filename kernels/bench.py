@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ from kernels.ahead import TARGETS, compile_all, launches_of
 from kernels.cases import Case, cases
 from kernels.dispatch import Launch, interpreting, triton
 from kernels.measure import (
+    at_least_one,
+    check_output,
     chosen_backend,
     copy_bandwidth,
     cpu_peak,
@@ -43,8 +46,13 @@ from kernels.scenes import SIZES, Draw
 SETS = 3  # of inputs that take turns, so that caches tell no lies
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m kernels.bench",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -62,12 +70,12 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--repeats",
-        type=int,
+        type=at_least_one,
         help="runs of which the median is taken; default: 30 on a GPU, 1 on a CPU",
     )
     parser.add_argument(
         "--threads",
-        type=int,
+        type=at_least_one,
         default=os.cpu_count(),
         help="CPU threads of PyTorch, and processes that compile; default: all cores",
     )
@@ -86,13 +94,23 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
         for name in getattr(arguments, option):
             if name not in known:
                 parser.error(f"--{option}: {name!r} is not one of {', '.join(known)}")
-    if arguments.compile_only and (interpreting() or not hasattr(triton, "compile")):
+    compiles = hasattr(triton, "compile") and not interpreting()
+    if arguments.compile_only and not compiles:
         parser.error("--compile-only needs Triton, and TRITON_INTERPRET unset")
+    try:  # before the work, not after it
+        path, advice = arguments.out, "--out FILE names another"
+        if path:
+            check_output(path)
+        if compiles:
+            path, advice = triton.knobs.cache.dir, "TRITON_CACHE_DIR names another cache"
+            check_output(Path(path, "kernel"))
+    except OSError as error:
+        parser.error(f"cannot write {path}: {error.strerror}; {advice}")
     return arguments
 
 
 def main(words: list[str] | None = None) -> int:
-    """The command line (or `words` instead of it); returns 1 if a kernel is wrong."""
+    """The command line (or `words` instead of it); returns 1 if a kernel is wrong or fails."""
     arguments = parse_arguments(words)
     say = print if not arguments.json else (lambda *_, **__: None)
     torch.set_num_threads(arguments.threads)
@@ -110,12 +128,17 @@ def main(words: list[str] | None = None) -> int:
         launches = different_launches(chosen)
         report["compiled"] = compiled(launches, arguments.targets, arguments.threads)
         say(compile_table(report["compiled"], arguments.targets))
+        for line in complaints(report["compiled"]):
+            wrong = True
+            print(line, file=sys.stderr)
     if not arguments.compile_only:
         timed = [case for case in chosen if case.timed]
         repeats = arguments.repeats or (30 if gpu else 1)
         if gpu:
             report["copy_gb_per_s"] = copy_bandwidth()
             report["times"] = list(gpu_times(timed, repeats, report["copy_gb_per_s"], say))
+            ours = [row for row in report["times"] if row["implementation"] == "triton"]
+            wrong |= any("failed" in row for row in ours)
         else:
             report["times"] = list(cpu_times(timed, repeats, arguments.threads, say))
     text = json.dumps(report, indent=1)
@@ -185,6 +208,11 @@ def correctness(chosen: list[Case], device: str, say: Callable) -> Iterator[dict
             row |= _distances(case, device)
         except torch.OutOfMemoryError as error:
             say(f"{case.name:46s} {_short(error)}")
+            continue
+        except Exception as error:  # whatever one fails of, the others are of interest
+            row |= {"failed": _short(error), "right": False}
+            say(f"{case.name:46s} {row['failed']}")
+            yield row
             continue
         verdict = "" if row["right"] else "  WRONG"
         say(f"{case.name:46s} {row['triton']:10.1e} {row['reference']:10.1e}{verdict}")
@@ -395,6 +423,20 @@ def compile_table(rows: list[dict], targets: list[str]) -> str:
         cells = "".join(f"{cell:>12s}" for cell in cells)
         lines.append(f"{row['kernel']:40s}{row['case']:58s}{row['warps']:6d}{cells}")
     return "\n".join(lines)
+
+
+def complaints(rows: list[dict]) -> list[str]:
+    """A line for every reason why something did not compile, with the first place and a count."""
+    places: dict[str, list[str]] = {}
+    for row in rows:
+        for target, report in row["targets"].items():
+            if "failed" in report:
+                place = f"{row['kernel']} of {row['case']} for {target}"
+                places.setdefault(report["failed"], []).append(place)
+    return [
+        f"error: {first} did not compile{f', nor did {len(more)} others' if more else ''}: {reason}"
+        for reason, (first, *more) in places.items()
+    ]
 
 
 def _cell(report: dict) -> str:

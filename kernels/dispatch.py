@@ -6,6 +6,7 @@ are not there with exactly the types and constants of a real call.
 
 import contextlib
 import os
+import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -154,4 +155,8 @@ def _type(argument) -> str | tuple:
     return "fp32"
 
 
-backend(os.environ.get("SELFOCC_KERNELS", "auto"))
+try:
+    backend(os.environ.get("SELFOCC_KERNELS", "auto"))
+except (ValueError, RuntimeError) as error:  # typed in a shell: a line is enough there
+    print(f"error: SELFOCC_KERNELS: {error}", file=sys.stderr)
+    sys.exit(2)

@@ -1,9 +1,12 @@
 """Seconds and bytes, on a GPU and on a CPU."""
 
+import errno
 import gc
 import itertools
+import os
 import sys
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +16,32 @@ import torch
 
 import kernels
 
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
+
 _FLUSH = 1 << 28  # bytes written before every run: no cache holds what the last run left
 _LONGEST = 10.0  # seconds of runs, after which the median is taken of fewer
+
+
+def at_least_one(text: str) -> int:
+    """The number of an option that counts something; raises ArgumentTypeError for others."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def check_output(path: Path) -> None:
+    """Make the folder of a file that will be written. Raises OSError if it could not be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:  # which mkdir says of a file, as if that were well
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
+    new = not path.exists()
+    path.open("a").close()
+    if new:
+        path.unlink()
 
 
 @contextmanager
@@ -86,12 +113,12 @@ def reset_cpu_peak() -> int:
 
 
 def cpu_peak() -> int:
-    """The most bytes this process held."""
+    """The most bytes this process held, 0 where the system does not tell (Windows)."""
     try:
         return _status("VmHWM")
     except OSError:
-        import resource  # not on Windows
-
+        if resource is None:
+            return 0
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -4,7 +4,8 @@
     python -m selfocc.bench --preset kitti --backends triton --repeats 50 --out steps.json
 
 Images and cameras are random, of the preset's size, and no data set is needed; a step is that of
-train.py with accumulate = 1. Depth rendering is of whole images, 256 samples a ray.
+train.py with accumulate = 1, so a GPU multiplies in TF32 (NVIDIA_TF32_OVERRIDE=0 in front: in
+float32). Depth rendering is of whole images, 256 samples a ray.
 """
 
 import argparse
@@ -19,6 +20,8 @@ from statistics import median
 import torch
 
 from kernels.measure import (
+    at_least_one,
+    check_output,
     chosen_backend,
     cpu_peak,
     cpu_seconds,
@@ -26,11 +29,10 @@ from kernels.measure import (
     gpu_seconds,
     reset_cpu_peak,
 )
-from selfocc import InputError, presets
+from selfocc import InputError, distributed, files, presets
 from selfocc.commandline import Parser, run
 from selfocc.config import Config
-from selfocc.datasets.video import Batch, Frames
-from selfocc.files import make_folder, write_file
+from selfocc.datasets.video import Batch, Frames, collate
 from selfocc.geometry import cellular_pixels, fixed_pixels, node_positions
 from selfocc.losses import objective
 from selfocc.model import Noise, SelfOcc
@@ -61,8 +63,12 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
         metavar="NAME,..",
         help="of torch and triton; default: both where Triton runs",
     )
-    parser.add_argument("--repeats", type=int, help="steps; default: 20 on a GPU, 3 elsewhere")
-    parser.add_argument("--threads", type=int, help="CPU threads of PyTorch; default: its own")
+    parser.add_argument(
+        "--repeats", type=at_least_one, help="steps; default: 20 on a GPU, 3 elsewhere"
+    )
+    parser.add_argument(
+        "--threads", type=at_least_one, help="CPU threads of PyTorch; default: its own"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="as for train.py"
     )
@@ -71,12 +77,9 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    if arguments.out:
-        if arguments.out.is_dir():
-            raise InputError(f"--out {arguments.out} is a folder; name a file")
-        make_folder(arguments.out.parent)
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
+    distributed.allow_tf32(device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     chosen = arguments.preset or (["kitti", "nuscenes"] if gpu else ["synthetic"])
@@ -84,22 +87,37 @@ def bench(arguments: argparse.Namespace) -> None:
         print("No GPU here, so the small preset `synthetic`; --preset kitti is the published size.")
     backends = arguments.backends or (["torch", "triton"] if gpu else ["torch"])
     repeats = arguments.repeats or (20 if gpu else 3)
+    # with what numbers it starts costs no time
+    settings = {
+        preset: presets.build(preset, [*arguments.set, "backbone.weights=none"])
+        for preset in chosen
+    }
+    for backend in backends:
+        try:
+            with chosen_backend(backend):
+                pass
+        except (ValueError, RuntimeError) as error:
+            raise InputError(f"--backends {backend}: {error}") from None
+    if arguments.out:
+        try:
+            check_output(arguments.out)
+        except OSError as error:
+            reason = f"cannot write {arguments.out}: {error.strerror}"
+            raise InputError(f"{reason}; --out FILE names another") from None
     where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}, torch {torch.__version__}")
     report = {"device": where, "torch": torch.__version__, "runs": []}
     for preset in chosen:
-        # with what numbers it starts costs no time
-        settings = presets.build(preset, [*arguments.set, "backbone.weights=none"])
         for backend in backends:
             with chosen_backend(backend):
                 row = {"preset": preset, "backend": backend}
                 # first: a CPU process keeps what training has freed, and would hide what this needs
-                row |= time_depth(settings, device, repeats)
-                row |= time_steps(settings, device, repeats)
+                row |= time_depth(settings[preset], device, repeats)
+                row |= time_steps(settings[preset], device, repeats)
             report["runs"].append(row)
             print(table(row))
     if arguments.out:
-        write_file(arguments.out, (json.dumps(report, indent=1) + "\n").encode())
+        files.write_file(arguments.out, (json.dumps(report, indent=1) + "\n").encode())
 
 
 def table(row: dict) -> str:
@@ -220,7 +238,8 @@ def time_depth(settings: Config, device: torch.device, repeats: int) -> dict:
     # a road: some rays end soon, others nowhere
     height = node_positions(settings.volume.box, settings.volume.nodes, device)[..., 2]
     channels = 1 + settings.field.colors + settings.field.classes
-    volume = torch.randn(1, channels, *settings.volume.nodes, device=device)
+    volume = torch.randn(1, *settings.volume.nodes, channels, device=device)
+    volume = volume.permute(0, 4, 1, 2, 3)  # the decoder's layout
     volume[:, 0] = (height - settings.volume.box[2] - 0.3).clamp(-0.5, 0.5)
 
     @torch.no_grad()
@@ -243,12 +262,15 @@ def time_depth(settings: Config, device: torch.device, repeats: int) -> dict:
 
 
 def random_batch(settings: Config, seed: int) -> Batch:
-    """Noise for images, cameras on a car: all looking ahead, or in a ring; sources 1 m away."""
+    """Noise for images, cameras on a car: all looking ahead, or in a ring; sources 1 m away.
+
+    Laid out as the loader of train.py does, for a GPU in page-locked memory.
+    """
     generator = torch.Generator().manual_seed(seed)
     data, box = settings.data, settings.volume.box
     shown = data.target_crop or data.crop
     network, size = data.pad, tuple(int(n * data.target_scale) for n in shown)
-    cameras, batch = data.cameras, settings.optim.batch
+    cameras = data.cameras
     ring = cameras > 1
     angle = torch.arange(cameras).double() * (2 * math.pi / cameras) + math.pi / 2
     ahead = torch.stack([angle.cos(), angle.sin(), 0 * angle], -1)
@@ -261,30 +283,33 @@ def random_batch(settings: Config, seed: int) -> Batch:
     def intrinsics(image: tuple[int, int]) -> torch.Tensor:
         focal = (0.8 if ring else 0.6) * image[1]
         matrix = torch.tensor([[focal, 0, image[1] / 2], [0, focal, image[0] / 2], [0, 0, 1]])
-        return matrix.double().expand(batch, cameras, 3, 3)
+        return matrix.double().expand(cameras, 3, 3)
 
     def images(*shape: int) -> torch.Tensor:
-        return torch.rand(batch, *shape, generator=generator)
+        return torch.rand(cameras, *shape, generator=generator)
 
     def frame(metres: float) -> tuple[torch.Tensor, ...]:
         moved = pose.clone()
         moved[:, :3, 3] += metres * ahead[0]
-        moved = moved.expand(batch, -1, -1, -1)
-        return images(cameras, 3, *size), intrinsics(size), moved
+        return images(3, *size), intrinsics(size), moved
 
-    labels = None
-    if settings.field.classes:
-        labels = (images(cameras, *size) * settings.field.classes).byte()
-    sources = zip(frame(-1.0), frame(1.0), strict=True)
-    return Batch(
-        name=[""] * batch,
-        images=images(cameras, 3, *network) * 4 - 2,
-        intrinsics=intrinsics(network),
-        camera_to_volume=pose.expand(batch, -1, -1, -1),
-        target=Frames(*frame(0.0)),
-        sources=Frames(*(torch.stack(pair, 1) for pair in sources)),
-        semantics=labels,
-    )
+    def sample() -> Batch:
+        labels = None
+        if settings.field.classes:
+            labels = (images(*size) * settings.field.classes).byte()
+        sources = zip(frame(-1.0), frame(1.0), strict=True)
+        return Batch(
+            name=[""],
+            images=images(3, *network) * 4 - 2,
+            intrinsics=intrinsics(network),
+            camera_to_volume=pose,
+            target=Frames(*frame(0.0)),
+            sources=Frames(*(torch.stack(pair) for pair in sources)),
+            semantics=labels,
+        )
+
+    batch = collate([sample() for _ in range(settings.optim.batch)])
+    return batch.pin_memory() if torch.cuda.is_available() else batch
 
 
 def main(words: list[str] | None = None) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from selfocc.attention import EncoderLayer
 from selfocc.config import EncoderConfig, VolumeConfig
-from selfocc.geometry import image_projection
+from selfocc.geometry import image_projection, move_points
 
 PLANES = {"tpv": ("hw", "zh", "wz"), "bev": ("hw",)}
 _METRIC = {"w": 0, "h": 1, "z": 2}  # grid axis -> index of x, y, z
@@ -190,7 +190,7 @@ def project_points(
     """
     matrix = projection.to(points).flatten(0, -3)  # float32 as published, and under autocast too
     with torch.autocast(points.device.type, enabled=False):
-        projected = points.flatten(0, -2) @ matrix[:, :3, :3].mT + matrix[:, None, :3, 3]
+        projected = move_points(points.flatten(0, -2), matrix)
     depth = projected[..., 2:]
     pixel = projected[..., :2] / depth.clamp_min(1e-5)
     valid = pixel / pixel.new_tensor((valid_size[1], valid_size[0]))

@@ -59,9 +59,9 @@ class FieldDecoder(nn.Module):
             step = math.ceil(self.nodes[0] / slabs)
             pieces = zip(*(part.split(step, dim=1) for part in split), strict=True)
             if torch.is_grad_enabled():
-                decoded = [
-                    checkpoint(self._decode, whole, *piece, use_reentrant=False) for piece in pieces
-                ]
+                # nothing in it is random, and the state of a GPU's generator is slow to fetch
+                how = dict(use_reentrant=False, preserve_rng_state=False)
+                decoded = [checkpoint(self._decode, whole, *piece, **how) for piece in pieces]
             else:
                 decoded = [self._decode(whole, *piece) for piece in pieces]
             rows = torch.cat(decoded, dim=1)

@@ -11,6 +11,9 @@ Conventions used everywhere:
 - Depth is z-depth in the camera; a length along the ray is called distance.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -67,6 +70,23 @@ def _pixel_grid(rays, step, start, device) -> Tensor:
     u = torch.arange(rays[1], device=device) * step[1] + start[1]
     v, u = torch.meshgrid(v, u, indexing="ij")
     return torch.stack([u, v], dim=-1).reshape(-1, 2)
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Inside, matrix products of float32 are not rounded to TF32: pixels need more than 11 bits."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def move_points(points: Tensor, matrix: Tensor) -> Tensor:
+    """Points [M, 3] moved by matrices [..., 4, 4]: [..., M, 3], to the last bit of their type."""
+    with exact_products():
+        return points @ matrix[..., :3, :3].mT + matrix[..., None, :3, 3]
 
 
 def pixel_rays(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from selfocc.config import EncoderConfig, VolumeConfig
 from selfocc.encoder import fourier_features
-from selfocc.geometry import image_projection, node_positions
+from selfocc.geometry import image_projection, move_points, node_positions
 
 CHANNELS = 8  # features at every depth of a pixel, beside the SDF
 GAIN = 4.0  # metres of SDF for one unit of the head's output: it has far to go at a low rate
@@ -78,8 +78,7 @@ class FrustumLift(nn.Module):
         whether they do.
         """
         projection = image_projection(intrinsics, camera_to_volume).float().flatten(0, 1)
-        points = self.points.flatten(0, 2)
-        image = points @ projection[:, :3, :3].mT + projection[:, None, :3, 3]
+        image = move_points(self.points.flatten(0, 2), projection)
         depth = image[..., 2].clamp_min(1e-5)
         size = image.new_tensor([image_size[1], image_size[0]])
         where = 2 * (image[..., :2] / depth[..., None] + 0.5) / size - 1

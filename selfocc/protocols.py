@@ -44,7 +44,7 @@ from selfocc import InputError
 from selfocc.config import Config
 from selfocc.datasets.video import Sequence
 from selfocc.field import occupancy_grid
-from selfocc.geometry import Box
+from selfocc.geometry import Box, move_points
 from selfocc.metrics import GROUND, MIN_DEPTH
 
 PROTOCOLS = ("published", "corrected", "own")
@@ -224,7 +224,7 @@ def _read_centres(
     sdf, likeliest = [], []
     for rows in y.split(max(1, POINTS // (shape[1] * shape[2]))):
         points = torch.stack(torch.meshgrid(rows, x, z, indexing="ij"), dim=-1)[..., [1, 0, 2]]
-        points = points @ matrix[:3, :3].T + matrix[:3, 3]
+        points = move_points(points, matrix)
         place = 2 * (points - lo) / (hi - lo) - 1
         values = F.grid_sample(  # the fastest axis comes first
             volume, place[None, ..., [2, 0, 1]], padding_mode="border", align_corners=True

@@ -15,7 +15,7 @@ from torch import Tensor
 import kernels
 from selfocc import metrics, protocols
 from selfocc.datasets.video import Batch, Frames
-from selfocc.geometry import image_to_image
+from selfocc.geometry import exact_products, image_to_image
 from selfocc.journal import Record
 from selfocc.labels import label_map, voxel_names
 from selfocc.model import SelfOcc
@@ -266,7 +266,8 @@ def _photometric_errors(depth: Tensor, batch: Batch) -> tuple[float, float] | No
         sources.intrinsics,
         sources.camera_to_volume,
     )
-    projected = matrix.to(depth) @ points[:, None]  # [1, K, N, 4, h w]
+    with exact_products():
+        projected = matrix.to(depth) @ points[:, None]  # [1, K, N, 4, h w]
     z = projected[..., 2, :].clamp_min(1e-5)
     x, y = projected[..., 0, :] / z, projected[..., 1, :] / z
     seen = (projected[..., 2, :] > 0) & (x > 0) & (x < width - 1) & (y > 0) & (y < height - 1)

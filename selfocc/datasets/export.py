@@ -1,12 +1,14 @@
 """The command line of `python -m selfocc.datasets.synthetic`: the embedded world as files."""
 
+from functools import partial
+
 from selfocc import InputError
-from selfocc.commandline import Parser, path, run
+from selfocc.commandline import Parser, count, path, run
 from selfocc.datasets.export_kitti import export_kitti
 from selfocc.datasets.export_kitti_raw import export_kitti_raw
 from selfocc.datasets.export_nuscenes import export_nuscenes
 from selfocc.datasets.synthetic import SPLITS, SyntheticConfig, synthetic_sequences
-from selfocc.files import make_folder
+from selfocc.files import owned
 
 # format: writer, rig, height and width of images
 FORMATS = {
@@ -28,15 +30,18 @@ def _main(arguments):
     )
     parser.add_argument("--export", nargs=2, metavar=("FORMAT", "DIR"), required=True,
                         help=f"{', '.join(FORMATS)}, and the folder to write to")  # fmt: skip
-    parser.add_argument("--scenes", type=int, default=2, help="of each split; default: 2")
+    some = partial(count, least=1)
+    parser.add_argument("--scenes", type=some, default=2, help="of each split; default: 2")
     parser.add_argument(
-        "--frames", type=int, default=SyntheticConfig.frames, help="a scene; default: %(default)s"
+        "--frames", type=some, default=SyntheticConfig.frames, help="a scene; default: %(default)s"
     )
-    parser.add_argument("--seed", type=int, default=0, help="number of the first scene; default: 0")
+    parser.add_argument(
+        "--seed", type=count, default=0, help="number of the first scene; default: 0"
+    )
     parser.add_argument(
         "--split", nargs="+", choices=SPLITS, default=["train"], help="one or more; default: train"
     )
-    parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"),
+    parser.add_argument("--size", type=some, nargs=2, metavar=("HEIGHT", "WIDTH"),
                         help="of the images; default: as the small presets have them")  # fmt: skip
     chosen = parser.parse_args(arguments)
     form, folder = chosen.export
@@ -49,4 +54,5 @@ def _main(arguments):
         for split in dict.fromkeys(chosen.split)
         for sequence in synthetic_sequences(config, split, chosen.scenes, chosen.seed)
     ]
-    export(sequences, make_folder(path(folder)))
+    with owned(path(folder)) as owner:
+        export(sequences, owner)
