@@ -8,6 +8,7 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
+from PIL import Image  # pillow comes with imageio
 
 from selfocc import InputError
 
@@ -106,6 +107,27 @@ def read_image(path: Path) -> np.ndarray:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise InputError(f"{path}: {image.dtype} {image.shape} is not 8-bit grey or RGB")
     return image
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width of an image, of which only the header is read."""
+    try:
+        with Image.open(path) as image:
+            return image.size[::-1]
+    except Exception as error:  # decoders raise whatever the damage makes them raise
+        kind = path.suffix[1:].upper()
+        raise InputError(f"{path}: damaged or unreadable {kind}; copy it again") from error
+
+
+def check_camera(path: Path, intrinsics: np.ndarray, size: tuple[int, int]) -> None:
+    """Refuse intrinsics [3, 3] whose principal point is not about the middle of images [h, w]."""
+    u, v = intrinsics[:2, 2]
+    height, width = size
+    if not (0.25 * width < u < 0.75 * width and 0.25 * height < v < 0.75 * height):
+        raise InputError(
+            f"{path}: principal point {u:.0f}, {v:.0f} is far from the middle of images of "
+            f"{width}x{height} pixels; calibration and images must be of one size"
+        )
 
 
 def check_size(path: Path, image: np.ndarray, size: tuple[int, ...], first: str) -> None:
