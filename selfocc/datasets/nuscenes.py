@@ -13,6 +13,7 @@ there, with the nearest in time of every other camera (spec 1.1). Only key frame
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -234,7 +235,7 @@ def _synchronised(rows: np.ndarray, tables: _Tables, name: str) -> tuple[np.ndar
         else:
             complete.append([k[sample] for k in keys])
     frames, is_key = [], []
-    for here, then in zip(complete, [*complete[1:], None], strict=True):
+    for here, then in zip_longest(complete, complete[1:]):
         frames.append(here)
         is_key.append(True)
         if then is not None:
