@@ -223,7 +223,7 @@ def train(arguments: argparse.Namespace) -> None:
     )
     if chief:
         log = Log(files.make_folder(out) / "metrics.jsonl", start)
-        notes = [line for d in (training, validation) for s in d.sequences for line in s.missing]
+        notes = training.notes + validation.notes
         if resumed:
             notes += changes(resumed.config, settings)
         for line in dict.fromkeys(notes):

@@ -74,11 +74,12 @@ class Report:
         if images is None:
             return
         intrinsics, _ = sequence.cameras(frame)
+        sizes = [image.shape[:2] for image in images]
         for name in ("depth", "semantics"):
-            if parts[name] is not None and parts[name].shape != images.shape[:3]:
-                self.problems.append(f"{where}: {name} {parts[name].shape} is no map of its images")
-        for camera, k in enumerate(intrinsics):
-            height, width = images.shape[1:3]
+            maps = [] if parts[name] is None else [part.shape for part in parts[name]]
+            if maps and maps != sizes:
+                self.problems.append(f"{where}: {name} {maps} is no map of its images {sizes}")
+        for camera, (k, (height, width)) in enumerate(zip(intrinsics, sizes, strict=True)):
             centred = 0 < k[0, 2] < width and 0 < k[1, 2] < height
             if not centred or not 0.2 < k[0, 0] / width < 5 or not 0.8 < k[0, 0] / k[1, 1] < 1.25:
                 self.problems.append(
@@ -86,9 +87,10 @@ class Report:
                     f"centre {k[0, 2]:.0f}, {k[1, 2]:.0f} do not suit {width}x{height} pixels; "
                     "are the calibration and the images of one size?"
                 )
-        if any(n < want for n, want in zip(images.shape[1:3], self.data.crop, strict=True)):
+        least = np.min(sizes, axis=0)
+        if (least < self.data.crop).any():
             self.problems.append(
-                f"{where}: {images.shape[1]}x{images.shape[2]} pixels are fewer than the crop "
+                f"{where}: {least[0]}x{least[1]} pixels are fewer than the crop "
                 f"{self.data.crop[0]}x{self.data.crop[1]} of the preset; choose another preset or "
                 "--set data.crop=H,W"
             )
@@ -187,12 +189,13 @@ class Report:
 
     def _trainable(self) -> str:
         try:
-            usable = len(VideoDataset(self.sequences, self.data, train=True))
+            dataset = VideoDataset(self.sequences, self.data, train=True)
         except InputError as error:
             self.problems.append(error.line())
             return "training: no frame can be used"
+        self.notes = dataset.notes
         near, far = self.data.source
-        return f"training: {usable} frames have neighbours {near:g} to {far:g} m away"
+        return f"training: {len(dataset)} frames have neighbours {near:g} to {far:g} m away"
 
     def picture(self) -> np.ndarray | None:
         """LiDAR, or else depth, drawn onto every camera of a frame in the middle that has it."""
@@ -214,10 +217,10 @@ def overlay(sequence: Sequence, frame: int) -> list[np.ndarray] | None:
     if points is not None:
         intrinsics, camera_to_world = sequence.cameras(frame)
         to_cameras = np.linalg.inv(camera_to_world) @ sequence.volume_to_world(frame)
-        depth = np.stack([
-            project_points(points, to_camera, k, images.shape[1:3])
-            for to_camera, k in zip(to_cameras, intrinsics, strict=True)
-        ])  # fmt: skip
+        depth = [
+            project_points(points, to_camera, k, image.shape[:2])
+            for to_camera, k, image in zip(to_cameras, intrinsics, images, strict=True)
+        ]
     drawn = []
     for camera, (image, z) in enumerate(zip(images, depth, strict=True)):
         v, u = np.nonzero(z)
