@@ -35,7 +35,7 @@ from selfocc import (
     pictures,
     protocols,
 )
-from selfocc.commandline import Parser, add_data_options, folders, run
+from selfocc.commandline import Parser, add_data_options, count, folders, run
 from selfocc.datasets import open_sequences
 from selfocc.datasets.video import VideoDataset
 from selfocc.journal import Journal
@@ -59,13 +59,6 @@ EXPLAINED = """columns:
   scale                   depth was multiplied by it: median of the truth / of the prediction
   SSIM+L1                 difference of an image and its neighbours warped by the rendered depth
 """
-
-
-def count(text: str) -> int:
-    """Of frames or pictures on the command line."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
-    return int(text)
 
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:

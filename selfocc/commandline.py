@@ -21,6 +21,13 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; --help lists the options")
 
 
+def count(text: str) -> int:
+    """Of frames or pictures on the command line."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+    return int(text)
+
+
 def add_data_options(parser: Parser) -> None:
     """The options that say which data are read, for `folders` to collect."""
     parser.add_argument(

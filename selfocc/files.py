@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Paths as they were named, and files that are written whole or not at all."""
 
 import contextlib
 import os
@@ -6,6 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from selfocc import InputError
+
+
+def as_named(path: Path) -> Path:
+    """The absolute path with its links as they are named: only what a `..` follows is resolved."""
+    parts = path.absolute().parts
+    up = len(parts) - parts[::-1].index("..") if ".." in parts else 0
+    return Path(*parts[:up]).resolve().joinpath(*parts[up:]) if up else Path(*parts)
 
 
 def make_folder(path: Path) -> Path:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from selfocc import InputError
 from selfocc.config import Config, DataConfig
+from selfocc.files import as_named
 
 # The classes of the voxels by id; 0 is free. Occ3D's "others" (0) is merged into free and its
 # "free" (17) moved there, as the published evaluation does.
@@ -205,15 +206,16 @@ class PseudoLabels:
         return np.stack([read_label_map(self.file(i), size, self.classes) for i in images])
 
     def file(self, image: Path) -> Path:
-        """The label file of an image below the data folder."""
-        try:
-            below = image.resolve().relative_to(self.data.resolve())
-        except ValueError:
-            raise InputError(
-                f"--labels mirrors --data, but {image} is not below {self.data}; name the folder "
-                "that holds all of the data set"
-            ) from None
-        return (self.folder / below).with_suffix(".png")
+        """The label file of an image below the data folder, whatever links lie between the two."""
+        # where --data is a link into a data set, its images may be named without it
+        for path in (as_named, Path.resolve):
+            if path(image).is_relative_to(path(self.data)):
+                below = path(image).relative_to(path(self.data))
+                return (self.folder / below).with_suffix(".png")
+        raise InputError(
+            f"--labels mirrors --data, but {image} is not below {self.data}; name the folder that "
+            "holds all of the data set"
+        )
 
 
 def pseudo_labels(folder: Path | None, data: Path, config: DataConfig) -> PseudoLabels | None:

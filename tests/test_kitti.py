@@ -1,6 +1,7 @@
 """The KITTI loader on a small hand-made folder, whole and broken, and on a real excerpt."""
 
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import torch
 from selfocc import InputError
 from selfocc.datasets import kitti
 from selfocc.datasets.kitti import kitti_sequences
+from selfocc.datasets.kitti_files import RECTIFIED, UNRECTIFIED, check_camera, read_points
+from selfocc.datasets.video import VideoDataset
+from selfocc.presets import build
 from selfocc.stereo import block_matching, stereo_depth
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "kitti"
@@ -222,7 +226,6 @@ BROKEN = {
         None,
         "calib.txt: line P2 is missing",
     ),
-    "right line gone": (edit(f"{S}/calib.txt", 3, None), None, "calib.txt: line P3 is missing"),
     "calibration short": (
         edit(f"{S}/calib.txt", 2, "P2: 1 2 3"),
         None,
@@ -249,10 +252,10 @@ BROKEN = {
         None,
         "line Tr: its 3x3 part is no rotation",
     ),
-    "eyes swapped": (
-        edit(f"{S}/calib.txt", 3, f"P3: {row(projection(1))}"),
+    "focal lengths of other images": (
+        edit(f"{S}/calib.txt", 2, "P2: 150 0 9.5 0 0 150 5.5 0 0 0 1 0"),
         None,
-        "P3 is not to the right of P2",
+        "calib.txt: focal lengths 150, 150 and principal point 10, 6 do not suit images of 12x20",
     ),
     "poses gone": (lambda d: (d / "poses/03.txt").unlink(), None, "03.txt: cannot be read"),
     "pose NaN": (
@@ -277,7 +280,6 @@ BROKEN = {
         "03.txt: 5 lines, but 03/image_2 goes on to frame 000005",
     ),
     "poses empty": (cut("poses/03.txt", 0), None, "03.txt: 0 lines"),
-    "times too few": (edit(f"{S}/times.txt", 5, None), None, "times.txt: 5 lines"),
     "no images": (
         lambda d: shutil.rmtree(d / S / "image_2"),
         None,
@@ -317,7 +319,7 @@ BROKEN = {
     ),
     "invalid gone": (
         lambda d: (d / S / "voxels/000005.invalid").unlink(),
-        None,
+        lambda s: s.voxels(5),
         "000005.invalid is missing",
     ),
     "scan torn": (
@@ -343,6 +345,162 @@ def test_broken_input_is_named_in_one_line(root, case):
     with pytest.raises(InputError) as caught:
         read(sequence) if read else only(root)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [(6, 10), (6, 20), (12, 10), (24, 40), (9, 14)])
+def test_resized_images_with_the_old_calibration_are_refused(root, size):
+    folder = root / "dataset" / S
+    for f in range(FRAMES):
+        iio.imwrite(folder / "image_2" / f"{f:06d}.png", np.zeros((*size, 3), np.uint8))
+    with pytest.raises(InputError, match=r"calib.txt: .* do not suit images of ") as caught:
+        only(root)
+    assert f"images of {size[0]}x{size[1]} pixels; scale" in str(caught.value)
+    # with its calibration scaled likewise the sequence is as good as ever
+    v, u = size[0] / HEIGHT, size[1] / WIDTH
+    scaled = np.diag([u, v, 1]) @ np.array(projection(0.06))
+    edit(f"{S}/calib.txt", 2, f"P2: {row(scaled)}")(root / "dataset")
+    assert np.allclose(only(root).intrinsics, scaled[:, :3])
+
+
+@pytest.mark.parametrize("focal", RECTIFIED)
+@pytest.mark.parametrize("size", [None, (192, 640), (320, 1024), (352, 1216), UNRECTIFIED])
+def test_the_calibrations_of_kitti_know_their_images(focal, size):
+    f, x, y = focal
+    camera = np.array([[f, 0, x], [0, f, y], [0, 0, 1]])
+    if size is None:
+        check_camera("calib.txt", camera, RECTIFIED[focal])
+        check_camera("calib.txt", camera, (*RECTIFIED[focal], 3), RECTIFIED[focal])
+        return
+    told = "unrectified images; take the rectified" if size == UNRECTIFIED else "scale its numbers"
+    with pytest.raises(InputError, match=rf"for images of 37\dx12\d\d pixels.*{told}"):
+        check_camera("calib.txt", camera, size)
+    v, u = np.array(size) / RECTIFIED[focal]
+    check_camera("calib.txt", np.diag([u, v, 1]) @ camera, size)  # resized with its images
+
+
+def test_cameras_that_lie_aside_pass():
+    """nuScenes' back camera, and a KITTI image whose upper third is cut off, as is its centre."""
+    back = np.array([[809.2, 0, 829.2], [0, 809.2, 481.8], [0, 0, 1]])
+    check_camera("tables", back, (900, 1600), (900, 1600))
+    with pytest.raises(InputError, match="tables: is for images of 900x1600 pixels, but they have"):
+        check_camera("tables", back, (450, 800), (900, 1600))
+    with pytest.raises(InputError, match=r"tables: .* do not suit images of 450x800"):
+        check_camera("tables", back, (450, 800), (450, 800))
+    check_camera(
+        "calib.txt", np.array([[707.1, 0, 601.9], [0, 707.1, 69.1], [0, 0, 1]]), (256, 1226)
+    )
+
+
+# what training does not need does not stop it: (what to break, what the note says)
+UNNEEDED = {
+    "right line gone": (edit(f"{S}/calib.txt", 3, None), "calib.txt: line P3 is missing"),
+    "eyes swapped": (
+        edit(f"{S}/calib.txt", 3, f"P3: {row(projection(1))}"), "P3 is not P2 moved to the right"),
+    "another right camera": (
+        edit(f"{S}/calib.txt", 3, "P3: 5 0 9.5 -9 0 5 5.5 0 0 0 1 0"),
+        "P3 is not P2 moved to the right"),
+    "right eye unreadable": (cut(f"{S}/image_3/000000.png", 60), "image_3/000000.png: damaged"),
+    "right eye of another size": (
+        image(f"{S}/image_3/000000.png", (6, 10, 3)),
+        "image_3/000000.png: 6x10 pixels, but image_2/000000.png has 12x20"),
+    "times too few": (edit(f"{S}/times.txt", 5, None), "times.txt: 5 lines"),
+    "times of another sequence": (
+        lambda d: (d / S / "times.txt").write_text("0.1\n" * 9),
+        "times.txt has 9 lines, the poses 6"),
+    "times garbled": (edit(f"{S}/times.txt", 2, "noon"), "times.txt, line 3: could not convert"),
+    "invalid gone": (
+        lambda d: (d / S / "voxels/000005.invalid").unlink(),
+        "1 of 2 labelled frames not scored for occupancy: .*000005.invalid is missing"),
+    "label gone": (
+        lambda d: (d / S / "voxels/000000.label").unlink(),
+        "1 of 2 labelled frames not scored for occupancy: .*000000.label is missing"),
+    "label short": (
+        cut(f"{S}/voxels/000005.label", 4000),
+        "1 of 2 labelled frames not scored .*: .*000005.label: 4000 bytes instead of 4194304"),
+    "invalid short": (
+        cut(f"{S}/voxels/000000.invalid", 1),
+        "1 of 2 labelled frames not scored .*: .*000000.invalid: 1 byte instead of 262144"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNNEEDED)
+def test_what_training_does_not_need_is_told_and_left_out(root, case):
+    break_it, said = UNNEEDED[case]
+    whole = only(root)
+    break_it(root / "dataset")
+    sequence = only(root)
+    (note,) = sequence.missing
+    assert re.search(said, note) and "\n" not in note
+    assert np.array_equal(sequence.images(3), whole.images(3))
+    assert (sequence.stereo_pair(0) is None) == ("right" in case or case == "eyes swapped")
+    broken = {"invalid gone": [0], "label short": [0], "label gone": [5], "invalid short": [5]}
+    assert sequence.labelled == broken.get(case, [0, 5])  # never scored with unknown as free
+
+
+def test_a_torn_scan_stops_scoring_not_training(root):
+    cut(f"{S}/velodyne/000005.bin", 30)(root / "dataset")
+    data = build("kitti_small", ("data.crop=12,20", "data.pad=32,64", "data.source=0.1,9")).data
+    sequence = only(root)
+    training = VideoDataset([sequence], data, train=True)
+    training.index = [(0, 4)]
+    sample = next(s for s in (training[0, seed] for seed in range(9)) if s is not None)
+    assert sample.images.isfinite().all()
+    with pytest.raises(InputError, match=r"000005.bin: torn"):
+        VideoDataset.every_frame(sequence, data)[5]
+
+
+def test_the_right_eye_is_offered_as_a_source(root):
+    sequence = only(root)
+    intrinsics, pose, images = sequence.other_eye(3)
+    assert np.array_equal(images[0], sequence.stereo_pair(3)[1])
+    between = np.linalg.inv(sequence.cameras(3)[1][0]) @ pose[0]
+    assert np.allclose(between[:3, 3], [BASELINE, 0, 0])
+    assert np.allclose(between[:3, :3], np.eye(3)) and np.allclose(intrinsics, sequence.intrinsics)
+
+
+# scans: a file does not say how many floats a point has
+
+
+def scan(columns, points=40):
+    """Points of KITTI (4 columns) or of nuScenes (5)."""
+    rng = np.random.default_rng(1)
+    xyz = rng.uniform(-60, 60, (points, 3))
+    more = rng.random((points, 1)) if columns == 4 else rng.integers(0, 32, (points, 2))
+    return np.concatenate([xyz, more], 1).astype("<f4")
+
+
+def test_the_columns_of_a_scan_are_told_apart(tmp_path):
+    path = tmp_path / "scan.bin"
+    for columns in (4, 5):  # 40 points of either are whole points of the other as well
+        scan(columns).tofile(path)
+        assert np.array_equal(read_points(path, columns), scan(columns)[:, :3])
+        with pytest.raises(InputError, match=rf"scan.bin: holds {columns} floats a point"):
+            read_points(path, 9 - columns)
+    grey = scan(4)
+    grey[:, 3] *= 255  # intensities as nuScenes has them, in four columns
+    grey.tofile(path)
+    with pytest.raises(InputError, match=r"scan.bin: holds 4 floats a point"):
+        read_points(path, 5)
+    for wrong in (scan(4)[:, :3], scan(4).astype("<f8"), scan(4)[:, ::-1]):
+        wrong.tofile(path)
+        for columns in (4, 5):
+            with pytest.raises(InputError, match=rf"scan.bin: (is not {columns} float32 a|torn)"):
+                read_points(path, columns)
+
+
+# SemanticKITTI's .bin
+
+
+def test_the_scan_as_voxels(root):
+    folder = root / "dataset" / S
+    hit = np.zeros((256, 256, 32), bool)
+    hit[50, 138, 1] = hit[25, 122, 12] = True
+    np.packbits(hit).tofile(folder / "voxels" / "000005.bin")
+    points = np.array([[10.1, 2.1, -1.7, 0.3], [5.1, -1.1, 0.5, 0.1], [9, 30, 0, 0]], np.float32)
+    points.tofile(folder / "velodyne" / "000005.bin")
+    on_disk, computed = only(root).voxel_scan(5)
+    assert np.array_equal(on_disk, computed) and on_disk.sum() == 2
+    assert only(root).voxel_scan(0) is None
 
 
 def test_wrong_places_are_named_in_one_line(root):

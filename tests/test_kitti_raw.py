@@ -1,6 +1,7 @@
 """KITTI raw: the embedded world written as KITTI raw and read back, whole and broken."""
 
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from selfocc import InputError
 from selfocc.datasets.export_kitti import BASELINE
 from selfocc.datasets.export_kitti_raw import export_kitti_raw
-from selfocc.datasets.kitti_drive import oxts_poses
+from selfocc.datasets.kitti_drive import drives_on_disk, oxts_poses
 from selfocc.datasets.kitti_raw import kitti_raw_sequences
 from selfocc.datasets.synthetic import SyntheticConfig, synthetic_sequences
 from selfocc.datasets.video import VideoDataset, project_points
@@ -240,6 +241,51 @@ def test_ranges_and_the_default_split(root, exported):
         kitti_raw_sequences(root, "train")
 
 
+def test_unrectified_drives_are_left_out_or_refused(root, tmp_path):
+    """`_extract` drives, and any kind but `_sync`: the calibration is not that of their images."""
+    extract, other = DRIVE.replace("sync", "extract"), DRIVE.replace("sync", "half")
+    for name in (extract, other):
+        shutil.copytree(root / DATE / DRIVE, root / DATE / name)
+    why = "only those of _sync drives are rectified, .* and synchronised"
+    drives_on_disk.cache_clear()
+    left, _ = eyes(root, "")
+    assert left.drive.name == DRIVE
+    assert re.search(rf"^2 drives left out \({extract}, ..\): {why}", left.missing[1])
+    for name in (extract, other):
+        with pytest.raises(InputError, match=rf"images of {name} cannot be used: {why}; .*_sync"):
+            eyes(root, f"{name}:0-3")
+        (tmp_path / "train_files.txt").write_text(f"{DATE}/{DRIVE} 1 l\n{DATE}/{name} 1 l\n")
+        with pytest.raises(InputError, match=rf"train_files.txt: the images of {name} cannot be"):
+            eyes(root, "", split_folder=tmp_path)
+    shutil.rmtree(root / DATE / DRIVE)
+    drives_on_disk.cache_clear()
+    for chosen in ("", extract, DRIVE):
+        with pytest.raises(InputError, match=rf"images of {extract} cannot be used: {why}"):
+            eyes(root, chosen)
+
+
+def test_an_extract_drive_under_the_name_of_a_sync_one(root):
+    line("calib_cam_to_cam.txt", "R_rect_00", "S_rect_02: 1242 375\nS_rect_03: 1242 375\n"
+         "R_rect_00: 1 0 0 0 1 0 0 0 1")(root / DATE)  # fmt: skip
+    iio.imwrite(root / DATE / IMAGE / "0000000000.png", np.zeros((512, 1392), np.uint8))
+    with pytest.raises(InputError, match=r"375x1242 .* 512x1392; these are unrectified images"):
+        eyes(root)
+
+
+def test_the_right_eye_may_lack_frames_and_its_calibration(root, tmp_path):
+    for frame in (1, 4):
+        (root / DATE / DRIVE / f"image_03/data/{frame:010d}.png").unlink()
+    left, right = eyes(root, f"{DRIVE}:0-4")
+    assert (left.numbers, right.numbers) == ([0, 1, 2, 3, 4], [0, 2, 3])
+    assert "image_03 lacks 2 frames: no stereo there" in left.missing
+    with pytest.raises(InputError, match="no frame 6; it holds 0 to 5"):
+        eyes(root, f"{DRIVE}:4-6")
+    line("calib_cam_to_cam.txt", "P_rect_03", None)(root / DATE)
+    (tmp_path / "train_files.txt").write_text(f"{DATE}/{DRIVE} 1 l\n")  # of the left eye alone
+    (left,) = eyes(root, "", split_folder=tmp_path)
+    assert left.inputs == [1]
+
+
 @pytest.mark.parametrize("below", ["", DATE, f"{DATE}/{DRIVE}"])
 def test_finds_the_data_from_above_and_below(exported, below):
     assert len(eyes(exported / below)) == 2
@@ -331,7 +377,18 @@ BROKEN = {
         "line P_rect_02: 2 numbers instead of 12"),
     "eyes swapped": (
         line("calib_cam_to_cam.txt", "P_rect_03", "P_rect_03: 28 0 24 30 0 28 12 0 0 0 1 0"),
-        lambda s: s.stereo_pair(0), "P_rect_03 is not to the right"),
+        lambda s: s.stereo_pair(0), "P_rect_03 is not P_rect_02 moved to the right"),
+    "eyes swapped, as a source": (
+        line("calib_cam_to_cam.txt", "P_rect_03", "P_rect_03: 28 0 24 30 0 28 12 0 0 0 1 0"),
+        lambda s: s.other_eye(0), "P_rect_03 is not P_rect_02 moved to the right"),
+    "images of half the size": (
+        lambda d: [iio.imwrite(p, iio.imread(p)[::2, ::2]) for p in (d / IMAGE).glob("*.png")],
+        None, "calib_cam_to_cam.txt: focal lengths 28, 28 and principal point 24, 12 do not suit "
+        "images of 12x24 pixels"),
+    "images of another size than S_rect": (
+        line("calib_cam_to_cam.txt", "R_rect_00", "S_rect_02: 1.242000e+03 3.750000e+02\n"
+             "S_rect_03: 48 24\nR_rect_00: 1 0 0 0 1 0 0 0 1"), None,
+        "calib_cam_to_cam.txt: is for images of 375x1242 pixels, but they have 24x48; scale its"),
     "velodyne gone": (
         lambda d: (d / "calib_velo_to_cam.txt").unlink(), None, "calib_velo_to_cam.txt: cannot be"),
     "velodyne T gone": (

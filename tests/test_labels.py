@@ -1,6 +1,7 @@
 """Label maps and label files: read, refused, and equal to the published tables."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -124,3 +125,52 @@ def test_labels_mirror_the_images(root, tmp_path):  # noqa: F811
     elsewhere = PseudoLabels(tmp_path / "labels", root / "dataset" / "poses", 19)
     with pytest.raises(InputError, match="--labels mirrors --data, but"):
         kitti_sequences(root, ["03"], None, elsewhere)[0].semantics(2)
+
+
+@pytest.mark.parametrize(
+    "link, data",
+    [
+        ("dataset/sequences/03/image_2", ""),
+        ("dataset/sequences/03", ""),
+        ("dataset/sequences", ""),
+        ("dataset", ""),
+        ("dataset/sequences/03/image_2", "dataset"),
+        ("dataset/sequences/03/image_2", "dataset/poses/.."),
+        ("dataset/sequences/03/image_2", "dataset/sequences/03"),
+        ("dataset/sequences/03", "dataset/sequences/03"),
+        ("dataset", "dataset/sequences"),
+        ("", ""),
+        ("", "dataset"),
+    ],
+)
+@pytest.mark.parametrize("relative", [False, True])
+def test_labels_mirror_images_behind_links(link, data, relative, root, tmp_path, monkeypatch):  # noqa: F811
+    """Whichever folder is a link, labels lie where the images are named to be, below --data."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (tmp_path / "dataset").rename(home / "dataset")
+    (home / link).rename(tmp_path / "elsewhere")
+    (home / link).symlink_to(tmp_path / "elsewhere")
+    named = home / data
+    if relative:
+        monkeypatch.chdir(tmp_path)
+        named = named.relative_to(tmp_path)
+    below = (home / "dataset/sequences/03/image_2").relative_to(os.path.normpath(home / data))
+    folder = tmp_path / "labels" / below
+    folder.mkdir(parents=True)
+    ids = np.random.default_rng(0).integers(0, 19, (HEIGHT, WIDTH), dtype=np.uint8)
+    Image.fromarray(ids).save(folder / "000002.png")
+    labels = PseudoLabels(tmp_path / "labels", named, 19)
+    sequence = kitti_sequences(named, ["03"], None, labels)[0]
+    assert np.array_equal(sequence.semantics(2), ids[None])
+
+
+def test_data_named_by_a_link_into_the_data_set(root, tmp_path):  # noqa: F811
+    """The folder that the link names has no `dataset` above it, its target has."""
+    (tmp_path / "away").mkdir()
+    named = tmp_path / "away" / "six"
+    named.symlink_to(root / "dataset/sequences/03")
+    sequence = kitti_sequences(named, ["03"], None, None)[0]
+    path = sequence.folder / "image_2" / "000002.png"
+    labels = PseudoLabels(tmp_path / "labels", named, 19)
+    assert labels.file(path) == tmp_path / "labels" / "image_2" / "000002.png"

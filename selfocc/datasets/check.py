@@ -17,16 +17,20 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from selfocc import InputError, pictures, presets
-from selfocc.commandline import Parser, add_data_options, folders, run
+from selfocc import InputError, counted, pictures, presets
+from selfocc.commandline import Parser, add_data_options, count, folders, run
 from selfocc.config import DataConfig
 from selfocc.datasets import Folders, open_sequences
 from selfocc.datasets.epipolar import epipolar_offset, images_of, scan_agreement
+from selfocc.datasets.kitti_files import check_camera
 from selfocc.datasets.video import Sequence, VideoDataset, project_points
 
 LONGEST_STEP = 5.0  # metres between consecutive frames, or six times the median
 WIDEST_TURN = 15.0  # degrees between consecutive frames, or six times the median
-LARGEST_OFFSET = 1.5  # pixels; correct poses stay below 1, chance is 4
+LARGEST_OFFSET = 1.0  # pixels; correct poses stay below 1, chance is 4
+# IoU of SemanticKITTI's voxels/*.bin with the scan: 0.85 to 0.99, and below 0.25 one voxel off
+LEAST_OVERLAP = 0.5
+SHIFTS = range(-2, 3)  # voxels upwards that are tried
 PARTS = ("images", "lidar", "depth", "semantics", "voxels")
 
 
@@ -42,13 +46,14 @@ class Report:
         self.read = 0
         self.offsets: list[float] = []
         self.agreements: list[tuple[float, float]] = []
+        self.overlaps: list[list[float]] = []  # of scans on disk as voxels, for each of SHIFTS
 
     def check(self, frames: int | None, pairs: int = 8) -> None:
         """Everything; reads `frames` frames, evenly spread (None: all), and some with voxels."""
         for sequence in self.sequences:
             self._check_poses(sequence)
         places = _spread(self.places, frames)
-        labelled = [(s, f) for s in self.sequences for f in s.labelled]
+        labelled = [(s, f) for s in self.sequences for f in _with_voxels(s)]
         places += [place for place in _spread(labelled, 10) if place not in places]
         for sequence, frame in tqdm(places, desc=f"reading {self.split}", unit="frame"):
             self._read(sequence, frame)
@@ -66,9 +71,13 @@ class Report:
     def _read(self, sequence: Sequence, frame: int) -> None:
         parts = {"images": self._try(lambda: images_of(sequence, frame))}
         for name in PARTS[1:]:
-            if name != "voxels" or frame in sequence.labelled:
+            if name != "voxels" or frame in _with_voxels(sequence):
                 parts[name] = self._try(lambda n=name: getattr(sequence, n)(frame))
         self.found.update(name for name, part in parts.items() if part is not None)
+        if parts.get("voxels") is not None and hasattr(sequence, "voxel_scan"):
+            scans = self._try(lambda: sequence.voxel_scan(frame))
+            if scans is not None:
+                self.overlaps.append([_overlap(*scans, shift) for shift in SHIFTS])
         images = parts["images"]
         where = f"{sequence.name} frame {sequence.frame_id(frame)}"
         if images is None:
@@ -79,14 +88,9 @@ class Report:
             maps = [] if parts[name] is None else [part.shape for part in parts[name]]
             if maps and maps != sizes:
                 self.problems.append(f"{where}: {name} {maps} is no map of its images {sizes}")
-        for camera, (k, (height, width)) in enumerate(zip(intrinsics, sizes, strict=True)):
-            centred = 0 < k[0, 2] < width and 0 < k[1, 2] < height
-            if not centred or not 0.2 < k[0, 0] / width < 5 or not 0.8 < k[0, 0] / k[1, 1] < 1.25:
-                self.problems.append(
-                    f"{where}, camera {camera}: focal length {k[0, 0]:.0f}, {k[1, 1]:.0f} and "
-                    f"centre {k[0, 2]:.0f}, {k[1, 2]:.0f} do not suit {width}x{height} pixels; "
-                    "are the calibration and the images of one size?"
-                )
+        for camera, (k, size) in enumerate(zip(intrinsics, sizes, strict=True)):
+            of = f"{sequence.name}, camera {camera}"
+            self._try(lambda of=of, k=k, size=size: check_camera(of, k, size))
         least = np.min(sizes, axis=0)
         if (least < self.data.crop).any():
             self.problems.append(
@@ -110,8 +114,8 @@ class Report:
             far = np.flatnonzero(values > limit)
             if len(far):
                 self.problems.append(
-                    f"{sequence.name}: {len(far)} steps between consecutive frames exceed "
-                    f"{limit:g} {unit}, the first, {values[far[0]]:.1f}, after frame "
+                    f"{sequence.name}: {counted(len(far), 'step')} of more than {limit:g} {unit} "
+                    f"between consecutive frames, the first, {values[far[0]]:.1f}, after frame "
                     f"{sequence.frame_id(int(far[0]))}; are frames missing or poses wrong?"
                 )
 
@@ -134,6 +138,21 @@ class Report:
                 f"{self.split}: neighbouring frames match {np.median(self.offsets):.1f} pixels off "
                 "their epipolar lines; poses, calibration and images do not belong together"
             )
+        if self.overlaps:
+            overlaps = np.median(self.overlaps, axis=0)
+            best, here = SHIFTS[int(overlaps.argmax())], overlaps[SHIFTS.index(0)]
+            if overlaps.max() < LEAST_OVERLAP:
+                self.problems.append(
+                    f"{self.split}: voxels/*.bin and scans have an IoU of {here:.2f}; they are not "
+                    "of the same frames, copy both again"
+                )
+            elif best:
+                self.problems.append(
+                    f"{self.split}: voxels lie {counted(abs(best), 'voxel')} "
+                    f"{'above' if best > 0 else 'below'} the scans: the IoU of voxels/*.bin with "
+                    f"them is {here:.2f}, and {overlaps.max():.2f} there; SemanticKITTI's from "
+                    "before August 2020 lie one too high, download today's"
+                )
         if self.agreements:
             moved, still = np.median(self.agreements, axis=0)
             if moved > still:
@@ -152,13 +171,20 @@ class Report:
         """The report, a line each."""
         metres = sum(float(s.path[-1]) for s in self.sequences)
         lines = [
-            f"{len(self.sequences)} sequences, {len(self.places)} frames, {metres:.0f} m; read "
-            f"{self.read}, of which " + ", ".join(f"{self.found[p]} have {p}" for p in PARTS)
+            f"{counted(len(self.sequences), 'sequence')}, {counted(len(self.places), 'frame')}, "
+            f"{metres:.0f} m; read {self.read}, of which "
+            + ", ".join(f"{self.found[part]} with {part}" for part in PARTS)
         ]
         if self.offsets:
             lines.append(
                 f"matches lie {np.median(self.offsets):.1f} pixels off their epipolar lines "
-                f"(median of {len(self.offsets)} pairs of frames; chance is 4)"
+                f"(median of {counted(len(self.offsets), 'pair')} of frames; chance is 4)"
+            )
+        if self.overlaps:
+            overlap = np.median(self.overlaps, axis=0)[SHIFTS.index(0)]
+            lines.append(
+                f"voxels/*.bin and scans have an IoU of {overlap:.2f} (median of "
+                f"{counted(len(self.overlaps), 'frame')})"
             )
         if self.agreements:
             moved, still = np.median(self.agreements, axis=0)
@@ -195,7 +221,8 @@ class Report:
             return "training: no frame can be used"
         self.notes = dataset.notes
         near, far = self.data.source
-        return f"training: {len(dataset)} frames have neighbours {near:g} to {far:g} m away"
+        have = f"{counted(len(dataset), 'frame')} with neighbours"
+        return f"training: {have} {near:g} to {far:g} m away"
 
     def picture(self) -> np.ndarray | None:
         """LiDAR, or else depth, drawn onto every camera of a frame in the middle that has it."""
@@ -246,6 +273,20 @@ def _next(sequence: Sequence, frame: int) -> int | None:
     return int(later[0]) if len(later) else None
 
 
+def _with_voxels(sequence: Sequence) -> list[int]:
+    """Frames that have voxels on disk, whole or not."""
+    return [*sequence.labelled, *getattr(sequence, "damaged", ())]
+
+
+def _overlap(voxels: np.ndarray, scan: np.ndarray, shift: int) -> float:
+    """IoU [ny, nx, nz] of the one with the other moved up by `shift` voxels."""
+    top = scan.shape[2] - abs(shift)
+    low, high = slice(0, top), slice(abs(shift), None)
+    up, down = (high, low) if shift > 0 else (low, high)
+    a, b = voxels[..., up], scan[..., down]
+    return float((a & b).sum() / max((a | b).sum(), 1))
+
+
 def _spread(items: list, count: int | None) -> list:
     if count is None or count >= len(items):
         return list(items)
@@ -261,8 +302,8 @@ def _main(words: list[str] | None) -> None:
         help="whose crop and distances to check; default: the data set's",
     )
     parser.add_argument(
-        "--frames", type=int, default=100, metavar="N", help="frames to read of each split, evenly "
-        "spread, 0 for all; default: 100",
+        "--frames", type=count, default=100, metavar="N",
+        help="frames to read of each split, evenly spread, 0 for all; default: 100",
     )  # fmt: skip
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change a setting"
@@ -286,18 +327,17 @@ def _main(words: list[str] | None) -> None:
             print(f"  picture: {file}")
         problems += report.problems
     if problems:
-        raise InputError(f"{len(problems)} problems were found, the first: {problems[0]}")
+        raise InputError(f"{counted(len(problems), 'problem')} found, the first: {problems[0]}")
 
 
 def _settings(chosen) -> DataConfig:
-    dataset = chosen.dataset
-    if dataset is None:
-        raise InputError("--dataset is needed")
-    named = {"data.dataset": dataset, "data.train": chosen.train, "data.val": chosen.val}
+    if chosen.preset is None and chosen.dataset is None:
+        raise InputError("--dataset is needed, or --preset, which knows its data set")
+    named = {"data.dataset": chosen.dataset, "data.train": chosen.train, "data.val": chosen.val}
     named |= {"data.label_map": chosen.label_map, "data.version": chosen.version}
     overrides = [f"{path}={value}" for path, value in named.items() if value]
-    data = presets.build(chosen.preset or dataset, overrides + chosen.set).data
-    if dataset == "synthetic":  # nothing can be missing; a scene of each split shows it
+    data = presets.build(chosen.preset or chosen.dataset, overrides + chosen.set).data
+    if data.dataset == "synthetic":  # nothing can be missing; a scene of each split shows it
         data = dataclasses.replace(data, scenes=1, scenes_val=1)
     return data
 

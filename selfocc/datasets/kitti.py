@@ -5,20 +5,23 @@
                         /times.txt          seconds, one a line
                         /image_2, image_3   colour stereo;  image_0, image_1: grey stereo
                         /velodyne           float32 x, y, z, remission
-                        /voxels             .label (uint16) and .invalid (bits), 256x256x32 of 0.2 m
+                        /voxels             .label (uint16), .invalid (bits) and .bin (bits, what
+                                            the scan hits), 256x256x32 of 0.2 m
 
 World: cam0 of the first frame (x right, y down, z forward). Volume: p_vol = A p_velo (spec section
-1), x right, y forward, z up, origin at the velodyne. Only calibration, poses and images are needed;
-`missing` tells what else is absent and what that costs.
+1), x right, y forward, z up, origin at the velodyne. Only calibration, poses and the left images
+are needed; `missing` tells what else is absent or cannot be used, and what that costs.
 """
 
 from pathlib import Path
 
 import numpy as np
 
-from selfocc import InputError
+from selfocc import InputError, counted
 from selfocc.datasets.kitti_files import (
     VELO_TO_VOLUME,
+    check_bytes,
+    check_camera,
     check_size,
     numbered,
     read_calibration,
@@ -29,6 +32,7 @@ from selfocc.datasets.kitti_files import (
     read_table,
     rigid,
 )
+from selfocc.files import as_named
 from selfocc.labels import PseudoLabels
 
 TRAIN_SEQUENCES = ("00", "01", "02", "03", "04", "05", "06", "07", "09", "10")
@@ -39,6 +43,7 @@ VAL_SKIPPED = frozenset((0, 10, 15, 20, 25, 30, 35, 40, 45, 50, 55, 60, 75))
 FULL_VAL_FRAMES = 4071
 
 GRID = (256, 256, 32)
+VOXEL, CORNER = 0.2, (0.0, -25.6, -2.0)  # metres; where the voxels begin along y, x, z
 UNKNOWN = 255
 # SemanticKITTI label -> learning id; labels that are not named here are unknown
 LEARNING_ID = {
@@ -72,10 +77,10 @@ def kitti_sequences(
 def _dataset_folder(root: Path) -> Path:
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; name the one that holds KITTI's `dataset`")
-    root = root.resolve()
-    for folder in (root / "dataset", root, root.parent, root.parent.parent):
-        if (folder / "sequences").is_dir():
-            return folder
+    for place in (as_named(root), root.resolve()):  # a link may lead into a data set
+        for folder in (place / "dataset", place, place.parent, place.parent.parent):
+            if (folder / "sequences").is_dir():
+                return folder
     raise InputError(f"{root}: no KITTI odometry data; dataset/sequences is expected there")
 
 
@@ -111,13 +116,15 @@ class KittiSequence:
 
         self._read_calibration()
         path = dataset / "poses" / f"{name}.txt"
-        self._poses = rigid(self._read_rows(path, 12), path)[self.numbers]
+        poses = self._read_rows(path, 12)
+        self._poses = rigid(poses, path)[self.numbers]
         self.positions = self._poses[:, :3, 3]
         steps = np.linalg.norm(np.diff(self.positions[:, [0, 2]], axis=0), axis=1)
         self.path = np.concatenate([[0.0], np.cumsum(steps)])  # metres driven, as in spec 1.1
 
         self._size = read_image(self.folder / self.left / f"{self.frame_id(0)}.png").shape
-        self._survey()
+        check_camera(self.folder / "calib.txt", self.intrinsics, self._size)
+        self._survey(len(poses))
 
     def _choose_frames(self, chosen: range | None) -> list[int]:
         folder = self.folder / self.left
@@ -140,8 +147,8 @@ class KittiSequence:
         table = read_table(path, columns)
         if len(table) <= self.numbers[-1]:
             raise InputError(
-                f"{path}: {len(table)} lines, but {self.folder.name}/{self.left} goes on to frame "
-                f"{self.numbers[-1]:06d}; restore the file or choose fewer frames"
+                f"{path}: {counted(len(table), 'line')}, but {self.folder.name}/{self.left} goes "
+                f"on to frame {self.numbers[-1]:06d}; restore the file or choose fewer frames"
             )
         return table
 
@@ -151,10 +158,7 @@ class KittiSequence:
         self._calibration = read_calibration(path, dict.fromkeys(names, 12))
         projection = self._projection(self.left)
         self.intrinsics = projection[:, :3]
-        self._focal = projection[0, 0]
-        cam0_to_left = np.eye(4)
-        cam0_to_left[0, 3] = projection[0, 3] / self._focal
-        self._left_to_cam0 = np.linalg.inv(cam0_to_left)
+        self._left_to_cam0 = _to_cam0(projection)
         if "Tr" in self._calibration:
             velo_to_cam0 = rigid(self._calibration["Tr"][None], path, "line Tr")[0]
         else:
@@ -169,40 +173,94 @@ class KittiSequence:
             raise InputError(f"{path}: line {key} is missing, which {camera} needs; restore it")
         return read_projection(path, key, self._calibration[key])
 
-    def _survey(self) -> None:
-        """What is there beside images, and what its absence costs."""
+    def _survey(self, poses: int) -> None:
+        """What is there beside images, and what its absence costs: nothing here is needed to train.
 
-        def chosen(folder: str, suffix: str) -> set[int]:
-            return set(self.numbers) & set(numbered(self.folder / folder, suffix))
-
+        poses: how many lines their file has.
+        """
         if self.left == "image_0":
             self.missing.append("no image_2: grey images stand in for colour")
-        if (self.folder / "times.txt").exists():
-            self.times = self._read_rows(self.folder / "times.txt", 1)[self.numbers, 0]
-        else:
-            self.times = np.array(self.numbers) / 10
-            self.missing.append("no times.txt: 10 frames a second assumed, costs no metric")
-        stereo = chosen(self.right, ".png")
-        if stereo:
-            self._baseline()
-        else:
-            self.missing.append(f"no {self.right}: no stereo depth to judge against")
-        if not chosen("velodyne", ".bin"):
-            judge = "judged against stereo" if stereo else "not scored"
+        self._read_times(poses)
+        self._right = self._open_right()
+        if not self._chosen("velodyne", ".bin"):
+            judge = "judged against stereo" if self._right is not None else "not scored"
             self.missing.append(f"no velodyne: depth is {judge}")
-        labels = chosen("voxels", ".label")
-        bare = labels - chosen("voxels", ".invalid")
-        if bare:
-            raise InputError(
-                f"{self.folder}/voxels/{min(bare):06d}.invalid is missing: unknown voxels would "
-                "count as free; restore it or remove the .label file"
+        labels = self._chosen("voxels", ".label") | self._chosen("voxels", ".invalid")
+        broken = {}
+        for number in sorted(labels):
+            try:
+                self._voxel_files(number)
+            except InputError as error:
+                broken[number] = error
+        if broken:
+            self.missing.append(
+                f"{len(broken)} of {counted(len(labels), 'labelled frame')} not scored for "
+                f"occupancy: {next(iter(broken.values()))}"
             )
-        if not labels:
+        elif not labels:
             self.missing.append("no voxels: occupancy is not scored")
-        scored = labels - self._skipped
-        self.labelled = [f for f, number in enumerate(self.numbers) if number in scored]
+        frame_of = {number: frame for frame, number in enumerate(self.numbers)}
+        scored = labels - broken.keys() - self._skipped
+        self.labelled = sorted(frame_of[number] for number in scored)
+        self.damaged = sorted(frame_of[number] for number in broken)  # whose voxels are
+        self._with_voxels = frozenset(frame_of[number] for number in labels)
         # frames that the published evaluation leaves out, also as targets of novel depth
         self.skipped = [f for f, number in enumerate(self.numbers) if number in self._skipped]
+
+    def _chosen(self, folder: str, suffix: str) -> set[int]:
+        """Numbers of those chosen frames that have such a file."""
+        return set(self.numbers) & set(numbered(self.folder / folder, suffix))
+
+    def _read_times(self, poses: int) -> None:
+        path = self.folder / "times.txt"
+        self.times = np.array(self.numbers) / 10
+        assumed = "10 frames a second assumed, costs no metric"
+        if not path.exists():
+            self.missing.append(f"no times.txt: {assumed}")
+            return
+        try:
+            times = self._read_rows(path, 1)
+        except InputError as error:
+            self.missing.append(f"{assumed}: {error}")
+            return
+        self.times = times[self.numbers, 0]
+        if len(times) != poses:
+            self.missing.append(
+                f"{path} has {counted(len(times), 'line')}, the poses {poses}: are they of this "
+                "sequence?"
+            )
+
+    def _open_right(self) -> np.ndarray | None:
+        """The projection [3, 4] of the right eye; None where it cannot be used."""
+        there = self._chosen(self.right, ".png")
+        if not there:
+            self.missing.append(f"no {self.right}: no stereo depth to judge against")
+            return None
+        try:
+            left, right = self._projection(self.left), self._projection(self.right)
+            if left[0, 3] <= right[0, 3] or not np.allclose(left[:, :3], right[:, :3]):
+                raise InputError(
+                    f"{self.folder / 'calib.txt'}: P{self.right[-1]} is not P{self.left[-1]} moved "
+                    "to the right; restore the file"
+                )
+            self._image(self.right, self.numbers.index(min(there)))
+        except InputError as error:
+            self.missing.append(f"no stereo depth to judge against: {error}")
+            return None
+        return right
+
+    def _voxel_files(self, number: int) -> tuple[Path, Path]:
+        """The .label and the .invalid file of a frame; InputError unless both are whole."""
+        stem, cells = self.folder / "voxels" / f"{number:06d}", int(np.prod(GRID))
+        paths = stem.with_suffix(".label"), stem.with_suffix(".invalid")
+        for path, other, size in zip(paths, paths[::-1], (2 * cells, cells // 8), strict=True):
+            if not path.exists():
+                raise InputError(
+                    f"{path} is missing, without which {other.name} says too little; restore it or "
+                    "remove the other"
+                )
+            check_bytes(path, path.stat().st_size, size)
+        return paths
 
     def frame_id(self, frame: int) -> str:
         """The frame's name on disk, "000040"."""
@@ -243,34 +301,59 @@ class KittiSequence:
 
         0 free, 1..19 learning ids, 255 unknown.
         """
-        stem = self.folder / "voxels" / self.frame_id(frame)
-        if not stem.with_suffix(".label").exists():
+        if frame not in self._with_voxels:
             return None
-        cells = int(np.prod(GRID))
-        labels = _LEARNING_LUT[read_exactly(stem.with_suffix(".label"), "<u2", cells)]
-        invalid = np.unpackbits(read_exactly(stem.with_suffix(".invalid"), "u1", cells // 8))
-        labels[invalid == 1] = UNKNOWN
-        # stored over (x, y, z) of the velodyne: x is our y, and our x runs against its y
-        return np.ascontiguousarray(labels.reshape(GRID)[:, ::-1])
+        label, invalid = self._voxel_files(self.numbers[frame])
+        labels = _LEARNING_LUT[read_exactly(label, "<u2", int(np.prod(GRID)))]
+        labels = labels.reshape(GRID)[:, ::-1].copy()
+        labels[_read_bits(invalid)] = UNKNOWN
+        return labels
+
+    def voxel_scan(self, frame: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Which voxels the scan of this frame hits, bool [256, 256, 32] over (y, x, z): according
+        to voxels/*.bin, and to the scan itself; None where one of them is not there."""
+        path, points = self.folder / "voxels" / f"{self.frame_id(frame)}.bin", self.lidar(frame)
+        if points is None or not path.exists():
+            return None
+        cells = np.floor((points[:, [1, 0, 2]] - np.array(CORNER)) / VOXEL).astype(int)
+        cells = cells[((cells >= 0) & (cells < GRID)).all(1)]
+        hit = np.zeros(GRID, bool)
+        hit[tuple(cells.T)] = True
+        return _read_bits(path), hit
 
     def stereo_pair(self, frame: int) -> tuple[np.ndarray, np.ndarray, float, float] | None:
         """Left and right uint8 [h, w, 3], focal length in pixels, baseline in metres; or None."""
-        if not (self.folder / self.right / f"{self.frame_id(frame)}.png").exists():
+        other = self.other_eye(frame)
+        if other is None:
             return None
-        left, right = self._image(self.left, frame), self._image(self.right, frame)
-        return left, right, float(self._focal), self._baseline()
+        focal = self.intrinsics[0, 0]
+        baseline = (self._projection(self.left)[0, 3] - self._right[0, 3]) / focal
+        return self._image(self.left, frame), other[2][0], float(focal), float(baseline)
 
-    def _baseline(self) -> float:
-        offset = self._projection(self.left)[0, 3] - self._projection(self.right)[0, 3]
-        if offset <= 0:
-            raise InputError(
-                f"{self.folder / 'calib.txt'}: P{self.right[-1]} is not to the right of "
-                f"P{self.left[-1]}; restore the file"
-            )
-        return float(offset / self._focal)
+    def other_eye(self, frame: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """intrinsics, camera_to_world and image of the right eye; None where it is not on disk."""
+        path = self.folder / self.right / f"{self.frame_id(frame)}.png"
+        if self._right is None or not path.exists():
+            return None
+        pose = self._poses[frame] @ _to_cam0(self._right)
+        return self.intrinsics[None].copy(), pose[None], self._image(self.right, frame)[None]
 
     def _image(self, camera: str, frame: int) -> np.ndarray:
         path = self.folder / camera / f"{self.frame_id(frame)}.png"
         image = read_image(path)
         check_size(path, image, self._size, f"{self.left}/{self.frame_id(0)}.png")
         return image
+
+
+def _to_cam0(projection: np.ndarray) -> np.ndarray:
+    """A rectified camera [3, 4] to camera 0, [4, 4]."""
+    matrix = np.eye(4)
+    matrix[0, 3] = -projection[0, 3] / projection[0, 0]
+    return matrix
+
+
+def _read_bits(path: Path) -> np.ndarray:
+    """bool [256, 256, 32] over (y, x, z), a bit a voxel on disk."""
+    bits = np.unpackbits(read_exactly(path, "u1", int(np.prod(GRID)) // 8))
+    # stored over (x, y, z) of the velodyne: x is our y, and our x runs against its y
+    return bits.reshape(GRID)[:, ::-1].astype(bool)

@@ -7,20 +7,23 @@ from pathlib import Path
 
 import numpy as np
 
-from selfocc import InputError
+from selfocc import InputError, counted
 from selfocc.datasets import kitti_files as files
 
 EYES = {"l": "image_02", "r": "image_03"}
 DIGITS = 10  # of a frame's number on disk
 EARTH = 6378137.0  # metres, its radius as the KITTI devkit has it
-DRIVE_NAME = re.compile(r"\d{4}_\d\d_\d\d_drive_\d{4}_\w+")
+DRIVE_NAME = re.compile(r"\d{4}_\d\d_\d\d_drive_\d{4}_(\w+)")
+WHY_SYNC = "only those of _sync drives are rectified, as the calibration has it, and synchronised"
 
 
 @lru_cache(8)
-def drives_on_disk(root: Path) -> tuple[str, ...]:
-    """Names of the drives on disk, sorted."""
-    found = (path.name for path in root.glob("*_*_*/*_drive_*") if path.is_dir())
-    return tuple(sorted(name for name in found if DRIVE_NAME.fullmatch(name)))
+def drives_on_disk(root: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the drives on disk, sorted: those that can be used, and others (`_extract`)."""
+    names = sorted(path.name for path in root.glob("*_*_*/*_drive_*") if path.is_dir())
+    kinds = {name: match[1] for name in names if (match := DRIVE_NAME.fullmatch(name))}
+    synchronised = tuple(name for name, kind in kinds.items() if kind == "sync")
+    return synchronised, tuple(name for name in kinds if name not in synchronised)
 
 
 def image_numbers(folder: Path) -> list[int]:
@@ -38,11 +41,17 @@ class Drive:
     ):
         self.name, self.root = name, root
         self.folder = root / name[:10] / name
+        usable, others = drives_on_disk(root)
+        if name in others:
+            raise InputError(
+                f"{named_by or root}: the images of {name} cannot be used: {WHY_SYNC}; take "
+                f"{name.rpartition('_')[0]}_sync"
+            )
         if not self.folder.is_dir():
             who = f"{named_by}: names" if named_by else f"{root}: there is no"
             raise InputError(
-                f"{who} drive {name}, which is not among the {len(drives_on_disk(root))} on disk; "
-                "download it, or leave it out"
+                f"{who} drive {name}, which is not among the {len(usable)} on disk; download it, "
+                "or leave it out"
             )
         self.missing: list[str] = []
         self._rows: dict[int, np.ndarray] = {}
@@ -53,15 +62,13 @@ class Drive:
         self._find_poses(pose_folder)
 
     def _read_calibration(self) -> None:
-        path = self.folder.parent / "calib_cam_to_cam.txt"
-        lines = files.read_calibration(path, {"R_rect_00": 9, "P_rect_02": 12, "P_rect_03": 12})
-        self.projection = {}
-        for eye, camera in EYES.items():
-            key = f"P_rect_{camera[-2:]}"
-            if self.numbers[eye]:
-                self.projection[eye] = files.read_projection(path, key, _line(lines, key, path))
+        self.calibration = path = self.folder.parent / "calib_cam_to_cam.txt"
+        sizes = {"R_rect_00": 9}
+        for camera in EYES.values():
+            sizes |= {f"P_rect_{camera[-2:]}": 12, f"S_rect_{camera[-2:]}": 2}
+        self._lines = files.read_calibration(path, sizes)
         rectify = np.eye(4)
-        rectify[:3, :3] = _line(lines, "R_rect_00", path).reshape(3, 3)
+        rectify[:3, :3] = _line(self._lines, "R_rect_00", path).reshape(3, 3)
         files.rigid(rectify[None, :3].reshape(1, 12), path, "line R_rect_00")
         self.velo_to_cam0 = rectify @ _mounting(self.folder.parent / "calib_velo_to_cam.txt")
 
@@ -90,25 +97,41 @@ class Drive:
             self.missing.append("no pose file: poses are taken from OXTS, good to some centimetres")
 
     def choose(self, eye: str, frames: Iterable[int] | None) -> list[int]:
-        """Those of the frame numbers `frames` (None: all), which must be on disk."""
-        numbers = self.numbers[eye]
+        """Those of the frame numbers `frames` (None: all) that the eye has; one must have each."""
         if frames is None:
-            return numbers
-        absent = sorted(set(frames) - set(numbers))
+            return self.numbers[eye]
+        there = sorted(set().union(*self.numbers.values()))
+        absent = sorted(set(frames) - set(there))
         if absent or not frames:
             what = f"no frame {absent[0]}" if absent else f"{frames} chooses nothing"
-            raise InputError(
-                f"{self.folder / EYES[eye]}: {what}; it holds {numbers[0]} to {numbers[-1]}"
-            )
-        return sorted(frames)
+            raise InputError(f"{self.folder}: {what}; it holds {there[0]} to {there[-1]}")
+        return sorted(set(frames) & set(self.numbers[eye]))
 
     def camera(self, eye: str) -> tuple[np.ndarray, np.ndarray]:
         """intrinsics [3, 3] in pixels, and camera to rectified camera 0 [4, 4]."""
-        projection = self.projection[eye]
+        key = f"P_rect_{EYES[eye][-2:]}"
+        line = _line(self._lines, key, self.calibration)
+        projection = files.read_projection(self.calibration, key, line)
         intrinsics = projection[:, :3]
         camera_to_cam0 = np.eye(4)
         camera_to_cam0[:3, 3] = -np.linalg.solve(intrinsics, projection[:, 3])
         return intrinsics, camera_to_cam0
+
+    def baseline(self) -> float:
+        """Metres between the eyes; InputError where they are no rectified pair."""
+        (left, left_to_cam0), (right, right_to_cam0) = (self.camera(eye) for eye in EYES)
+        baseline = right_to_cam0[0, 3] - left_to_cam0[0, 3]
+        if baseline <= 0 or not np.allclose(left, right):
+            raise InputError(
+                f"{self.calibration}: P_rect_03 is not P_rect_02 moved to the right; restore it"
+            )
+        return float(baseline)
+
+    def check_size(self, eye: str, size: tuple[int, ...]) -> None:
+        """Refuse images of another size [h, w] than the calibration is for."""
+        line = self._lines.get(f"S_rect_{EYES[eye][-2:]}")
+        made_for = None if line is None else tuple(line[::-1].astype(int).tolist())
+        files.check_camera(self.calibration, self.camera(eye)[0], size, made_for)
 
     def poses(self, numbers: list[int]) -> np.ndarray:
         """Rectified camera 0 to a world, [frames, 4, 4]."""
@@ -118,15 +141,11 @@ class Drive:
         table = files.read_table(self.pose_file, 12)
         if len(table) <= numbers[-1]:
             raise InputError(
-                f"{self.pose_file}: {len(table)} lines, but {self.name} goes on to frame "
-                f"{numbers[-1]:010d}; restore the file or choose fewer frames"
+                f"{self.pose_file}: {counted(len(table), 'line')}, but {self.name} goes on to "
+                f"frame {numbers[-1]:010d}; restore the file or choose fewer frames"
             )
         poses = files.rigid(table, self.pose_file)[numbers]
         if "cam2" in self.pose_file.name:
-            if "l" not in self.projection:
-                raise InputError(
-                    f"{self.pose_file}: poses of camera 2 need image_02 and its calibration"
-                )
             poses = poses @ np.linalg.inv(self.camera("l")[1])
         return poses
 

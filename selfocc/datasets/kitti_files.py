@@ -10,7 +10,27 @@ import imageio.v3 as iio
 import numpy as np
 from PIL import Image  # pillow comes with imageio
 
-from selfocc import InputError
+from selfocc import InputError, counted
+
+# [h, w] of the rectified images of each date by their focal length and principal point; odometry is
+# cut from them: 03 is of 2011_09_26, 04 to 12 of 2011_09_30, the others of 2011_10_03
+RECTIFIED = {
+    (721.5377, 609.5593, 172.8540): (375, 1242),  # 2011_09_26
+    (707.0493, 604.0814, 180.5066): (370, 1224),  # 2011_09_28
+    (718.3351, 600.3891, 181.5122): (374, 1238),  # 2011_09_29
+    (707.0912, 601.8873, 183.1104): (370, 1226),  # 2011_09_30
+    (718.8560, 607.1928, 185.2157): (376, 1241),  # 2011_10_03
+}
+UNRECTIFIED = (512, 1392)  # [h, w] before rectification
+# Where principal points lie, as shares of width and height. KITTI's are at 0.485 to 0.494 and 0.461
+# to 0.495, nuScenes' at 0.49 to 0.52 and 0.53 to 0.56. Images that are resized to less than 0.75 or
+# more than 1.4 of the width that the calibration is for leave the range; cropping leaves it free to
+# move up and down more than to the sides.
+CENTRAL_X, CENTRAL_Y = (0.35, 0.65), (0.25, 0.75)
+
+# x, y, z in metres and what follows them in a scan, with its range
+COLUMNS = {4: "remission", 5: "intensity and ring"}
+FARTHEST = 300.0  # metres along an axis; the scanners see 120
 
 # A of the spec: velodyne (x forward, y left, z up) -> volume (x right, y forward, z up)
 VELO_TO_VOLUME = np.array([[0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], np.float64)
@@ -37,7 +57,8 @@ def parse(text: str, count: int, where: str) -> np.ndarray:
     except ValueError as error:
         raise InputError(f"{where}: {error}; restore the file") from error
     if len(values) != count:
-        raise InputError(f"{where}: {len(values)} numbers instead of {count}; restore the file")
+        found = counted(len(values), "number")
+        raise InputError(f"{where}: {found} instead of {count}; restore the file")
     if not np.isfinite(values).all():
         raise InputError(f"{where}: not all numbers are finite; restore the file")
     return values
@@ -77,13 +98,23 @@ def rigid(rows: np.ndarray, path: Path, where: str | None = None) -> np.ndarray:
 
 
 def read_exactly(path: Path, dtype: str, count: int) -> np.ndarray:
-    values = np.fromfile(path, np.uint8)
-    expected = count * np.dtype(dtype).itemsize
-    if values.nbytes != expected:
-        raise InputError(
-            f"{path}: {values.nbytes} bytes instead of {expected}; copy the file again"
-        )
+    values = np.frombuffer(_read_bytes(path), np.uint8)
+    check_bytes(path, values.nbytes, count * np.dtype(dtype).itemsize)
     return values.view(dtype)
+
+
+def check_bytes(path: Path, found: int, expected: int) -> None:
+    if found != expected:
+        raise InputError(
+            f"{path}: {counted(found, 'byte')} instead of {expected}; copy the file again"
+        )
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); copy it again") from error
 
 
 def read_projection(path: Path, key: str, numbers: np.ndarray) -> np.ndarray:
@@ -93,6 +124,41 @@ def read_projection(path: Path, key: str, numbers: np.ndarray) -> np.ndarray:
     if zeros.any() or projection[2, 2] != 1 or min(projection[0, 0], projection[1, 1]) <= 0:
         raise InputError(f"{path}: line {key} is no rectified projection; restore it")
     return projection
+
+
+def check_camera(
+    where: Path | str,
+    intrinsics: np.ndarray,
+    size: tuple[int, ...],
+    made_for: tuple[int, int] | None = None,
+) -> None:
+    """Refuse intrinsics [3, 3] that cannot be those of images of `size` [h, w].
+
+    `where` is the calibration, made_for [h, w] the size of the images that it says it is for.
+    """
+    (fx, fy), (cx, cy), (height, width) = intrinsics[[0, 1], [0, 1]], intrinsics[:2, 2], size[:2]
+    for (f, x, y), known in RECTIFIED.items():
+        if made_for is None and np.allclose((fx, fy, cx, cy), (f, f, x, y), atol=0.02):
+            made_for = known
+    resized = "scale its numbers as the images were, or restore the images"
+    if made_for is not None and (height, width) != tuple(made_for):
+        if (height, width) == UNRECTIFIED:
+            resized = "these are unrectified images; take the rectified ones (`_sync`)"
+        raise InputError(
+            f"{where}: is for images of {made_for[0]}x{made_for[1]} pixels, but they have "
+            f"{height}x{width}; {resized}"
+        )
+    (left, right), (top, bottom) = CENTRAL_X, CENTRAL_Y
+    if not (
+        left < (cx + 0.5) / width < right
+        and top < (cy + 0.5) / height < bottom
+        and 0.2 < fx / width < 5
+        and 0.4 < fx / fy < 2.5
+    ):
+        raise InputError(
+            f"{where}: focal lengths {fx:.0f}, {fy:.0f} and principal point {cx:.0f}, {cy:.0f} do "
+            f"not suit images of {height}x{width} pixels; {resized}"
+        )
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -105,7 +171,9 @@ def read_image(path: Path) -> np.ndarray:
     if image.ndim == 2:
         image = np.repeat(image[..., None], 3, axis=2)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise InputError(f"{path}: {image.dtype} {image.shape} is not 8-bit grey or RGB")
+        raise InputError(
+            f"{path}: {image.dtype} {image.shape} is not 8-bit grey or RGB; convert it"
+        )
     return image
 
 
@@ -119,17 +187,6 @@ def image_size(path: Path) -> tuple[int, int]:
         raise InputError(f"{path}: damaged or unreadable {kind}; copy it again") from error
 
 
-def check_camera(path: Path, intrinsics: np.ndarray, size: tuple[int, int]) -> None:
-    """Refuse intrinsics [3, 3] whose principal point is not about the middle of images [h, w]."""
-    u, v = intrinsics[:2, 2]
-    height, width = size
-    if not (0.25 * width < u < 0.75 * width and 0.25 * height < v < 0.75 * height):
-        raise InputError(
-            f"{path}: principal point {u:.0f}, {v:.0f} is far from the middle of images of "
-            f"{width}x{height} pixels; calibration and images must be of one size"
-        )
-
-
 def check_size(path: Path, image: np.ndarray, size: tuple[int, ...], first: str) -> None:
     """Refuse an image whose [h, w] is not that of the sequence, which `first` has."""
     if image.shape[:2] != size[:2]:
@@ -137,17 +194,50 @@ def check_size(path: Path, image: np.ndarray, size: tuple[int, ...], first: str)
         raise InputError(f"{path}: {got} pixels, but {first} has {want}; a sequence needs one size")
 
 
+def read_points(path: Path, columns: int) -> np.ndarray:
+    """The points of a scan, float32 [M, 3], from a file of 4 (KITTI) or 5 (nuScenes) columns.
+
+    A scan says nowhere how many it has, so what follows x, y and z must look like it.
+    """
+    raw = _read_bytes(path)
+    if _plausible(raw, columns):
+        return np.frombuffer(raw, "<f4").reshape(-1, columns)[:, :3]
+    other = 9 - columns
+    if _plausible(raw, other):
+        why = f"holds {other} floats a point (x, y, z, {COLUMNS[other]})"
+        raise InputError(
+            f"{path}: {why}, not {columns} (.., {COLUMNS[columns]}); convert it, or take the scan "
+            "of this data set"
+        )
+    if not raw or len(raw) % (4 * columns):
+        raise InputError(f"{path}: torn, {len(raw)} bytes are not whole points; copy it again")
+    if not np.isfinite(np.frombuffer(raw, "<f4")).all():
+        raise InputError(f"{path}: holds points that are not finite; copy it again")
+    raise InputError(
+        f"{path}: is not {columns} float32 a point, x, y, z in metres and {COLUMNS[columns]}; "
+        "convert it, or copy it again"
+    )
+
+
+def _plausible(raw: bytes, columns: int) -> bool:
+    """Whether these bytes are points of so many columns: intensities of 0 to 255 (KITTI's of 0 to
+    1) and, in the fifth, the number of one of at most 128 beams."""
+    if not raw or len(raw) % (4 * columns):
+        return False
+    points = np.frombuffer(raw, "<f4").reshape(-1, columns)
+    intensity, ring = points[:, 3], points[:, 4:]
+    return bool(
+        (np.abs(points[:, :3]) < FARTHEST).all()
+        and ((intensity >= 0) & (intensity <= 255)).all()
+        and ((ring >= 0) & (ring < 128) & (ring == np.floor(ring))).all()
+    )
+
+
 def read_scan(path: Path) -> np.ndarray | None:
     """A Velodyne scan in the volume frame, float32 [M, 3]; None where there is none."""
     if not path.exists():
         return None
-    raw = path.read_bytes()
-    if not raw or len(raw) % 16:
-        raise InputError(f"{path}: torn, {len(raw)} bytes are not whole points; copy it again")
-    points = np.frombuffer(raw, "<f4").reshape(-1, 4)[:, :3]
-    if not np.isfinite(points).all():
-        raise InputError(f"{path}: holds points that are not finite; copy it again")
-    return points @ VELO_TO_VOLUME[:3, :3].T.astype(np.float32)
+    return read_points(path, 4) @ VELO_TO_VOLUME[:3, :3].T.astype(np.float32)
 
 
 def read_depth(path: Path) -> np.ndarray:

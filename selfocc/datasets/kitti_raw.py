@@ -21,16 +21,18 @@ from pathlib import Path
 
 import numpy as np
 
-from selfocc import InputError
+from selfocc import InputError, counted
 from selfocc.datasets import kitti_files as files
 from selfocc.datasets.kitti_drive import (
     DIGITS,
     DRIVE_NAME,
     EYES,
+    WHY_SYNC,
     Drive,
     drives_on_disk,
     image_numbers,
 )
+from selfocc.files import as_named
 from selfocc.labels import PseudoLabels
 
 HELD_OUT = 0.2  # of every drive, its end, where nobody says what is for validation
@@ -52,7 +54,8 @@ def kitti_raw_sequences(
     chosen means four fifths of every drive for training and its end for validation. Validation
     without split files keeps to frames that have depth truth, if any have.
 
-    `root` holds the DATE folders, or is one of them or a drive. Raises InputError.
+    Only `_sync` drives are read. `root` holds the DATE folders, or is one of them or a drive.
+    Raises InputError.
     """
     root = _data_folder(Path(root))
     if split_folder is not None:
@@ -62,7 +65,8 @@ def kitti_raw_sequences(
     if chosen:
         parts = [files.parse_range(part) for part in chosen.split(",")]
     else:
-        parts = [(drive, _default_frames(root, drive, split)) for drive in drives_on_disk(root)]
+        usable, others = drives_on_disk(root)
+        parts = [(drive, _default_frames(root, drive, split)) for drive in usable]
         parts = [(drive, frames) for drive, frames in parts if frames]
     if not parts:
         raise InputError(f"{root}: too few frames to split; name them with --train and --val")
@@ -70,8 +74,9 @@ def kitti_raw_sequences(
     for name, frames in parts:
         drive = Drive(root, name, pose_folder)
         for eye in EYES:
-            if drive.numbers[eye]:
-                sequence = KittiRawSequence(drive, eye, drive.choose(eye, frames), labels)
+            numbers = drive.choose(eye, frames)
+            if numbers:
+                sequence = KittiRawSequence(drive, eye, numbers, labels)
                 judged = [f for f in range(sequence.frames) if sequence.judged(f)]
                 sequence.inputs = judged if split == "val" and judged else None
                 sequences.append(sequence)
@@ -80,16 +85,26 @@ def kitti_raw_sequences(
         share = "the first four fifths" if split == "train" else "the last fifth"
         what = ranges if len(parts) < 4 else f"{share} of each of the {len(parts)} drives on disk"
         sequences[0].missing.insert(0, f"no --split-dir: the {split} split is {what}")
+        if others:
+            sequences[0].missing.insert(
+                1, f"{counted(len(others), 'drive')} left out ({others[0]}, ..): {WHY_SYNC}"
+            )
     return sequences
 
 
 def _data_folder(root: Path) -> Path:
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; name the one that holds KITTI's 2011_09_26, ...")
-    root = root.resolve()
-    for folder in (root, root.parent, root.parent.parent):
-        if drives_on_disk(folder):
-            return folder
+    for place in (as_named(root), root.resolve()):  # a link may lead into a data set
+        for folder in (place, place.parent, place.parent.parent):
+            usable, others = drives_on_disk(folder)
+            if usable:
+                return folder
+            if others:
+                raise InputError(
+                    f"{folder}: the images of {others[0]} cannot be used: {WHY_SYNC}; download its "
+                    "`synced+rectified data`"
+                )
     raise InputError(f"{root}: no KITTI raw data; 2011_09_26/2011_09_26_drive_0001_sync, ... "
                      "are expected there")  # fmt: skip
 
@@ -131,8 +146,9 @@ def _listed(
         absent = sorted(wanted - set(numbers))
         if absent:
             raise InputError(
-                f"{path}: names {len(absent)} frames of {name}/{EYES[eye]} that are not on disk, "
-                f"{absent[0]:010d} first; download them or take their lines out"
+                f"{path}: names {counted(len(absent), 'frame')} of {name}/{EYES[eye]} that "
+                f"{'is' if len(absent) == 1 else 'are'} not on disk, {absent[0]:010d} first; "
+                "download what is missing or take its lines out"
             )
         sequence = KittiRawSequence(opened[name], eye, numbers, labels)
         sequence.inputs = [f for f, number in enumerate(numbers) if number in wanted]
@@ -165,14 +181,18 @@ class KittiRawSequence:
         self.path = np.concatenate([[0.0], np.cumsum(steps)])
         self._truth = _depth_folder(drive.root, drive.name, EYES[eye])
         self._size = files.read_image(self._image_path(eye, 0)).shape
+        drive.check_size(eye, self._size)
         self.missing = [*drive.missing, *self._survey()]
 
     def _survey(self) -> list[str]:
         """What is not there, and what its absence costs."""
         missing = []
         other = "r" if self.eye == "l" else "l"
-        if not set(self.drive.numbers[other]) & set(self.numbers):
+        alone = set(self.numbers) - set(self.drive.numbers[other])
+        if len(alone) == self.frames:
             missing.append(f"no {EYES[other]}: no stereo source, no stereo depth")
+        elif alone:
+            missing.append(f"{EYES[other]} lacks {counted(len(alone), 'frame')}: no stereo there")
         if not any(self.judged(frame) for frame in range(self.frames)):
             missing.append("no velodyne_points nor data_depth_annotated: depth is not judged by it")
         elif self._truth is None:
@@ -212,6 +232,7 @@ class KittiRawSequence:
     def other_eye(self, frame: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """intrinsics, camera_to_world and image of the other eye."""
         other = "r" if self.eye == "l" else "l"
+        self.drive.baseline()
         intrinsics, other_to_cam0 = self.drive.camera(other)
         cam0_to_here = np.linalg.inv(self.drive.camera(self.eye)[1])
         pose = self._poses[frame] @ cam0_to_here @ other_to_cam0
@@ -248,13 +269,8 @@ class KittiRawSequence:
         """
         if self.eye == "r" or not self._image_path("r", frame).exists():
             return None
-        (intrinsics, left), (_, right) = (self.drive.camera(eye) for eye in EYES)
-        baseline = right[0, 3] - left[0, 3]
-        if baseline <= 0:
-            path = self.drive.folder.parent / "calib_cam_to_cam.txt"
-            raise InputError(f"{path}: P_rect_03 is not to the right of P_rect_02; restore it")
-        images = (self._image(eye, frame) for eye in EYES)
-        return *images, float(intrinsics[0, 0]), float(baseline)
+        left, right = (self._image(eye, frame) for eye in EYES)
+        return left, right, float(self.intrinsics[0, 0]), self.drive.baseline()
 
     def _scan(self, frame: int) -> Path:
         return self.drive.folder / "velodyne_points" / "data" / f"{self.frame_id(frame)}.bin"

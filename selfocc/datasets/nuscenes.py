@@ -407,22 +407,7 @@ class NuScenesSequence:
         """The scan of a key frame, float32 [M, 3] in its volume frame; None where there is none."""
         if frame not in self._scans:
             return None
-        path = self.root / self._scans[frame]
-        try:
-            raw = path.read_bytes()
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}; copy it again") from None
-        if not raw or len(raw) % 20:
-            raise InputError(f"{path}: torn, {len(raw)} bytes are not whole points; copy it again")
-        points = np.frombuffer(raw, "<f4").reshape(-1, 5)
-        if not np.isfinite(points).all():
-            raise InputError(f"{path}: holds points that are not finite; copy it again")
-        if (points[:, 4] % 1).any():
-            raise InputError(
-                f"{path}: the last of five floats a point is no ring of the LiDAR; are there four "
-                "floats a point? nuScenes has x, y, z, intensity, ring"
-            )
-        points = points[:, :3]
+        points = kitti_files.read_points(self.root / self._scans[frame], 5)
         if self._volume_to_ego is not None:
             return points.copy()
         mount = self._lidar_to_ego[frame]
