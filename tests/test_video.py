@@ -331,8 +331,8 @@ def slow(kind, frames, step):
      "one_sided=true would use 2, --set data.stereo_source=true would use 2, "
      "--set data.source=0.5,5 would use 1"),
     (slow(Drive, 8, 50), {}, "data.source=0.4,100 would use 6"),
-    (slow(Drive, 8, 0.01), {}, "drive, has 8 frames on 0.1 m; choose more frames"),
-    (Drive(1), {}, "drive, has 1 frames on 0.0 m; choose more frames"),
+    (slow(Drive, 8, 0.01), {}, "drive, has 8 frames on 0.1 m; choose more"),
+    (Drive(1), {}, "drive, has 1 frame on 0.0 m; choose more"),
 ])  # fmt: skip
 def test_what_can_never_be_drawn_is_refused_with_what_would_help(drive, changes, remedies):
     config = dataclasses.replace(CONFIG, **changes)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfocc import InputError
+from selfocc import InputError, counted
 from selfocc.config import DataConfig
 from selfocc.datasets.pixels import cropped, one_size, photometric_augmentation, resize, scaled
 from selfocc.stereo import stereo_depth
@@ -282,8 +282,8 @@ class VideoDataset(torch.utils.data.Dataset):
                 if used:
                     found.append(f"--set data.{text} would use {used}")
         return ", ".join(found) or (
-            f"the longest sequence, {longest.name}, has {longest.frames} frames on {way:.1f} m; "
-            "choose more frames, or others"
+            f"the longest sequence, {longest.name}, has {counted(longest.frames, 'frame')} on "
+            f"{way:.1f} m; choose more frames, or others"
         )
 
     def __len__(self) -> int:
