@@ -10,6 +10,7 @@ forward). Frames are key frames and, between them, sweeps: those of the camera t
 there, with the nearest in time of every other camera (spec 1.1). Only key frames are inputs.
 """
 
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -154,6 +155,7 @@ class _Tables:
 
     def __init__(self, folder: Path):
         self.folder, self.notes = folder, defaultdict(list)
+        self.check_camera = functools.cache(self._check_camera)  # scenes share cameras
         table(folder, "sensor", notes=self.notes)
         self.scenes = table(folder, "scene", "name", notes=self.notes)
         rows = table(folder, "sample", "timestamp", notes=self.notes)
@@ -181,6 +183,15 @@ class _Tables:
         if len(bad):
             token = self.mounts[bad[0]]
             raise InputError(f"{path}: rotation of {token} is none; copy the table again")
+
+    def _check_camera(self, mount: int, height: int, width: int) -> None:
+        """Refuse intrinsics that are none, or not of images of this size."""
+        k, where = self.intrinsics[mount], f"{self.folder}/calibrated_sensor.json"
+        if min(k[0, 0], k[1, 1]) <= 0 or k[1, 0] or (k[2] != (0, 0, 1)).any():
+            raise InputError(
+                f"{where}: camera_intrinsic of {self.mounts[mount]} is none; copy the table again"
+            )
+        kitti_files.check_camera(where, k, (height, width))
 
 
 class _Present:
@@ -222,8 +233,9 @@ def _synchronised(rows: np.ndarray, tables: _Tables, name: str) -> tuple[np.ndar
     rows: those of a scene. Key frames are paired by their sample, and sweeps between two by their
     time: they follow the camera with the fewest.
     """
-    time = rows["time"]
+    time = np.array(rows["time"])
     cameras = [np.flatnonzero(rows["channel"] == c) for c in range(len(CAMERAS))]
+    times = [time[c] for c in cameras]  # ascending, as the index is
     keys = [_key_rows(rows, c, tables, name) for c in range(len(CAMERAS))]
     samples = sorted(set().union(*keys), key=lambda sample: (tables.times[sample], sample))
     complete = []
@@ -240,8 +252,8 @@ def _synchronised(rows: np.ndarray, tables: _Tables, name: str) -> tuple[np.ndar
         is_key.append(True)
         if then is not None:
             between = [
-                c[(time[c] > time[a]) & (time[c] < time[b])]
-                for c, a, b in zip(cameras, here, then, strict=True)
+                c[t.searchsorted(time[a], "right") : t.searchsorted(time[b])]
+                for c, t, a, b in zip(cameras, times, here, then, strict=True)
             ]
             lead = np.unique(time[min(between, key=len)])
             nearest = [
@@ -287,7 +299,9 @@ class NuScenesSequence:
         ego = rigid(self._views["rotation"], self._views["translation"])
         self._camera_to_world = ego @ tables.to_ego[self._views["mount"]]
         self._intrinsics = tables.intrinsics[self._views["mount"]]
-        self._check_calibration(tables)
+        kinds = np.c_[self._views["mount"].ravel(), self._views["size"].reshape(-1, 2)]
+        for mount, height, width in np.unique(kinds, axis=0).tolist():
+            tables.check_camera(mount, height, width)
         self.positions = ego[:, 0, :3, 3]
         steps = np.linalg.norm(np.diff(self.positions, axis=0), axis=1)
         self.path = np.concatenate([[0.0], np.cumsum(steps)])
@@ -313,19 +327,6 @@ class NuScenesSequence:
             self._voxels = VOXELS[voxels](root, token, scan_tokens)
         self.labelled = sorted(self._voxels.files)
         self._survey()
-
-    def _check_calibration(self, tables: _Tables) -> None:
-        """Refuse cameras whose intrinsics are none or of another image size."""
-        path = tables.folder / "calibrated_sensor.json"
-        kinds = zip(self._views["mount"].ravel(), self._views["size"].reshape(-1, 2), strict=True)
-        for mount, height, width in sorted({(int(m), *size.tolist()) for m, size in kinds}):
-            k = tables.intrinsics[mount]
-            if min(k[0, 0], k[1, 1]) <= 0 or k[1, 0] or (k[2] != (0, 0, 1)).any():
-                raise InputError(
-                    f"{path}: camera_intrinsic of {tables.mounts[mount]}, a camera of {self.name}, "
-                    "is none; copy the table again"
-                )
-            kitti_files.check_camera(path, k, (height, width))
 
     def _survey(self) -> None:
         apart = np.median(np.diff(self._views["time"][:, 0])) / 1e6 if self.frames > 1 else 0
