@@ -308,17 +308,16 @@ class NuScenesSequence:
 
         self._ego_to_world = ego[:, 0]  # at the time of CAM_FRONT where there is no scan
         self._lidar_to_ego = np.broadcast_to(NOMINAL_LIDAR_TO_EGO, ego[:, 0].shape).copy()
-        scans = {k: rows[row] for k, row in _key_rows(rows, LIDAR, tables, name).items()}
+        scans = _key_rows(rows, LIDAR, tables, name)
+        samples = self._views["sample"][self.inputs, 0].tolist()
+        pairs = zip(self.inputs, samples, strict=True)
+        row_of = {frame: scans[sample] for frame, sample in pairs if sample in scans}
+        frames, found = list(row_of), rows[np.array(list(row_of.values()), np.int64)]
         if scans:
-            self._lidar_to_ego[:] = tables.to_ego[next(iter(scans.values()))["mount"]]
-        self._scans: dict[int, str] = {}
-        scan_tokens: dict[int, str] = {}
-        for frame in self.inputs:
-            scan = scans.get(int(self._views["sample"][frame, 0]))
-            if scan is not None:
-                self._scans[frame] = scan["file"].decode()
-                scan_tokens[frame] = scan["token"].decode()
-                self._ego_to_world[frame] = rigid(scan["rotation"], scan["translation"])
+            self._lidar_to_ego[:] = tables.to_ego[rows["mount"][next(iter(scans.values()))]]
+            self._ego_to_world[frames] = rigid(found["rotation"], found["translation"])
+        self._scans = {f: file.decode() for f, file in zip(frames, found["file"], strict=True)}
+        scan_tokens = {f: t.decode() for f, t in zip(frames, found["token"], strict=True)}
         self._volume_to_ego = self._lidar_to_ego if volume_frame == "lidar" else None
         if voxels == "occ3d":
             tokens = {frame: str(self.tokens[frame]) for frame in self.inputs}
