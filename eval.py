@@ -160,7 +160,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
                 for split in ("val", "train")
             )
         if chief:
-            for line in dict.fromkeys(line for s in dataset.sequences for line in s.missing):
+            for line in dataset.notes:
                 print(f"note: {line}")
 
         if "occupancy" in tasks:

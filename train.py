@@ -232,7 +232,7 @@ def fit(
     if chief:
         record.write(out)
         log = Log(out / "metrics.jsonl", start)
-        notes += [line for d in (training, validation) for s in d.sequences for line in s.missing]
+        notes += training.notes + validation.notes
         for line in dict.fromkeys(notes):
             tqdm.write(f"note: {line}")
         parameters = sum(p.numel() for p in model.parameters())

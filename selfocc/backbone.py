@@ -96,10 +96,6 @@ class Backbone(nn.Module):
 
     def __init__(self, config: BackboneConfig):
         super().__init__()
-        if config.depth not in _BLOCKS:
-            raise InputError(
-                f"backbone.depth {config.depth}: choose one of {', '.join(map(str, _BLOCKS))}"
-            )
         block = BasicBlock if config.depth < 50 else Bottleneck
         width = config.width
         self.frozen_stem = config.frozen_stem
@@ -121,8 +117,6 @@ class Backbone(nn.Module):
                     "or --backbone-weights none"
                 )
             _normalise_groups(self)
-        elif config.norm not in ("batch", "local"):
-            raise InputError(f"backbone.norm is batch, local or group, not {config.norm!r}")
         self._init_weights()
         if config.weights == "imagenet":
             self._load(_download(config.depth), f"ImageNet weights of ResNet-{config.depth}")

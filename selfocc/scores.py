@@ -246,7 +246,7 @@ def _occupancy_row(thresholds: Tensor, state: Tensor) -> dict[str, float]:
 def photometric_record(depth: Tensor, batch: Batch) -> Record:
     """Mean over pixels of the sources' least SSIM + L1, warped by depth [1, N, h, w] and unwarped.
 
-    Empty where there is no other frame to warp.
+    Empty where there is no other frame to warp, or none that sees what the target does.
     """
     errors = _photometric_errors(depth, batch)
     return {} if errors is None else {"photometric": torch.tensor([*errors, 1]).double()}
@@ -284,6 +284,8 @@ def _photometric_errors(depth: Tensor, batch: Batch) -> tuple[float, float] | No
         for e in (error, kernels.ssim_l1(images, goal))
     )
     seen = error.isfinite()
+    if not seen.any():
+        return None
     return error[seen].mean().item(), identity[seen].mean().item()
 
 

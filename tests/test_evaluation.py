@@ -20,14 +20,14 @@ from selfocc.datasets import Folders, open_dataset, open_sequences
 from selfocc.datasets.export_kitti import export_kitti
 from selfocc.datasets.export_nuscenes import export_nuscenes
 from selfocc.datasets.synthetic import SyntheticConfig, SyntheticSequence
-from selfocc.datasets.video import VideoDataset
+from selfocc.datasets.video import VideoDataset, collate
 from selfocc.evaluation import Samples, evaluate
 from selfocc.journal import Journal
 from selfocc.labels import SEMANTICKITTI, label_map
 from selfocc.model import SelfOcc
 from selfocc.presets import build
 from selfocc.render import render_grid
-from selfocc.scores import Scores
+from selfocc.scores import Scores, photometric_record
 from tests.tiny import ROOT, TORCHRUN, environment, overrides, run
 
 # with this threshold so young a model calls some voxels occupied
@@ -206,6 +206,25 @@ def files(semantic, cache, tmp_path_factory):
 def kitti_options(files):
     options = ("--dataset", "kitti", "--data", files / "data", "--val", "00", "--train", "01")
     return (*options, "--label-map", "semantickitti20")
+
+
+def test_photometric_error_only_where_sources_see_the_target(cache):
+    """A frame that nobody else sees leaves the mean of all others as it is."""
+    world = SyntheticConfig(image_size=(32, 64), frames=4)
+    data = VideoDataset([SyntheticSequence(world, "train-0", 0, cache)], DataConfig(
+        crop=(32, 64), pad=(32, 64), source=(0.01, 40)), train=False)  # fmt: skip
+    data.index = [(0, 1)]
+    batch = collate([data[0]])
+    assert photometric_record(batch.depth.clamp_min(1), batch)["photometric"].isfinite().all()
+    behind = batch.sources.camera_to_volume.clone()
+    behind[..., 1, 3] += 1000
+    sources = dataclasses.replace(batch.sources, camera_to_volume=behind)
+    away = dataclasses.replace(batch, sources=sources)
+    assert photometric_record(batch.depth.clamp_min(1), away) == {}
+    alone = dataclasses.replace(batch.sources, camera_to_volume=torch.stack(
+        [batch.target.camera_to_volume] * 2, 1))  # fmt: skip
+    itself = dataclasses.replace(batch, sources=alone)
+    assert photometric_record(batch.depth.clamp_min(1), itself) == {}
 
 
 @pytest.mark.parametrize("protocol", ["published", "corrected"])

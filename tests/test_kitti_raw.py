@@ -326,7 +326,8 @@ def test_jpeg_images_and_what_an_excerpt_lacks(root):
     shutil.rmtree(folder / "velodyne_points")
     (left,) = eyes(root)
     assert left.images(0).shape == (1, *SIZE, 3)
-    assert left.other_eye(0) is left.stereo_pair(0) is left.lidar(0) is left.depth(0) is None
+    assert not left.has_other_eye(0)
+    assert left.stereo_pair(0) is left.lidar(0) is left.depth(0) is None
     lacks = [line.split(":")[0] for line in left.missing]
     assert lacks[1:3] == ["no image_03", "no velodyne_points nor data_depth_annotated"]
 

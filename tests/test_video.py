@@ -273,17 +273,20 @@ def test_one_sided_frames():
 class Stereo(Drive):
     """Images of the other eye are 100 brighter; frames from 20 on have none."""
 
+    def has_other_eye(self, frame):
+        return frame < 20
+
     def other_eye(self, frame):
         intrinsics, camera_to_world = self.cameras(frame)
         camera_to_world[:, 0, 3] += 0.5
-        images = self.image(frame, 0)[None] + 100
-        return None if frame >= 20 else (intrinsics, camera_to_world, images)
+        return intrinsics, camera_to_world, self.image(frame, 0)[None] + 100
 
 
 def test_the_other_eye_replaces_a_source():
     config = dataclasses.replace(CONFIG, stereo_source=True, anchor_input=1.0)
     data = VideoDataset([Stereo()], config, train=True)
-    assert len(data) == 30  # also the first and the last frame
+    # also the first frame; but nothing is after the last, which has no other eye
+    assert [frame for _, frame in data.index] == list(range(29))
     seen = [data[(9, seed)].sources for seed in range(300)]
     kinds = [tuple(_frame(images) >= 100 for images in sources.images) for sources in seen]
     shares = [kinds.count(kind) / 300 for kind in ((False, False), (True, False), (False, True))]
@@ -292,8 +295,139 @@ def test_the_other_eye_replaces_a_source():
         assert np.array_equal(sources.camera_to_volume[:, 0, 0, 3] == 0.5, kind)
     first = [data[(0, seed)] for seed in range(20)]
     assert all(_frame(sample.sources.images[0]) == 100 for sample in first)
-    # nothing after the last frame and no other eye: another sample is drawn
-    assert not data[(29, 3)].name[0].endswith("29")
+
+
+def test_frames_with_and_without_neighbours_are_told_apart():
+    """All at once as one by one."""
+    rng = np.random.default_rng(0)
+    drive = Drive(frames=60)
+    drive.positions = rng.normal(0, 0.5, (60, 3)).cumsum(0) * (rng.random((60, 1)) < 0.9)
+    steps = rng.choice([0.0, 0.2, 0.5, 3.0], 60)
+    drive.path = steps.cumsum()
+    for distance in ("path", "straight"):
+        config = dataclasses.replace(CONFIG, distance=distance)
+        data = VideoDataset([drive], config, train=True)
+        for window in ((0.4, 2.0), (0.5, 0.5), (2.0, 5.0), (0.0, 0.1), (3.0, 2.0)):
+            one_by_one = [
+                [len(side) > 0 for side in data._either_side(drive, frame, window)]
+                for frame in range(60)
+            ]
+            assert np.array_equal(data._neighboured(drive, window), one_by_one), window
+
+
+def slow(kind, frames, step):
+    drive = kind(frames=frames)
+    drive.path, drive.positions = drive.path * step, drive.positions * step
+    return drive
+
+
+@pytest.mark.parametrize("drive, changes, remedies", [
+    # the preset kitti_raw with the left eye alone
+    (slow(Drive, 8, 0.2), {"source": (1, 5), "stereo_source": True, "anchor_input": 1.0},
+     "one_sided=true would use 6, --set data.source=0.4,5 would use 4"),
+    (Drive(3), {"anchor_input": 0.0}, "one_sided=true would use 3, "
+     "--set data.anchor_input=0.5 would use 1"),
+    (slow(Stereo, 3, 1), {"source": (2, 5)},
+     "one_sided=true would use 2, --set data.stereo_source=true would use 2, "
+     "--set data.source=0.5,5 would use 1"),
+    (slow(Drive, 8, 50), {}, "data.source=0.4,100 would use 6"),
+    (slow(Drive, 8, 0.01), {}, "drive, has 8 frames on 0.1 m; choose more"),
+    (Drive(1), {}, "drive, has 1 frame on 0.0 m; choose more"),
+])  # fmt: skip
+def test_what_can_never_be_drawn_is_refused_with_what_would_help(drive, changes, remedies):
+    config = dataclasses.replace(CONFIG, **changes)
+    with pytest.raises(InputError) as refusal:
+        VideoDataset([drive], config, train=True)
+    assert refusal.value.line().startswith(f"no usable frame: {drive.frames} of {drive.frames} ")
+    assert remedies in refusal.value.line()
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"anchor_input": 0.0}, {"anchor_input": 0.0, "anchor_past": 0.0}, {"one_sided": True},
+    {"stereo_source": True}, {"anchor_input": 0.0, "anchor_past": 1.0, "stereo_source": True},
+    {"source": (6, 8), "anchor_input": 0.0},
+])  # fmt: skip
+def test_every_index_can_be_drawn(changes, monkeypatch):
+    """Frames left out are told, and every other is some seed's own."""
+    monkeypatch.setattr(VideoDataset, "_sample", lambda self, sequence, frame, *_: frame)
+    config = dataclasses.replace(CONFIG, **changes)
+    data = VideoDataset([Stereo(14), slow(Stereo, 30, 0.01)], config, train=True)
+    for index, (s, frame) in enumerate(data.index):
+        assert s == 0 and any(data[index, seed] == frame for seed in range(60)), frame
+    (note,) = data.notes
+    count = len(data)
+    assert note.startswith(f"{44 - count} of 44 frames of drive, .. are left out")
+
+
+def test_notes_are_those_of_sequences_where_nothing_is_left_out():
+    drive = Drive()
+    drive.missing, drive.inputs = ["no voxels"], [4, 5]
+    assert VideoDataset([drive, drive], CONFIG, train=True).notes == ["no voxels"]
+    drive.inputs = [0, 4]
+    notes = VideoDataset([drive], CONFIG, train=True).notes
+    assert notes == ["no voxels", "1 of 2 frames of drive are left out: they, or the frames to "
+                     "render for them, have no frame 0.4 to 40 m before and after them; "
+                     "--set data.one_sided=true would use 1"]  # fmt: skip
+    assert VideoDataset([drive], CONFIG, train=False).notes == ["no voxels"]
+
+
+def test_drawing_ends(monkeypatch):
+    data = VideoDataset([Drive()], CONFIG, train=True)
+    monkeypatch.setattr(data, "_draw_sources", lambda *_: None)
+    with pytest.raises(InputError, match=r"data\.anchor_input, 0\.333, is too small"):
+        data[(0, 0)]
+
+
+def test_all_frames_of_a_sequence_that_stands_still():
+    data = VideoDataset.every_frame(slow(Drive, 4, 0), CONFIG)
+    assert len(data) == 4 and data[3].name == ["drive/000003"]
+
+
+class Sizes(Drive):
+    """Two cameras that see the same ramps, one with twice the columns and 1.5 times the rows."""
+
+    def cameras(self, frame):
+        intrinsics, camera_to_world = super().cameras(frame)
+        large = intrinsics[0].copy()
+        large[0, [0, 2]] = 100, 64.5
+        large[1, [1, 2]] = 75, 24.25
+        return np.stack([intrinsics[0], large]), camera_to_world.repeat(2, 0)
+
+    def _map(self, camera):
+        """The slopes x / z and y / z of every pixel's ray."""
+        rows, cols = ((32, 64), (48, 128))[camera]
+        k = self.cameras(0)[0][camera]
+        v, u = np.mgrid[:rows, :cols]
+        return (u - k[0, 2]) / k[0, 0], (v - k[1, 2]) / k[1, 1]
+
+    def image(self, frame, camera):
+        across, down = self._map(camera)
+        colours = [across * 100 + 120, down * 100 + 120, np.full_like(across, frame)]
+        return np.stack(colours, -1).round().astype(np.uint8)
+
+    def depth(self, frame):
+        return [(self._map(camera)[0] + 2).astype(np.float32) for camera in (0, 1)]
+
+    def semantics(self, frame):
+        return [(self._map(camera)[1] > 0).astype(np.uint8) for camera in (0, 1)]
+
+
+def test_cameras_of_a_rig_may_differ_in_size():
+    drive = Sizes()
+    sample = VideoDataset([drive], CONFIG, train=False)[4]
+    assert sample.images.shape == (2, 3, 32, 64) == sample.target.images.shape
+    assert torch.equal(sample.intrinsics, sample.target.intrinsics)
+    small, large = sample.target.images
+    assert torch.allclose(sample.intrinsics[1], sample.intrinsics[0], atol=1e-9)
+    assert (large - small).abs()[:, 1:-1, 1:-1].max() < 1.01 / 255  # rounded to bytes
+    assert (sample.depth[1] - sample.depth[0]).abs().max() < 0.011  # half a pixel of the larger
+    assert torch.equal(sample.semantics[0], sample.semantics[1])
+    assert torch.equal(sample.lidar[0], sample.lidar[1]) and sample.lidar[0].count_nonzero() == 1
+    composite = dataclasses.replace(CONFIG, neighbours="composite", crop=(24, 48), pad=(24, 48))
+    sources = VideoDataset([drive], composite, train=True)[(4, 0)].sources
+    assert sources.images.shape == (2, 2, 3, 24, 48)
+    with pytest.raises(InputError, match="has 32x64 pixels, smaller than the crop 48x64"):
+        VideoDataset([drive], dataclasses.replace(CONFIG, crop=(48, 64)), train=False)[0]
 
 
 def test_supervision_may_be_cropped_differently():

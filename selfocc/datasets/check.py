@@ -89,15 +89,18 @@ class Report:
         if images is None:
             return
         intrinsics, _ = sequence.cameras(frame)
+        sizes = [image.shape[:2] for image in images]
         for name in ("depth", "semantics"):
-            if parts[name] is not None and parts[name].shape != images.shape[:3]:
-                self.problems.append(f"{where}: {name} {parts[name].shape} is no map of its images")
-        for camera, (k, image) in enumerate(zip(intrinsics, images, strict=True)):
+            maps = [] if parts[name] is None else [part.shape for part in parts[name]]
+            if maps and maps != sizes:
+                self.problems.append(f"{where}: {name} {maps} is no map of its images {sizes}")
+        for camera, (k, size) in enumerate(zip(intrinsics, sizes, strict=True)):
             of = f"{sequence.name}, camera {camera}"
-            self._try(lambda of=of, k=k, image=image: check_camera(of, k, image.shape))
-        if any(n < want for n, want in zip(images.shape[1:3], self.data.crop, strict=True)):
+            self._try(lambda of=of, k=k, size=size: check_camera(of, k, size))
+        least = np.min(sizes, axis=0)
+        if (least < self.data.crop).any():
             self.problems.append(
-                f"{where}: {images.shape[1]}x{images.shape[2]} pixels are fewer than the crop "
+                f"{where}: {least[0]}x{least[1]} pixels are fewer than the crop "
                 f"{self.data.crop[0]}x{self.data.crop[1]} of the preset; choose another preset or "
                 "--set data.crop=H,W"
             )
@@ -224,12 +227,13 @@ class Report:
 
     def _trainable(self) -> str:
         try:
-            usable = len(VideoDataset(self.sequences, self.data, train=True))
+            dataset = VideoDataset(self.sequences, self.data, train=True)
         except InputError as error:
             self.problems.append(error.line())
             return "training: no frame can be used"
+        self.notes = dataset.notes
         near, far = self.data.source
-        have = f"{counted(usable, 'frame')} with neighbours"
+        have = f"{counted(len(dataset), 'frame')} with neighbours"
         return f"training: {have} {near:g} to {far:g} m away"
 
     def picture(self) -> np.ndarray | None:

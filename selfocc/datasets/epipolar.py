@@ -17,10 +17,9 @@ PATCHES = 200
 NEAREST, FARTHEST, DEPTHS = 2.0, 200.0, 48  # metres of z-depth searched, evenly in inverse depth
 
 
-def images_of(sequence: Sequence, frame: int) -> np.ndarray:
-    """uint8 [N, h, w, 3] of all cameras."""
-    cameras = range(len(sequence.cameras(frame)[0]))
-    return np.stack([sequence.image(frame, camera) for camera in cameras])
+def images_of(sequence: Sequence, frame: int) -> list[np.ndarray]:
+    """uint8 [h, w, 3] of every camera."""
+    return [sequence.image(frame, camera) for camera in range(len(sequence.cameras(frame)[0]))]
 
 
 def epipolar_offset(sequence: Sequence, frame: int, other: int) -> float | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
+from PIL import Image  # pillow comes with imageio
 
 from selfocc import InputError, counted
 
@@ -174,6 +175,16 @@ def read_image(path: Path) -> np.ndarray:
             f"{path}: {image.dtype} {image.shape} is not 8-bit grey or RGB; convert it"
         )
     return image
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width of an image, of which only the header is read."""
+    try:
+        with Image.open(path) as image:
+            return image.size[::-1]
+    except Exception as error:  # decoders raise whatever the damage makes them raise
+        kind = path.suffix[1:].upper()
+        raise InputError(f"{path}: damaged or unreadable {kind}; copy it again") from error
 
 
 def check_size(path: Path, image: np.ndarray, size: tuple[int, ...], first: str) -> None:

@@ -233,11 +233,13 @@ class KittiRawSequence:
         """uint8 [h, w, 3] RGB of the only camera."""
         return self._image(self.eye, frame)
 
-    def other_eye(self, frame: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """intrinsics, camera_to_world and image of the other eye; None where it is not on disk."""
+    def has_other_eye(self, frame: int) -> bool:
+        """Whether the other eye's image is on disk."""
+        return self._image_path("r" if self.eye == "l" else "l", frame).exists()
+
+    def other_eye(self, frame: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """intrinsics, camera_to_world and image of the other eye."""
         other = "r" if self.eye == "l" else "l"
-        if not self._image_path(other, frame).exists():
-            return None
         self.drive.baseline()
         intrinsics, other_to_cam0 = self.drive.camera(other)
         cam0_to_here = np.linalg.inv(self.drive.camera(self.eye)[1])

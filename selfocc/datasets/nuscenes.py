@@ -10,14 +10,27 @@ forward). Frames are key frames and, between them, sweeps: those of the camera t
 there, with the nearest in time of every other camera (spec 1.1). Only key frames are inputs.
 """
 
+import functools
 import re
+from collections import defaultdict
+from collections.abc import Iterable
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 
 from selfocc import InputError
 from selfocc.datasets import kitti_files
-from selfocc.datasets.nuscenes_tables import CHANNELS, LIDAR, open_index, rigid, table
+from selfocc.datasets.nuscenes_tables import (
+    CHANNELS,
+    LIDAR,
+    TWICE,
+    open_index,
+    rigid,
+    table,
+    unit,
+    whole,
+)
 from selfocc.datasets.nuscenes_voxels import VOXELS
 from selfocc.labels import PseudoLabels
 
@@ -33,6 +46,8 @@ VAL_RANGES = (
     "1059-1073"
 )
 MINI_VAL = frozenset(("scene-0103", "scene-0916"))
+LATEST = 100_000  # microseconds from a sample's time to its key frames; cameras take up to 50,000
+APART = 0.2  # seconds between frames from which on that is worth a note
 
 
 def official_val(version: str) -> frozenset[str]:
@@ -53,17 +68,14 @@ def nuscenes_sequences(
     voxels: str = "occ3d",
 ) -> list["NuScenesSequence"]:
     """The scenes of split `train` or `val`, or those `chosen`: "scene-0061,scene-0103:0-1", where
-    numbers are key frames. Scenes that lack images of key frames are left out, which a line of the
-    first one's `missing` tells. Raises InputError.
+    numbers are key frames. Scenes that lack images of key frames are left out. Lines of the first
+    one's `missing` tell of that, of key frames left out, and of rows that are there twice. Raises
+    InputError.
     """
-    if volume_frame not in ("ego", "lidar"):
-        raise InputError(f"data.volume_frame is {volume_frame!r}; it may be ego or lidar")
-    if voxels not in VOXELS:
-        raise InputError(f"data.voxels is {voxels!r}; it may be {' or '.join(VOXELS)}")
     folder = root / version
     index = open_index(folder)
-    scenes = table(folder, "scene", "token", "name")
-    names = [name for _, name in scenes]
+    tables = _Tables(folder)
+    names = [name for _, name in tables.scenes]
     if chosen:
         ranges = dict(_parse(part) for part in chosen.split(","))
         unknown = set(ranges) - set(names)
@@ -72,40 +84,53 @@ def nuscenes_sequences(
     else:
         val = official_val(version)
         ranges = {name: None for name in names if (name in val) == (split == "val")}
-    samples = np.array([token for (token,) in table(folder, "sample", "token")])
-    mounts = _Mounts(folder)
     bounds = np.searchsorted(index["scene"], np.arange(len(names) + 1))
     present = _Present(root)
-    sequences, skipped = [], []
-    for place, (token, name) in enumerate(scenes):
+    sequences = []
+    for place, (token, name) in enumerate(tables.scenes):
         if name not in ranges:
             continue
         rows = np.array(index[bounds[place] : bounds[place + 1]])
         there = np.array([present(file.decode()) for file in rows["file"]], bool)
-        if not (there | ~rows["key"] | (rows["channel"] == LIDAR)).all() or not rows["key"].any():
-            skipped.append(name)
+        for table_name, repeated in zip(("sample_data", "ego_pose"), rows["twice"].T, strict=True):
+            where = [f"{name} {row['token'].decode()}" for row in rows[repeated]]
+            tables.notes[TWICE.format(table_name)] += where
+        if not (there | ~rows["key"] | (rows["channel"] == LIDAR)).all():
+            tables.notes["scenes skipped"].append(f"images of {name} are missing")
             continue
+        views = _synchronised(rows[there], tables, name)
+        if not len(views[0]):
+            tables.notes["scenes skipped"].append(f"{name} has no key frame of all six cameras")
+            continue
+        if any(name == sequence.name for sequence in sequences):
+            raise InputError(
+                f"{folder}/scene.json: {name} is there with two tokens; mend the table"
+            )
         sequences.append(
             NuScenesSequence(
                 root,
                 name,
                 token,
                 rows[there],
-                samples,
-                mounts,
+                *views,
+                tables,
                 ranges[name],
                 volume_frame,
                 labels,
                 voxels,
             )
         )
+        # the images of one rig, and of every other scene one: a look at each takes a while
+        sequences[-1].check_sizes(range(6) if len(sequences) == 1 else [len(sequences) % 6])
+    notes = [
+        f"{what}: {len(places)} ({places[0]}{', ..' if len(places) > 1 else ''})"
+        for what, places in tables.notes.items()
+        if places
+    ]
     if not sequences:
-        what = f"images of {skipped[0]} are missing" if skipped else f"none is of split {split}"
+        what = "; ".join(notes) or f"none is of split {split}"
         raise InputError(f"{folder}: no scene can be used: {what}; look at --data and --version")
-    if skipped:
-        sequences[0].missing.insert(
-            0, f"{len(skipped)} scenes skipped ({skipped[0]}, ..): images of key frames are missing"
-        )
+    sequences[0].missing[:0] = notes
     return sequences
 
 
@@ -117,24 +142,52 @@ def _parse(text: str) -> tuple[str, range | None]:
     return name, None if first is None else range(int(first), int(last) + 1)
 
 
-class _Mounts:
-    """Where sensors are on the vehicle: to_ego [M, 4, 4], intrinsics [M, 3, 3] (zero for LiDAR)."""
+class _Tables:
+    """The small tables, by place, and what is amiss in any.
+
+    scenes: token and name; samples [S] their tokens, times [S] in microseconds; to_ego [M, 4, 4]
+    and intrinsics [M, 3, 3] (zero for LiDAR) of sensors on the vehicle, mounts [M] their tokens.
+    """
 
     def __init__(self, folder: Path):
-        rows = table(
-            folder, "calibrated_sensor", "token", "rotation", "translation", "camera_intrinsic"
-        )
-        path = folder / "calibrated_sensor.json"
-        self.intrinsics = np.zeros((len(rows), 3, 3))
+        self.folder, self.notes = folder, defaultdict(list)
+        self.check_camera = functools.cache(self._check_camera)  # scenes share cameras
+        table(folder, "sensor", notes=self.notes)
+        self.scenes = table(folder, "scene", "name", notes=self.notes)
+        rows = table(folder, "sample", "timestamp", notes=self.notes)
+        self.samples = np.array([row[0] for row in rows])
         try:
-            self.to_ego = rigid([row[1] for row in rows], [row[2] for row in rows])
+            self.times = np.array([whole(row[1]) for row in rows], np.int64)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{folder}/sample.json: timestamp: {error}; copy it again") from None
+        columns = ("rotation", "translation", "camera_intrinsic")
+        rows = table(folder, "calibrated_sensor", *columns, notes=self.notes)
+        self.mounts = [row[0] for row in rows]
+        self.intrinsics = np.zeros((len(rows), 3, 3))
+        path = folder / "calibrated_sensor.json"
+        try:
+            rotation = np.array([row[1] for row in rows], np.float64).reshape(-1, 4)
+            self.to_ego = rigid(rotation, np.array([row[2] for row in rows]).reshape(-1, 3))
             for place, row in enumerate(rows):
                 if row[3]:
-                    self.intrinsics[place] = row[3]
+                    self.intrinsics[place] = np.array(row[3], np.float64).reshape(3, 3)
         except (ValueError, TypeError) as error:
             raise InputError(f"{path}: {error}; copy the table again") from None
         if not (np.isfinite(self.to_ego).all() and np.isfinite(self.intrinsics).all()):
             raise InputError(f"{path}: not all numbers are finite; copy the table again")
+        bad = np.flatnonzero(~unit(rotation))
+        if len(bad):
+            token = self.mounts[bad[0]]
+            raise InputError(f"{path}: rotation of {token} is none; copy the table again")
+
+    def _check_camera(self, mount: int, height: int, width: int) -> None:
+        """Refuse intrinsics that are none, or not of images of this size."""
+        k, where = self.intrinsics[mount], f"{self.folder}/calibrated_sensor.json"
+        if min(k[0, 0], k[1, 1]) <= 0 or k[1, 0] or (k[2] != (0, 0, 1)).any():
+            raise InputError(
+                f"{where}: camera_intrinsic of {self.mounts[mount]} is none; copy the table again"
+            )
+        kitti_files.check_camera(where, k, (height, width))
 
 
 class _Present:
@@ -151,75 +204,118 @@ class _Present:
         return name in self.folders[folder]
 
 
-def _synchronised(rows: np.ndarray) -> np.ndarray:
-    """Rows of the six cameras in every frame [frames, 6], in time.
+def _key_rows(rows: np.ndarray, channel: int, tables: _Tables, name: str) -> dict[int, int]:
+    """The row of every sample's key frame of a sensor; of two, that nearer to the sample's time."""
+    keys = np.flatnonzero((rows["channel"] == channel) & rows["key"])
+    samples = rows["sample"][keys]
+    off = np.abs(rows["time"][keys] - tables.times[samples])
+    found = {}
+    for k in np.argsort(off, kind="stable"):
+        sample = int(samples[k])
+        where = f"{name} {CHANNELS[channel]} {tables.samples[sample]}"
+        if sample in found:
+            tables.notes["key frames twice for a sample, the one nearer in time used"].append(where)
+        elif off[k] > LATEST:
+            seconds = f"{where} by {off[k] / 1e6:.2f} s"
+            tables.notes["sensor data left out, too far off their sample's time"].append(seconds)
+        else:
+            found[sample] = int(keys[k])
+    return found
 
-    rows: those of a scene. Sweeps between two key frames follow the camera with the fewest.
+
+def _synchronised(rows: np.ndarray, tables: _Tables, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the six cameras in every frame [frames, 6], in time, and which are key frames.
+
+    rows: those of a scene. Key frames are paired by their sample, and sweeps between two by their
+    time: they follow the camera with the fewest.
     """
+    time = np.array(rows["time"])
     cameras = [np.flatnonzero(rows["channel"] == c) for c in range(len(CAMERAS))]
-    keys = [c[rows["key"][c]] for c in cameras]
-    common = set.intersection(*(set(rows["sample"][k].tolist()) for k in keys))
-    keys = [k[np.isin(rows["sample"][k], list(common))] for k in keys]
-    frames = []
-    for j in range(len(keys[0])):
-        frames.append([k[j] for k in keys])
-        if j + 1 < len(keys[0]):
-            between = [c[(c > k[j]) & (c < k[j + 1])] for c, k in zip(cameras, keys, strict=True)]
-            lead = rows["time"][min(between, key=len)]
+    times = [time[c] for c in cameras]  # ascending, as the index is
+    keys = [_key_rows(rows, c, tables, name) for c in range(len(CAMERAS))]
+    samples = sorted(set().union(*keys), key=lambda sample: (tables.times[sample], sample))
+    complete = []
+    for sample in samples:
+        lacking = [channel for channel, k in zip(CAMERAS, keys, strict=True) if sample not in k]
+        if lacking:
+            where = f"{name} {tables.samples[sample]}: {', '.join(lacking)}"
+            tables.notes["key frames left out that lack a camera"].append(where)
+        else:
+            complete.append([k[sample] for k in keys])
+    frames, is_key = [], []
+    for here, then in zip_longest(complete, complete[1:]):
+        frames.append(here)
+        is_key.append(True)
+        if then is not None:
+            between = [
+                c[t.searchsorted(time[a], "right") : t.searchsorted(time[b])]
+                for c, t, a, b in zip(cameras, times, here, then, strict=True)
+            ]
+            lead = np.unique(time[min(between, key=len)])
             nearest = [
-                b[np.abs(rows["time"][b] - lead[:, None]).argmin(1)] if len(lead) else lead
-                for b in between
+                b[np.abs(time[b] - lead[:, None]).argmin(1)] if len(lead) else lead for b in between
             ]
             frames.extend(np.stack(nearest, 1))
-    return np.array(frames).reshape(-1, len(CAMERAS))
+            is_key += [False] * len(lead)
+    return np.array(frames, np.int64).reshape(-1, len(CAMERAS)), np.array(is_key, bool)
 
 
 class NuScenesSequence:
-    """One scene; the protocol of `datasets.video`. Raises InputError on what is malformed."""
+    """One scene; the protocol of `datasets.video`. Raises InputError on what is malformed.
+
+    rows are those of the scene, `views` and `is_key` its frames as `_synchronised` has them.
+    """
 
     camera_names = CAMERAS
 
     def __init__(
-        self, root, name, token, rows, samples, mounts, keys, volume_frame, labels, voxels
+        self,
+        root,
+        name,
+        token,
+        rows,
+        views,
+        is_key,
+        tables,
+        keys,
+        volume_frame,
+        labels,
+        voxels,
     ):
         self.root, self.name, self._labels = root, name, labels
         self.missing: list[str] = []
-        views = _synchronised(rows)
-        if not len(views):
-            raise InputError(f"{name}: sample_data.json has no key frame of all six cameras")
-        number = np.cumsum(rows["key"][views[:, 0]]) - 1  # key frame at or before each frame
+        number = np.cumsum(is_key) - 1  # key frame at or before each frame
         if keys is not None:
             if not keys or keys[-1] > number[-1]:
                 raise InputError(f"{name}: key frames are 0 to {number[-1]}; choose among them")
             first, last = (np.flatnonzero(number == k)[0] for k in (keys[0], keys[-1]))
-            views = views[first : last + 1]
+            views, is_key = views[first : last + 1], is_key[first : last + 1]
         self._views = rows[views]  # [frames, 6]
         self.frames = len(views)
-        is_key = self._views["key"][:, 0]
         self.inputs = np.flatnonzero(is_key).tolist()
-        self.tokens = samples[self._views["sample"][:, 0]]
+        self.tokens = tables.samples[self._views["sample"][:, 0]]
         ego = rigid(self._views["rotation"], self._views["translation"])
-        self._camera_to_world = ego @ mounts.to_ego[self._views["mount"]]
-        self._intrinsics = mounts.intrinsics[self._views["mount"]]
-        if not self._intrinsics[..., 0, 0].all():
-            raise InputError(f"{name}: a camera has no camera_intrinsic in calibrated_sensor.json")
+        self._camera_to_world = ego @ tables.to_ego[self._views["mount"]]
+        self._intrinsics = tables.intrinsics[self._views["mount"]]
+        kinds = np.c_[self._views["mount"].ravel(), self._views["size"].reshape(-1, 2)]
+        for mount, height, width in np.unique(kinds, axis=0).tolist():
+            tables.check_camera(mount, height, width)
         self.positions = ego[:, 0, :3, 3]
         steps = np.linalg.norm(np.diff(self.positions, axis=0), axis=1)
         self.path = np.concatenate([[0.0], np.cumsum(steps)])
 
         self._ego_to_world = ego[:, 0]  # at the time of CAM_FRONT where there is no scan
         self._lidar_to_ego = np.broadcast_to(NOMINAL_LIDAR_TO_EGO, ego[:, 0].shape).copy()
-        scans = {int(r["sample"]): r for r in rows[rows["channel"] == LIDAR]}
+        scans = _key_rows(rows, LIDAR, tables, name)
+        samples = self._views["sample"][self.inputs, 0].tolist()
+        pairs = zip(self.inputs, samples, strict=True)
+        row_of = {frame: scans[sample] for frame, sample in pairs if sample in scans}
+        frames, found = list(row_of), rows[np.array(list(row_of.values()), np.int64)]
         if scans:
-            self._lidar_to_ego[:] = mounts.to_ego[next(iter(scans.values()))["mount"]]
-        self._scans: dict[int, str] = {}
-        scan_tokens: dict[int, str] = {}
-        for frame in self.inputs:
-            scan = scans.get(int(self._views["sample"][frame, 0]))
-            if scan is not None:
-                self._scans[frame] = scan["file"].decode()
-                scan_tokens[frame] = scan["token"].decode()
-                self._ego_to_world[frame] = rigid(scan["rotation"], scan["translation"])
+            self._lidar_to_ego[:] = tables.to_ego[rows["mount"][next(iter(scans.values()))]]
+            self._ego_to_world[frames] = rigid(found["rotation"], found["translation"])
+        self._scans = {f: file.decode() for f, file in zip(frames, found["file"], strict=True)}
+        scan_tokens = {f: t.decode() for f, t in zip(frames, found["token"], strict=True)}
         self._volume_to_ego = self._lidar_to_ego if volume_frame == "lidar" else None
         if voxels == "occ3d":
             tokens = {frame: str(self.tokens[frame]) for frame in self.inputs}
@@ -230,8 +326,16 @@ class NuScenesSequence:
         self._survey()
 
     def _survey(self) -> None:
-        if self.frames == len(self.inputs) > 1:
-            self.missing.append("no sweeps: frames are half a second apart")
+        apart = np.median(np.diff(self._views["time"][:, 0])) / 1e6 if self.frames > 1 else 0
+        if apart > APART:
+            sweeps = "no" if self.frames == len(self.inputs) else "few"
+            self.missing.append(f"{sweeps} sweeps: frames are {apart:.1f} s apart")
+        sizes = self._views["size"][0]
+        least = sizes.min(0)
+        for channel, size in zip(CAMERAS, sizes, strict=True):
+            if (size != least).any():
+                had, has = (f"{width}x{height}" for height, width in (size, least))
+                self.missing.append(f"{channel} of {had} pixels is scaled to {has}, as others are")
         if not self._scans:
             self.missing.append("no LIDAR_TOP in some scenes: depth is not scored there")
         if not self.labelled:
@@ -242,8 +346,7 @@ class NuScenesSequence:
     def frame_id(self, frame: int) -> str:
         """The sample's token; of a sweep, followed by the time of CAM_FRONT in microseconds."""
         token = str(self.tokens[frame])
-        first = self._views[frame, 0]
-        return token if first["key"] else f"{token}-{first['time']}"
+        return token if frame in self.inputs else f"{token}-{self._views[frame, 0]['time']}"
 
     def cameras(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
         """intrinsics [6, 3, 3] in pixels, camera_to_world [6, 4, 4], float64."""
@@ -256,19 +359,31 @@ class NuScenesSequence:
 
     def image(self, frame: int, camera: int) -> np.ndarray:
         """uint8 [h, w, 3] RGB."""
-        row = self._views[frame, camera]
-        path = self.root / row["file"].decode()
+        path = self._path(frame, camera)
         image = kitti_files.read_image(path)
-        if image.shape[:2] != tuple(row["size"]):
-            got, want = ("x".join(map(str, size)) for size in (image.shape[:2], row["size"]))
+        self._check_size(path, image.shape[:2], frame, camera)
+        return image
+
+    def images(self, frame: int) -> list[np.ndarray]:
+        """Those of the six cameras."""
+        return [self.image(frame, camera) for camera in range(len(CAMERAS))]
+
+    def check_sizes(self, cameras: Iterable[int]) -> None:
+        """Look at one image of each of these cameras. Raises InputError."""
+        for camera in cameras:
+            path = self._path(0, camera)
+            self._check_size(path, kitti_files.image_size(path), 0, camera)
+
+    def _path(self, frame: int, camera: int) -> Path:
+        return self.root / self._views[frame, camera]["file"].decode()
+
+    def _check_size(self, path: Path, size: tuple[int, int], frame: int, camera: int) -> None:
+        told = self._views[frame, camera]["size"]
+        if size != tuple(told):
+            got, want = ("x".join(map(str, size)) for size in (size, told))
             raise InputError(
                 f"{path}: {got} pixels, but sample_data.json says {want}; copy it again"
             )
-        return image
-
-    def images(self, frame: int) -> np.ndarray:
-        """uint8 [6, h, w, 3] RGB."""
-        return np.stack([self.image(frame, camera) for camera in range(len(CAMERAS))])
 
     def depth(self, frame: int) -> None:
         """nuScenes has no dense depth."""
@@ -276,15 +391,15 @@ class NuScenesSequence:
     def stereo_pair(self, frame: int) -> None:
         """nuScenes has no stereo."""
 
-    def other_eye(self, frame: int) -> None:
-        """nuScenes has no stereo."""
-
-    def semantics(self, frame: int) -> np.ndarray | None:
-        """Pseudo labels, uint8 [6, h, w]; None without --labels."""
+    def semantics(self, frame: int) -> list[np.ndarray] | None:
+        """Pseudo labels of the six cameras, uint8 [h, w]; None without --labels."""
         if self._labels is None:
             return None
-        files = [self.root / row["file"].decode() for row in self._views[frame]]
-        return self._labels.read(files, tuple(self._views["size"][frame, 0]))
+        sizes = self._views["size"][frame].tolist()
+        return [
+            self._labels.read([self._path(frame, camera)], tuple(size))[0]
+            for camera, size in enumerate(sizes)
+        ]
 
     def lidar(self, frame: int) -> np.ndarray | None:
         """The scan of a key frame, float32 [M, 3] in its volume frame; None where there is none."""

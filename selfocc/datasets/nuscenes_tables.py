@@ -8,7 +8,9 @@ and made again when a table changes.
 import contextlib
 import json
 import os
+import re
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,10 +30,17 @@ CHANNELS = (
     "LIDAR_TOP",
 )  # fmt: skip
 LIDAR = CHANNELS.index("LIDAR_TOP")
-FORMAT = 2  # of the index; part of its name
+FORMAT = 3  # of the index; part of its name
 CHUNK = 1 << 22  # characters read at a time
 LONGEST = 1 << 20  # characters of a row; what is longer is damage
 NAMES = ("sensor", "calibrated_sensor", "scene", "sample", "sample_data", "ego_pose")
+# is_key_frame as tools write it; 1 and 0 are equal to True and False
+KEY = {True: True, False: False, "true": True, "false": False, "True": True, "False": False,
+       "1": True, "0": False}  # fmt: skip
+STEPS = 2_000, 20_000_000  # microseconds between the images of a camera that can be believed
+
+Notes = dict[str, list[str]]  # what was found amiss, and where
+TWICE = "rows twice in {}.json, used once"
 
 
 def stream(path: Path, progress: bool = False) -> Iterator[dict]:
@@ -77,11 +86,23 @@ def stream(path: Path, progress: bool = False) -> Iterator[dict]:
         raise InputError(f"{path}: not a text file; copy it again") from None
 
 
-def table(folder: Path, name: str, *columns: str) -> list[list]:
-    """These columns of a small table, a list for each row. Raises InputError where one lacks."""
-    return [
-        _cells(row, columns, folder / f"{name}.json") for row in stream(folder / f"{name}.json")
-    ]
+def table(folder: Path, name: str, *columns: str, notes: Notes | None = None) -> list[list]:
+    """The token and these columns of a small table, a list for each token.
+
+    A row that is there twice is used once, which is noted. Raises InputError where a row lacks a
+    column or contradicts another of its token.
+    """
+    path, rows = folder / f"{name}.json", {}
+    notes = defaultdict(list) if notes is None else notes
+    for row in stream(path):
+        cells = _cells(row, ("token", *columns), path)
+        if not isinstance(cells[0], str):
+            raise _malformed(path, row)
+        if rows.setdefault(cells[0], cells) is not cells:
+            if rows[cells[0]] != cells:
+                raise _contradiction(path, cells[0])
+            notes[TWICE.format(name)].append(cells[0])
+    return list(rows.values())
 
 
 def _cells(row: dict, columns: tuple[str, ...], path: Path) -> list:
@@ -90,6 +111,22 @@ def _cells(row: dict, columns: tuple[str, ...], path: Path) -> list:
     except KeyError as error:
         where = row.get("token", "?")
         raise InputError(f"{path}: row {where} has no {error}; copy the table again") from None
+
+
+def whole(value) -> int:
+    """A whole number, also where a tool has written it as 1.5e15 or "1500". Raises ValueError."""
+    number = int(value)
+    if (isinstance(value, float) and number != value) or abs(number) >> 63:
+        raise ValueError(value)
+    return number
+
+
+def _below(file: str) -> str:
+    """A file's place below the data folder, also where it was written from the root of a disk."""
+    file = file.replace("\\", "/")
+    if re.match(r"\.?/|\w:", file):
+        file = re.sub(r".*/(?=(samples|sweeps)/)", "", file)
+    return file
 
 
 def rigid(rotation, translation) -> np.ndarray:
@@ -114,8 +151,9 @@ def open_index(folder: Path, progress: bool = True) -> np.ndarray:
 
     Fields: scene, sample and mount (places in scene.json, sample.json and calibrated_sensor.json),
     channel (place in CHANNELS), key, time (microseconds), rotation (w, x, y, z) and translation
-    of the ego pose, size (height, width), token (of the sample_data), file. Raises InputError for
-    damaged tables.
+    of the ego pose, size (height, width), token (of the sample_data), file, and twice: whether
+    sample_data.json and ego_pose.json have the row more than once. Raises InputError for damaged
+    tables and for rows of one token that contradict each other.
     """
     try:
         stats = [(folder / f"{name}.json").stat() for name in NAMES]
@@ -165,18 +203,16 @@ def _store(path: Path, index: np.ndarray) -> None:
 
 def make_index(folder: Path, progress: bool) -> np.ndarray:
     """See `open_index`."""
-    channel_of = {token: channel for token, channel in table(folder, "sensor", "token", "channel")}
+    channel_of = dict(table(folder, "sensor", "channel"))
     mounts = {}
-    for place, (token, sensor) in enumerate(
-        table(folder, "calibrated_sensor", "token", "sensor_token")
-    ):
+    for place, (token, sensor) in enumerate(table(folder, "calibrated_sensor", "sensor_token")):
         if sensor not in channel_of:
             raise _dangling(folder, "calibrated_sensor", token, "sensor", sensor)
         name = channel_of[sensor]
         mounts[token] = place, CHANNELS.index(name) if name in CHANNELS else None
-    scenes = {row[0]: place for place, row in enumerate(table(folder, "scene", "token"))}
+    scenes = {row[0]: place for place, row in enumerate(table(folder, "scene"))}
     samples = {}
-    for place, (token, scene) in enumerate(table(folder, "sample", "token", "scene_token")):
+    for place, (token, scene) in enumerate(table(folder, "sample", "scene_token")):
         if scene not in scenes:
             raise _dangling(folder, "sample", token, "scene", scene)
         samples[token] = place, scenes[scene]
@@ -189,30 +225,37 @@ def make_index(folder: Path, progress: bool) -> np.ndarray:
     path = folder / "sample_data.json"
     for row in stream(path, progress):
         token, sample, mount, pose, key, time, height, width, file = _cells(row, columns, path)
-        if mount not in mounts:
-            raise _dangling(folder, "sample_data", token, "calibrated_sensor", mount)
-        place, channel = mounts[mount]
-        if channel is None or (channel == LIDAR and not key):
-            continue
-        if sample not in samples:
-            raise _dangling(folder, "sample_data", token, "sample", sample)
-        numbers.append(
-            (samples[sample][1], channel, time, samples[sample][0], place, key, height, width)
-        )
-        files.append(file.encode())
-        tokens.append(token.encode())
-        pose_of.append(pose_tokens.setdefault(pose, len(pose_tokens)))
-    poses = _read_poses(folder, pose_tokens, progress)
+        try:
+            if mount not in mounts:
+                raise _dangling(folder, "sample_data", token, "calibrated_sensor", mount)
+            place, channel = mounts[mount]
+            key = KEY[key]
+            if channel is None or (channel == LIDAR and not key):
+                continue
+            if sample not in samples:
+                raise _dangling(folder, "sample_data", token, "sample", sample)
+            time, height, width = whole(time), whole(height or 0), whole(width or 0)
+            numbers.append(
+                (samples[sample][1], channel, time, samples[sample][0], place, key, height, width)
+            )
+            files.append(_below(file).encode())
+            tokens.append(token.encode())
+            pose_of.append(pose_tokens.setdefault(pose, len(pose_tokens)))
+        except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
+            raise _malformed(path, row) from None
+    poses, repeated_pose = _read_poses(folder, pose_tokens, progress)
 
     numbers = np.array(numbers, np.int64).reshape(-1, 8)
     files, tokens = (np.array(a, dtype=np.bytes_ if a else "S1") for a in (files, tokens))
+    pose_of = np.array(pose_of, np.int64)
+    kept, repeated = _once(path, tokens, numbers, pose_of, files)
     dtype = np.dtype([
         ("scene", "<i4"), ("sample", "<i4"), ("mount", "<i4"), ("channel", "i1"), ("key", "?"),
         ("time", "<i8"), ("rotation", "<f8", 4), ("translation", "<f8", 3), ("size", "<i4", 2),
-        ("token", tokens.dtype), ("file", files.dtype),
+        ("token", tokens.dtype), ("file", files.dtype), ("twice", "?", 2),
     ])  # fmt: skip
-    order = np.lexsort((numbers[:, 2], numbers[:, 1], numbers[:, 0]))
-    numbers, poses = numbers[order], poses[np.array(pose_of, np.int64)[order]]
+    order = kept[np.lexsort((numbers[kept, 2], numbers[kept, 1], numbers[kept, 0]))]
+    numbers, pose_of = numbers[order], pose_of[order]
     index = np.empty(len(order), dtype)
     for field, column in (
         ("scene", 0),
@@ -224,31 +267,89 @@ def make_index(folder: Path, progress: bool) -> np.ndarray:
     ):
         index[field] = numbers[:, column]
     index["size"], index["token"], index["file"] = numbers[:, 6:], tokens[order], files[order]
-    index["rotation"], index["translation"] = poses[:, :4], poses[:, 4:]
+    index["rotation"], index["translation"] = poses[pose_of, :4], poses[pose_of, 4:]
+    index["twice"][:, 0], index["twice"][:, 1] = repeated[order], repeated_pose[pose_of]
+    _check_times(path, index)
     return index
 
 
-def _read_poses(folder: Path, places: dict[str, int], progress: bool) -> np.ndarray:
-    """Rotation and translation [poses, 7] of the tokens, in the order of their places."""
+def _once(path: Path, tokens: np.ndarray, *columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places of the first row of every token, in order, and of all rows whether there are more.
+
+    Raises InputError where two rows of a token differ in a column.
+    """
+    order = np.argsort(tokens, kind="stable")
+    again = np.flatnonzero(tokens[order[1:]] == tokens[order[:-1]])
+    first, second = order[again], order[again + 1]
+    for column in columns:
+        differ = column[first] != column[second]
+        differ = differ.any(1) if differ.ndim > 1 else differ
+        if differ.any():
+            raise _contradiction(path, tokens[first[differ][0]].decode())
+    kept, repeated = np.ones(len(tokens), bool), np.zeros(len(tokens), bool)
+    kept[second], repeated[first] = False, True
+    return np.flatnonzero(kept), repeated
+
+
+def _check_times(path: Path, index: np.ndarray) -> None:
+    """Refuse time stamps that are no microseconds, by the images of each camera in a scene."""
+    follows = (np.diff(index["scene"]) == 0) & (np.diff(index["channel"]) == 0)
+    steps = np.diff(index["time"])[follows]
+    steps = steps[steps > 0]
+    if len(steps) and not STEPS[0] <= np.median(steps) <= STEPS[1]:
+        raise InputError(
+            f"{path}: images of a camera are {np.median(steps):g} microseconds apart; timestamp "
+            "must count microseconds"
+        )
+
+
+def _read_poses(
+    folder: Path, places: dict[str, int], progress: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of the tokens, in the order of their places: rotation and translation [poses, 7], and
+    whether the table has them more than once."""
     poses = np.full((len(places), 7), np.nan)
-    found = np.zeros(len(places), bool)
+    found, repeated = np.zeros(len(places), bool), np.zeros(len(places), bool)
     path = folder / "ego_pose.json"
     for row in stream(path, progress):
         token, rotation, translation = _cells(row, ("token", "rotation", "translation"), path)
         place = places.get(token)
-        if place is not None:
-            if len(rotation) != 4 or len(translation) != 3:
-                raise InputError(f"{path}: row {token} is no pose; copy the table again")
-            poses[place] = *rotation, *translation
-            found[place] = True
+        if place is None:
+            continue
+        before = poses[place].copy() if found[place] else None
+        try:
+            (w, x, y, z), (a, b, c) = rotation, translation
+            poses[place] = w, x, y, z, a, b, c
+        except (ValueError, TypeError):
+            raise InputError(f"{path}: row {token} is no pose; copy the table again") from None
+        if before is not None:
+            repeated[place] = True
+            if not np.array_equal(before, poses[place], equal_nan=True):
+                raise _contradiction(path, token)
+        found[place] = True
     if not found.all():
         lost = next(token for token, place in places.items() if not found[place])
         raise _dangling(folder, "sample_data", "?", "ego_pose", lost)
-    bad = ~np.isfinite(poses).all(1) | (np.abs(np.linalg.norm(poses[:, :4], axis=1) - 1) > 1e-3)
+    bad = ~np.isfinite(poses).all(1) | ~unit(poses[:, :4])
     if bad.any():
         token = next(token for token, place in places.items() if bad[place])
         raise InputError(f"{path}: pose {token} is not finite or no rotation; copy the table again")
-    return poses
+    return poses, repeated
+
+
+def unit(rotation: np.ndarray) -> np.ndarray:
+    """Whether quaternions [..., 4] have length 1, as rotations do."""
+    return np.abs(np.linalg.norm(rotation, axis=-1) - 1) < 1e-3
+
+
+def _contradiction(path: Path, token: str) -> InputError:
+    return InputError(
+        f"{path}: the rows of token {token} contradict each other; copy the table again"
+    )
+
+
+def _malformed(path: Path, row: dict) -> InputError:
+    return InputError(f"{path}: row {row.get('token', '?')} is malformed; copy the table again")
 
 
 def _dangling(folder: Path, name: str, token: str, other: str, lost: str) -> InputError:

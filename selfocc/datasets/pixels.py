@@ -8,6 +8,36 @@ from torch import Tensor
 from selfocc import InputError
 
 
+def one_size(images, intrinsics: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """Images [h, w, 3] of N cameras, 0..255, brought to the least height and width among them, and
+    their intrinsics [N, 3, 3] to match. x and y are scaled separately, as a pinhole camera allows.
+    """
+    sizes = np.array([image.shape[:2] for image in images])
+    least = sizes.min(0)
+    images = [
+        image if (size == least).all() else _smaller(image, least.tolist())
+        for image, size in zip(images, sizes, strict=True)
+    ]
+    return images, scaled(intrinsics, (least / sizes)[:, ::-1])
+
+
+def _smaller(image: np.ndarray, size: list[int]) -> np.ndarray:
+    pixels = torch.tensor(image).permute(2, 0, 1)[None].float()
+    pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
+    return pixels[0].permute(1, 2, 0).numpy()
+
+
+def scaled(intrinsics: np.ndarray, scale) -> np.ndarray:
+    """Intrinsics [N, 3, 3] of images that are resized by `scale`, one number or [N, 2] of x and y.
+
+    Integer coordinates are pixel centres, so that a resize moves the origin by half a pixel.
+    """
+    intrinsics, scale = intrinsics.copy(), np.broadcast_to(scale, (len(intrinsics), 2))
+    intrinsics[:, :2] *= scale[..., None]
+    intrinsics[:, :2, 2] += (scale - 1) / 2
+    return intrinsics
+
+
 def cropped(images, crop: tuple[int, int], where: str) -> Tensor:
     """The top left of images [h, w, 3] of N cameras, float [N, 3, *crop]."""
     height, width = crop

@@ -7,7 +7,8 @@ in the volume frame of the input time stamp) is here, once.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfocc import InputError
+from selfocc import InputError, counted
 from selfocc.config import DataConfig
-from selfocc.datasets.pixels import cropped, photometric_augmentation, resize
+from selfocc.datasets.pixels import cropped, one_size, photometric_augmentation, resize, scaled
 from selfocc.stereo import stereo_depth
 
 # Which images an anchor is compared with: those of a frame, those of a frame for each camera, or of
@@ -27,6 +28,8 @@ Source = int | list[int] | tuple[np.ndarray, np.ndarray, np.ndarray]
 
 # metres: `composite` sources are mostly this far away, and as far around it
 COMPOSITE_DISTANCE = COMPOSITE_SPREAD = 0.5
+LEAST = 0.05  # metres between frames; what moves less shows no depth
+DRAWS = 10_000  # of a training sample, of which one has sources where settings are sane
 
 
 class Sequence(Protocol):
@@ -48,7 +51,7 @@ class Sequence(Protocol):
         """[4, 4]."""
 
     def image(self, frame: int, camera: int) -> np.ndarray:
-        """uint8 [h, w, 3]."""
+        """uint8 [h, w, 3]; cameras may differ in size."""
 
     def depth(self, frame: int) -> np.ndarray | None:
         """Dense z-depth, float32 [N, h, w], 0 where there is none; None where it is not known."""
@@ -56,8 +59,8 @@ class Sequence(Protocol):
     def lidar(self, frame: int) -> np.ndarray | None:
         """float32 [M, 3] in the volume frame of this frame."""
 
-    def semantics(self, frame: int) -> np.ndarray | None:
-        """Class ids, uint8 [N, h, w]."""
+    def semantics(self, frame: int) -> Iterable[np.ndarray] | None:
+        """Class ids of every camera, uint8 [h, w]."""
 
     def voxels(self, frame: int) -> np.ndarray | None:
         """Labels, uint8 [ny, nx, nz]; 0 is free, 255 unknown."""
@@ -65,9 +68,15 @@ class Sequence(Protocol):
     def stereo_pair(self, frame: int) -> tuple[np.ndarray, np.ndarray, float, float] | None:
         """Left and right image uint8 [h, w, 3], focal length in pixels, baseline in metres."""
 
-    def other_eye(self, frame: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """Of the other camera of each stereo pair, at the same time: intrinsics [N, 3, 3],
-        camera_to_world [N, 4, 4], images uint8 [N, h, w, 3]; only read for data.stereo_source."""
+    # Sequences of stereo pairs also have these two, for data.stereo_source:
+    # has_other_eye(frame) -> bool: whether the other camera's image of that time is on disk
+    # other_eye(frame): its intrinsics [N, 3, 3], camera_to_world [N, 4, 4] and images uint8
+    # [N, h, w, 3]
+
+
+def has_other_eye(sequence: Sequence, frame: int) -> bool:
+    """Whether a frame has an image of the other camera of a stereo pair."""
+    return hasattr(sequence, "has_other_eye") and sequence.has_other_eye(frame)
 
 
 def voxels_to_volume(sequence: Sequence, frame: int) -> Tensor | None:
@@ -150,47 +159,122 @@ class VideoDataset(torch.utils.data.Dataset):
 
     An integer key gives the evaluation sample: the input frame is also the target. A key (index,
     seed) gives a training sample, whose anchor, sources and augmentation follow from the seed
-    alone, so that a resumed run repeats them exactly.
+    alone, so that a resumed run repeats them exactly. Every index can give one: frames that cannot
+    are left out, which `notes` tell beside what the sequences lack. Raises InputError where no
+    frame can be used.
     """
 
     def __init__(self, sequences: list[Sequence], config: DataConfig, train: bool):
-        for name, known in (
-            ("distance", ("path", "straight")),
-            ("neighbours", ("nearest", "composite")),
-        ):
-            if getattr(config, name) not in known:
-                raise InputError(
-                    f"data.{name} is {getattr(config, name)!r}; it may be {' or '.join(known)}"
-                )
         self.sequences = sequences
         self.config = config
         self.train = train
-        self.index = [pair for s in range(len(sequences)) for pair in self._frames_of(s)]
-        if not self.index:
-            need = "a frame before and after it" if train else "neighbours or labels"
-            raise InputError(
-                f"no usable frame in {', '.join(s.name for s in sequences)}: none has {need} "
-                "within the distances of data.source; widen them or give longer frame ranges"
-            )
+        self.index, left_out = [], []
+        for s, sequence in enumerate(sequences):
+            frames = self._candidates(sequence)
+            used = self._usable(sequence, frames, config)
+            self.index += [(s, frame) for frame in used]
+            left_out.append(sorted(set(frames) - set(used)))
+        self.notes = list(dict.fromkeys(line for s in sequences for line in s.missing))
+        if sequences and not self.index:
+            raise InputError(f"no usable frame: {self._account(left_out)}")
+        if train and any(left_out):
+            self.notes.append(self._account(left_out))
 
     @classmethod
     def every_frame(cls, sequence: Sequence, config: DataConfig) -> "VideoDataset":
         """Evaluation samples of all frames of one sequence, in order, labelled or not."""
-        dataset = cls([sequence], config, train=False)
-        dataset.index = [(0, frame) for frame in range(sequence.frames)]
+        dataset = cls([], config, train=False)
+        dataset.sequences, dataset.index = [sequence], [(0, f) for f in range(sequence.frames)]
         return dataset
 
-    def _frames_of(self, s: int) -> Iterator[tuple[int, int]]:
-        sequence = self.sequences[s]
-        if not self.train and (sequence.labelled or sequence.inputs):
-            return ((s, frame) for frame in sequence.labelled or sequence.inputs)
-        frames = range(sequence.frames) if sequence.inputs is None else sequence.inputs
-        return ((s, frame) for frame in frames if self._usable(sequence, frame))
+    def _candidates(self, sequence: Sequence) -> list[int]:
+        """The frames that may be input."""
+        if not self.train and sequence.labelled:
+            return sequence.labelled
+        return list(range(sequence.frames)) if sequence.inputs is None else sequence.inputs
 
-    def _usable(self, sequence: Sequence, frame: int) -> bool:
-        """Whether a frame has what it takes to be rendered and supervised."""
-        both = [len(side) > 0 for side in self._either_side(sequence, frame, self.config.source)]
-        return all(both) or (any(both) and (self.config.one_sided or self.config.stereo_source))
+    def _usable(self, sequence: Sequence, frames: list[int], config: DataConfig) -> list[int]:
+        """Those of the frames that give samples under these settings."""
+        if not self.train and (sequence.labelled or sequence.inputs):
+            return frames  # judged, whatever is around them
+
+        sides = self._neighboured(sequence, config.source)
+        both, some = sides.all(1), sides.any(1)
+        if not self.train:
+            enough = some if config.one_sided or config.stereo_source else both
+            return [frame for frame in frames if enough[frame]]
+        for frame in np.flatnonzero(some & ~both):  # as `_draw_sources` has it
+            both[frame] = config.one_sided or (
+                config.stereo_source and has_other_eye(sequence, int(frame))
+            )
+
+        def rendered(frame: int) -> bool:
+            """Whether `_draw_anchor` may come upon a frame that has sources."""
+            (past, _), (_, future) = (
+                self._either_side(sequence, frame, window)
+                for window in (config.past, config.future)
+            )
+            return bool(
+                (config.anchor_past > 0 and both[past].any())
+                or (config.anchor_past < 1 and both[future].any())
+            )
+
+        return [f for f in frames if both[f] and (config.anchor_input > 0 or rendered(f))]
+
+    def _neighboured(self, sequence: Sequence, window: tuple[float, float]) -> np.ndarray:
+        """Whether `_either_side` finds any before and any after, bool [frames, 2]."""
+        found = np.zeros((sequence.frames, 2), bool)
+        for side, step in enumerate((-1, 1)):
+            frames = others = np.arange(sequence.frames)
+            while len(frames):  # of these the search goes on
+                others = others + step
+                inside = (others >= 0) & (others < sequence.frames)
+                frames, others = frames[inside], others[inside]
+                distance = self._distance(sequence, frames, others)
+                searching = distance <= window[1]
+                found[frames[searching & (distance >= window[0])], side] = True
+                searching &= distance < window[0]
+                frames, others = frames[searching], others[searching]
+        return found
+
+    def _account(self, left_out: list[list[int]]) -> str:
+        """What the frames lack that each sequence leaves out, and which settings would use them."""
+        config, count = self.config, sum(map(len, left_out))
+        near, far = config.source
+        name = f"{self.sequences[0].name}{', ..' if len(self.sequences) > 1 else ''}"
+        sides = "before or after" if config.one_sided else "before and after"
+        eye = ", nor on one side and the other eye" if config.stereo_source else ""
+        return (
+            f"{count} of {count + len(self.index)} frames of {name} are left out: they, or the "
+            f"frames to render for them, have no frame {near:g} to {far:g} m {sides} them{eye}; "
+            f"{self._remedies(left_out)}"
+        )
+
+    def _remedies(self, left_out: list[list[int]]) -> str:
+        config = self.config
+        longest = max(self.sequences, key=lambda sequence: sequence.path[-1])
+        way, steps = float(longest.path[-1]), np.diff(longest.path)
+        changes = {
+            "one_sided=true": {"one_sided": True},
+            "stereo_source=true": {"stereo_source": True},
+            "anchor_input=0.5": {"anchor_input": config.anchor_input or 0.5},
+        }
+        if len(steps) and way / 4 >= LEAST:
+            near = min(config.source[0], float(f"{way / 4:.1g}"))
+            far = max(config.source[1], math.ceil(2 * np.median(steps)))
+            changes[f"source={near:g},{far:g}"] = {"source": (near, far)}
+        found = []
+        for text, change in changes.items():
+            other = dataclasses.replace(config, **change)
+            if other != config:
+                pairs = zip(self.sequences, left_out, strict=True)
+                used = sum(len(self._usable(s, frames, other)) for s, frames in pairs if frames)
+                if used:
+                    found.append(f"--set data.{text} would use {used}")
+        return ", ".join(found) or (
+            f"the longest sequence, {longest.name}, has {counted(longest.frames, 'frame')} on "
+            f"{way:.1f} m; choose more frames, or others"
+        )
 
     def __len__(self) -> int:
         return len(self.index)
@@ -219,13 +303,17 @@ class VideoDataset(torch.utils.data.Dataset):
 
     def _training_sample(self, index: int, seed: int) -> Batch:
         rng = np.random.default_rng(seed)
-        while True:
+        for _ in range(DRAWS):
             sequence, frame = self.locate(index)
             anchor = self._draw_anchor(sequence, frame, rng)
             sources = None if anchor is None else self._draw_sources(sequence, anchor, rng)
             if sources is not None:
                 return self._sample(sequence, frame, anchor, sources, rng)
             index = int(rng.integers(len(self)))
+        raise InputError(
+            f"none of {DRAWS} frames drawn to be rendered has neighbours: data.anchor_input, "
+            f"{self.config.anchor_input:g}, is too small, or data.source too narrow"
+        )
 
     def _draw_anchor(self, sequence: Sequence, frame: int, rng: np.random.Generator) -> int | None:
         if rng.random() < self.config.anchor_input:
@@ -247,14 +335,14 @@ class VideoDataset(torch.utils.data.Dataset):
             sources = [self._draw_for_each_camera(sequence, anchor, side, rng) for side in sides]
         else:
             sources = [int(side[0]) if len(side) else None for side in sides]
-        if self.config.stereo_source and any(source is not None for source in sources):
+        some = any(source is not None for source in sources)
+        if self.config.stereo_source and some and has_other_eye(sequence, anchor):
             other_eye = sequence.other_eye(anchor)
-            if other_eye is not None:
-                replaced = None if rng.random() < 1 / 3 else int(rng.random() < 0.5)
-                sources = [
-                    other_eye if source is None or k == replaced else source
-                    for k, source in enumerate(sources)
-                ]
+            replaced = None if rng.random() < 1 / 3 else int(rng.random() < 0.5)
+            sources = [
+                other_eye if source is None or k == replaced else source
+                for k, source in enumerate(sources)
+            ]
         return None if any(source is None for source in sources) else sources
 
     def _draw_for_each_camera(self, sequence, anchor, candidates, rng) -> list[int] | None:
@@ -267,11 +355,16 @@ class VideoDataset(torch.utils.data.Dataset):
         cameras = len(sequence.cameras(anchor)[0])
         return rng.choice(candidates, cameras, p=likely / likely.sum()).tolist()
 
+    def _distance(self, sequence: Sequence, frame, other) -> np.ndarray:
+        """Metres from frames to others, which are numbers, arrays of them, or slices."""
+        if self.config.distance == "straight":
+            ways = sequence.positions[other] - sequence.positions[frame]
+            return np.linalg.norm(ways, axis=-1)
+        return np.abs(sequence.path[other] - sequence.path[frame])
+
     def _distances(self, sequence: Sequence, frame: int) -> np.ndarray:
         """Metres [frames] from a frame to every other."""
-        if self.config.distance == "straight":
-            return np.linalg.norm(sequence.positions - sequence.positions[frame], axis=1)
-        return np.abs(sequence.path - sequence.path[frame])
+        return self._distance(sequence, frame, slice(None))
 
     def _either_side(
         self, sequence: Sequence, frame: int, window: tuple[float, float]
@@ -282,10 +375,13 @@ class VideoDataset(torch.utils.data.Dataset):
         """
         distance = self._distances(sequence, frame)
         sides = []
-        for frames in (np.arange(frame - 1, -1, -1), np.arange(frame + 1, sequence.frames)):
-            beyond = np.flatnonzero(distance[frames] > window[1])
-            frames = frames[: beyond[0]] if len(beyond) else frames
-            sides.append(frames[distance[frames] >= window[0]])
+        for side, first, step in (
+            (distance[:frame][::-1], frame - 1, -1),
+            (distance[frame + 1 :], frame + 1, 1),
+        ):
+            beyond = side > window[1]
+            end = beyond.argmax() if beyond.any() else len(side)
+            sides.append(first + step * np.flatnonzero(side[:end] >= window[0]))
         return sides
 
     def future(
@@ -307,16 +403,15 @@ class VideoDataset(torch.utils.data.Dataset):
 
     def _sample(self, sequence, frame, anchor, sources, rng) -> Batch:
         world_to_volume = np.linalg.inv(sequence.volume_to_world(frame))
-        intrinsics, camera_to_world = sequence.cameras(frame)
-        network_intrinsics = intrinsics.copy()
-        network_intrinsics[:, :2] *= self.config.scale
         image = functools.cache(sequence.image)  # input, target and sources may share some
+        images, network_intrinsics, camera_to_world, where = _seen(sequence, image, frame)
+        network_intrinsics[:, :2] *= self.config.scale
         target = self._frames(sequence, image, anchor, world_to_volume)
         pairs = [self._frames(sequence, image, source, world_to_volume) for source in sources]
         depth = self._truth(lambda: self._label_map(sequence.depth(anchor)))
         return Batch(
             name=[f"{sequence.name}/{sequence.frame_id(frame)}"],
-            images=self._network_images(sequence, image, frame, rng),
+            images=self._network_images(images, where, rng),
             intrinsics=torch.from_numpy(network_intrinsics),
             camera_to_volume=torch.from_numpy(world_to_volume @ camera_to_world),
             target=target,
@@ -347,34 +442,16 @@ class VideoDataset(torch.utils.data.Dataset):
         return self.config.target_crop or self.config.crop
 
     def _frames(self, sequence, image, source: Source, world_to_volume: np.ndarray) -> Frames:
-        if isinstance(source, tuple):
-            intrinsics, camera_to_world, images = source
-            where = f"{sequence.name}, other eye"
-        elif isinstance(source, list):
-            seen = [sequence.cameras(frame) for frame in source]
-            intrinsics = np.stack([k[camera] for camera, (k, _) in enumerate(seen)])
-            camera_to_world = np.stack([pose[camera] for camera, (_, pose) in enumerate(seen)])
-            images = [image(frame, camera) for camera, frame in enumerate(source)]
-            where = f"{sequence.name} frame {sequence.frame_id(source[0])}"
-        else:
-            intrinsics, camera_to_world = sequence.cameras(source)
-            images = [image(source, camera) for camera in range(len(intrinsics))]
-            where = f"{sequence.name} frame {sequence.frame_id(source)}"
+        images, intrinsics, camera_to_world, where = _seen(sequence, image, source)
         scale = self.config.target_scale
-        intrinsics = intrinsics.copy()
-        # integer coordinates are pixel centres, so that a resize moves the origin by half a pixel
-        intrinsics[:, :2] *= scale
-        intrinsics[:, :2, 2] += (scale - 1) / 2
         return Frames(
             resize(cropped(images, self._target_crop(), where) / 255, scale),
-            torch.from_numpy(intrinsics),
+            torch.from_numpy(scaled(intrinsics, scale)),
             torch.from_numpy(world_to_volume @ camera_to_world),
         )
 
-    def _network_images(self, sequence, image, frame: int, rng) -> Tensor:
-        cameras = range(len(sequence.cameras(frame)[0]))
-        where = f"{sequence.name} frame {sequence.frame_id(frame)}"
-        images = cropped([image(frame, camera) for camera in cameras], self.config.crop, where)
+    def _network_images(self, images, where: str, rng) -> Tensor:
+        images = cropped(images, self.config.crop, where)
         if rng is not None and self.config.augment:
             images = photometric_augmentation(images, rng)
         mean, std = (torch.tensor(v)[:, None, None] for v in (self.config.mean, self.config.std))
@@ -387,17 +464,19 @@ class VideoDataset(torch.utils.data.Dataset):
             )
         return F.pad(images, (0, cols, 0, rows))
 
-    def _label_map(self, labels: np.ndarray | None) -> Tensor | None:
+    def _label_map(self, labels: Iterable[np.ndarray] | None) -> Tensor | None:
+        """Maps [h, w] of every camera as its images are, by the nearest pixel."""
         if labels is None:
             return None
-        height, width = self._target_crop()
-        rows, cols = (
-            (
-                (np.arange(int(n * self.config.target_scale)) + 0.5) / self.config.target_scale
-            ).astype(int)
-            for n in (height, width)
-        )
-        return torch.from_numpy(np.ascontiguousarray(labels[:, rows][:, :, cols]))
+        least = np.array([label.shape for label in labels]).min(0)
+        scale = self.config.target_scale
+        pixels = [(np.arange(int(n * scale)) + 0.5) / scale for n in self._target_crop()]
+        maps = []
+        for label in labels:
+            ratios = label.shape / least
+            rows, cols = ((p * ratio).astype(int) for p, ratio in zip(pixels, ratios, strict=True))
+            maps.append(label[np.ix_(rows, cols)])
+        return torch.from_numpy(np.stack(maps))
 
     def _lidar_map(self, sequence: Sequence, frame: int, target: Frames) -> Tensor | None:
         points = sequence.lidar(frame)
@@ -411,6 +490,26 @@ class VideoDataset(torch.utils.data.Dataset):
             for to_camera, k in zip(volume_to_cameras, target.intrinsics.numpy(), strict=True)
         ]
         return torch.from_numpy(np.stack(maps))
+
+
+def _seen(sequence: Sequence, image: Callable, source: Source):
+    """Images [N] of [h, w, 3], of one size; their intrinsics [N, 3, 3], a copy; camera_to_world
+    [N, 4, 4]; and whose they are."""
+    if isinstance(source, tuple):
+        intrinsics, camera_to_world, images = source
+        where = f"{sequence.name}, other eye"
+    elif isinstance(source, list):
+        seen = [sequence.cameras(frame) for frame in source]
+        intrinsics = np.stack([k[camera] for camera, (k, _) in enumerate(seen)])
+        camera_to_world = np.stack([pose[camera] for camera, (_, pose) in enumerate(seen)])
+        images = [image(frame, camera) for camera, frame in enumerate(source)]
+        where = f"{sequence.name} frame {sequence.frame_id(source[0])}"
+    else:
+        intrinsics, camera_to_world = sequence.cameras(source)
+        images = [image(source, camera) for camera in range(len(intrinsics))]
+        where = f"{sequence.name} frame {sequence.frame_id(source)}"
+    images, intrinsics = one_size(images, intrinsics)
+    return images, intrinsics, camera_to_world, where
 
 
 def project_points(
