@@ -357,8 +357,9 @@ def test_the_calibrations_of_kitti_know_their_images(focal, size):
         check_camera("calib.txt", camera, (*RECTIFIED[focal], 3), RECTIFIED[focal])
         return
     told = "unrectified images; take the rectified" if size == UNRECTIFIED else "scale its numbers"
-    with pytest.raises(InputError, match=rf"for images of 37\dx12\d\d pixels.*{told}"):
-        check_camera("calib.txt", camera, size)
+    for said in (None, size):  # S_rect may have been adapted, and P_rect not
+        with pytest.raises(InputError, match=rf"for images of 37\dx12\d\d pixels.*{told}"):
+            check_camera("calib.txt", camera, size, said)
     v, u = np.array(size) / RECTIFIED[focal]
     check_camera("calib.txt", np.diag([u, v, 1]) @ camera, size)  # resized with its images
 
