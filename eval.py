@@ -163,10 +163,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
             for line in dataset.notes:
                 print(f"note: {line}")
 
-        if "occupancy" in tasks:
-            for sequence in dataset.sequences:
-                for frame in getattr(sequence, "damaged", ()):
-                    sequence.voxels(frame)  # says what is wrong, as a score without it would not
+        damaged = [line for s in dataset.sequences for line in getattr(s, "damaged", ())]
+        if damaged and "occupancy" in tasks:
+            raise InputError(f"{damaged[0]}, or score without --task occupancy")
         rules = protocols.choose(settings, arguments.protocol)
         frames = arguments.frames, arguments.prior_frames
         what = evaluation.identity(model, dataset, training, tasks, rules, *frames, rank)

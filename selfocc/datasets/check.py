@@ -44,7 +44,7 @@ class Report:
 
     def __init__(self, split: str, sequences: list[Sequence], data: DataConfig):
         self.split, self.sequences, self.data = split, sequences, data
-        self.problems: list[str] = []
+        self.problems = [line for s in sequences for line in getattr(s, "damaged", ())]
         self.notes = list(dict.fromkeys(line for s in sequences for line in s.missing))
         self.places = [(s, f) for s in sequences for f in range(s.frames)]
         self.found: Counter[str] = Counter()
@@ -58,7 +58,7 @@ class Report:
         for sequence in self.sequences:
             self._check_poses(sequence)
         places = _spread(self.places, frames)
-        labelled = [(s, f) for s in self.sequences for f in _with_voxels(s)]
+        labelled = [(s, f) for s in self.sequences for f in s.labelled]
         places += [place for place in _spread(labelled, 10) if place not in places]
         for sequence, frame in tqdm(places, desc=f"reading {self.split}", unit="frame"):
             self._read(sequence, frame)
@@ -77,7 +77,7 @@ class Report:
     def _read(self, sequence: Sequence, frame: int) -> None:
         parts = {"images": self._try(lambda: images_of(sequence, frame))}
         for name in PARTS[1:]:
-            if name != "voxels" or frame in _with_voxels(sequence):
+            if name != "voxels" or frame in sequence.labelled:
                 parts[name] = self._try(lambda n=name: getattr(sequence, n)(frame))
         self.found.update(name for name, part in parts.items() if part is not None)
         if parts.get("voxels") is not None and hasattr(sequence, "voxel_scan"):
@@ -284,11 +284,6 @@ def _next(sequence: Sequence, frame: int) -> int | None:
     away = sequence.path - sequence.path[frame]
     later = np.flatnonzero((away >= 0.3) & (away <= 3))
     return int(later[0]) if len(later) else None
-
-
-def _with_voxels(sequence: Sequence) -> list[int]:
-    """Frames that have voxels on disk, whole or not."""
-    return [*sequence.labelled, *getattr(sequence, "damaged", ())]
 
 
 def _overlap(voxels: np.ndarray, scan: np.ndarray, shift: int) -> float:
