@@ -139,11 +139,6 @@ def test_no_network_names_the_alternatives(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_unknown_depth():
-    with pytest.raises(InputError, match=r"backbone\.depth 20"):
-        Backbone(small(depth=20))
-
-
 def test_group_norm_treats_every_image_alone():
     torch.manual_seed(0)
     backbone = Backbone(small(norm="group"))
@@ -155,7 +150,5 @@ def test_group_norm_treats_every_image_alone():
 
 
 def test_norm_that_cannot_be():
-    with pytest.raises(InputError, match=r"backbone\.norm is batch, local or group"):
-        Backbone(small(norm="layer"))
     with pytest.raises(InputError, match=r"--backbone-weights none"):
         Backbone(small(norm="group", weights="imagenet"))

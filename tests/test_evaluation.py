@@ -2,9 +2,13 @@
 
 import dataclasses
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace as replaced
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,10 +18,11 @@ from PIL import Image
 
 import eval as eval_script
 import train as train_script
-from selfocc import InputError, checkpoint, metrics, protocols
+from selfocc import InputError, checkpoint, evaluation, metrics, protocols
 from selfocc.config import DataConfig
 from selfocc.datasets import Folders, open_dataset, open_sequences
 from selfocc.datasets.export_kitti import export_kitti
+from selfocc.datasets.export_kitti_raw import export_kitti_raw
 from selfocc.datasets.export_nuscenes import export_nuscenes
 from selfocc.datasets.synthetic import SyntheticConfig, SyntheticSequence
 from selfocc.datasets.video import VideoDataset, collate
@@ -115,6 +120,55 @@ def test_another_evaluation_is_not_resumed(semantic, cache, capsys, monkeypatch,
         assert eval_script.main([*options, *change]) == 2
         assert said in capsys.readouterr().err.splitlines()[-1]
         assert file.read_text() == before
+
+
+@pytest.mark.parametrize("kind", ["kitti", "kitti_raw", "nuscenes"])
+def test_scores_of_other_files_are_not_taken_over(kind, tmp_path, cache, monkeypatch):
+    """Files of the same names: other content, another time of change, one more, another folder."""
+    monkeypatch.setenv("SELFOCC_CACHE", str(cache))
+    world = SyntheticConfig(
+        rig="surround" if kind == "nuscenes" else "forward", image_size=(32, 64), frames=6
+    )
+    folder, copy = tmp_path / "data", tmp_path / "copy"
+    export = {"kitti": export_kitti, "kitti_raw": export_kitti_raw, "nuscenes": export_nuscenes}
+    scene = SyntheticSequence(world, "synthetic-train-000", 0, cache)
+    export[kind]([scene], folder, progress=False)
+    shutil.copytree(folder, copy)
+    settings = build("synthetic_surround" if kind == "nuscenes" else "synthetic", overrides())
+    model = torch.nn.Module()
+    model.config = replaced(settings, data=replaced(settings.data, dataset=kind))
+    drive = "2011_09_26_drive_0001_sync"
+    names = dict(kitti="00", kitti_raw=drive, nuscenes="")
+    label = folder / "labels"
+
+    def identity(where=folder, frames=None, labels=None):
+        data = replaced(model.config.data, train=names[kind], val=names[kind], source=(0.0, 99.0))
+        data = replaced(data, label_map="semantickitti20", voxels="occ3d")
+        sequences = open_sequences(data, "train", Folders(data=where, labels=labels))
+        dataset = VideoDataset(sequences, data, train=False)
+        rules = protocols.choose(model.config)
+        found = evaluation.identity(model, dataset, dataset, ("depth",), rules, frames, 1)
+        read = {file for s in sequences for f in range(s.frames) for file in s.files(f)}
+        return found, [file for file in read if file.exists()]
+
+    first, read = identity()
+    everything = {path for path in folder.rglob("*") if path.is_file()}
+    unread = {str(path.relative_to(folder)) for path in everything - set(read)}
+    known = (
+        r"times.txt|timestamps|\.(bin|occluded)$|labels/|nuScenes-Occupancy|"
+        "category|attribute|instance|annotation|visibility|log|map"
+    )
+    assert [name for name in unread if not re.search(known, name)] == []
+    assert identity()[0] == first
+    assert identity(copy)[0] != first and identity(frames=1)[0] != first
+    for path in sorted(read)[:: max(1, len(read) // 5)]:
+        stat = path.stat()
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+        assert identity()[0] != first, path
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert identity()[0] == first
+    if label.is_dir():
+        assert identity(labels=label)[0] != first
 
 
 def test_journal_keeps_every_digit(tmp_path):

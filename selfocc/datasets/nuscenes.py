@@ -24,6 +24,7 @@ from selfocc.datasets import kitti_files
 from selfocc.datasets.nuscenes_tables import (
     CHANNELS,
     LIDAR,
+    NAMES,
     TWICE,
     open_index,
     rigid,
@@ -283,6 +284,7 @@ class NuScenesSequence:
         voxels,
     ):
         self.root, self.name, self._labels = root, name, labels
+        self._tables = [tables.folder / f"{table}.json" for table in NAMES]
         self.missing: list[str] = []
         number = np.cumsum(is_key) - 1  # key frame at or before each frame
         if keys is not None:
@@ -347,6 +349,14 @@ class NuScenesSequence:
         """The sample's token; of a sweep, followed by the time of CAM_FRONT in microseconds."""
         token = str(self.tokens[frame])
         return token if frame in self.inputs else f"{token}-{self._views[frame, 0]['time']}"
+
+    def files(self, frame: int) -> list[Path]:
+        """All files of a frame that are read where they are there."""
+        images = [self.root / row["file"].decode() for row in self._views[frame]]
+        scan = [self.root / self._scans[frame]] if frame in self._scans else []
+        voxels = [self._voxels.files[frame]] if frame in self._voxels.files else []
+        labels = [] if self._labels is None else map(self._labels.file, images)
+        return [*self._tables, *images, *scan, *voxels, *labels]
 
     def cameras(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
         """intrinsics [6, 3, 3] in pixels, camera_to_world [6, 4, 4], float64."""

@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -44,6 +45,9 @@ class Sequence(Protocol):
     missing: list[str]  # what this sequence lacks and which metrics that costs
 
     def frame_id(self, frame: int) -> str: ...
+    def files(self, frame: int) -> list[Path]:
+        """All files of a frame that are read where they are there."""
+
     def cameras(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
         """intrinsics [N, 3, 3] in pixels, camera_to_world [N, 4, 4]."""
 
