@@ -11,6 +11,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NoReturn, get_args
 
+import torch
+
 from selfocc import InputError, distributed
 from selfocc.config import Config, Dataset
 from selfocc.datasets import Folders
@@ -123,6 +125,12 @@ def _run(work: Callable[[], None]) -> int:
         work()
     except InputError as error:
         return _fail(error.line())
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        reason = f" ({str(error).partition('.')[0]})" if str(error) else ""
+        return _fail(
+            f"out of memory{reason}; what was saved is intact. Lower optim.batch (and raise "
+            "optim.accumulate), render.rays or render.samples, or set optim.bf16=true"
+        )
     except BrokenPipeError:
         raise
     except OSError as error:

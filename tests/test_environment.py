@@ -383,3 +383,16 @@ def test_system_errors_are_told_in_one_line(capsys, tmp_path):
     assert run(lambda: np.load(tmp_path / "absent.npy")) == 2
     said = capsys.readouterr().err
     assert said == f"error: {tmp_path / 'absent.npy'}: No such file or directory\n"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")]
+)
+def test_out_of_memory_is_a_line(error, capsys):
+    def work():
+        raise error
+
+    assert run(work) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory") and said.count("\n") == 1
+    assert "Lower optim.batch" in said
