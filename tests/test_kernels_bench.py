@@ -278,3 +278,19 @@ def test_training_steps_on_a_cpu(tmp_path, capsys):
     ]
     assert row["depth_rays"] == 32 * 64 and row["peak_bytes"] > 0
     assert "million rays/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", ["kitti", "nuscenes"])
+def test_nothing_is_compiled_anew_when_another_number_of_queries_is_seen(size):
+    """16 pairs or 17: types, constants and what is a multiple of 16 stay."""
+    case = next(c for c in cases.cases([size]) if "images to hw" in c.name)
+
+    def launches(count):
+        inputs = case.inputs(scenes.Draw("meta"))
+        for name in ("pairs", "reference_points"):
+            inputs[name] = inputs[name][:1].expand(count, *inputs[name].shape[1:])
+        leaves = {name: inputs[name].requires_grad_() for name in case.wanted}
+        return ahead.launches_of(lambda: case.call(**inputs | leaves)[0].sum().backward())
+
+    some, others = launches(16), launches(17)
+    assert len(some) == 2 and some == others
