@@ -29,6 +29,7 @@ class Report:
     registers: int  # a thread
     spills: int  # bytes a thread in local memory (cuda: stack, hip: scratch)
     shared: int  # bytes a program
+    wide_loads: int  # of 16 bytes a lane, in the code
 
 
 def launches_of(call: Callable[[], object]) -> list[Launch]:
@@ -65,8 +66,10 @@ def compile_ahead(launch: Launch, target: str) -> Report:
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     shared = compiled.metadata.shared
     if target.startswith("cuda"):
-        return Report(*_cuda_resources(compiled.asm["cubin"]), shared)
-    return Report(*_hip_resources(compiled.asm["amdgcn"]), shared)
+        wide = re.findall(r"ld\.global\S*\.v4\.b32", compiled.asm["ptx"])
+        return Report(*_cuda_resources(compiled.asm["cubin"]), shared, len(wide))
+    wide = re.findall(r"(?:global|buffer)_load_(?:dwordx4|b128)", compiled.asm["amdgcn"])
+    return Report(*_hip_resources(compiled.asm["amdgcn"]), shared, len(wide))
 
 
 _to_compile: list[Launch] = []  # kernels cannot be pickled: forked processes find them here

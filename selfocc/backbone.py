@@ -165,7 +165,7 @@ class Backbone(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        if images.device.type == "cuda":
+        if images.is_cuda:
             # the layout of tensor cores; all that follows, the pyramid included, keeps it
             images = images.contiguous(memory_format=torch.channels_last)
         x = F.relu(self.bn1(self.conv1(images)), inplace=True)

@@ -5,6 +5,8 @@ import tempfile
 
 # shapes are small, and the other core compiles kernels
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# what is compared on a GPU is computed in float32, also after a command that allows TF32
+os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 
 import torch
 

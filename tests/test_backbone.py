@@ -152,3 +152,18 @@ def test_group_norm_treats_every_image_alone():
 def test_norm_that_cannot_be():
     with pytest.raises(InputError, match=r"--backbone-weights none"):
         Backbone(small(norm="group", weights="imagenet"))
+
+
+def test_channels_lie_beside_each_other_on_a_gpu_alone(monkeypatch):
+    backbone = Backbone(small()).eval()
+    fpn, images = FPN(backbone.channels, 16), torch.randn(2, 3, 64, 96)
+
+    def maps():
+        stages = backbone(images)
+        return [*stages, *fpn(stages)]
+
+    here = maps()
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    for usual, there in zip(here, maps(), strict=True):
+        assert usual.is_contiguous() and there.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(there, usual, rtol=1e-4, atol=1e-5)

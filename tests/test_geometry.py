@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
-from selfocc import geometry
+from selfocc import distributed, encoder, geometry, protocols
 from tests.goldens import load
 
 BOX = (-25.6, 0.0, -2.0, 25.6, 51.2, 4.4)
@@ -87,3 +88,37 @@ def test_ray_that_misses_the_box_has_almost_no_length():
     assert far - near < 1e-5
     near, far = geometry.ray_box(torch.tensor([0.0, 5, 0]), direction, BOX)
     assert near == 0 and far.item() == pytest.approx(5.5, rel=1e-4)
+
+
+def test_positions_are_exact_where_tf32_is_allowed(monkeypatch):
+    settings = torch.backends.cuda.matmul
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+    before, seen = settings.allow_tf32, []
+    points, matrix = torch.randn(5, 3), torch.randn(2, 4, 4)
+    try:
+        distributed.allow_tf32(torch.device("cpu"))
+        assert settings.allow_tf32 == before
+        assert distributed.start(torch.device("cuda")) == (0, 1)
+        assert settings.allow_tf32 and torch.backends.cudnn.benchmark
+        with Products(lambda: seen.append(settings.allow_tf32)):
+            moved = geometry.move_points(points, matrix)
+            encoder.project_points(points, matrix[None], (8, 8), (8, 8))
+            protocols._read_centres(torch.randn(1, 1, 3, 3, 3), BOX, BOX, (2, 2, 2), matrix[0])
+        assert len(seen) == 3 and not any(seen) and settings.allow_tf32
+    finally:
+        settings.allow_tf32 = before
+    expected = torch.einsum("nij,mj->nmi", matrix[:, :3, :3], points) + matrix[:, None, :3, 3]
+    torch.testing.assert_close(moved, expected)
+
+
+class Products(TorchFunctionMode):
+    """Tells of every matrix product inside."""
+
+    def __init__(self, tell):
+        self.tell = tell
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        if function in (torch.Tensor.matmul, torch.Tensor.__matmul__):
+            self.tell()
+        return function(*arguments, **(options or {}))

@@ -2,14 +2,17 @@
 
 import ast
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from kernels import bench, cases, scenes
+from kernels import ahead, bench, cases, measure, scenes
 from kernels.ahead import TARGETS
 from kernels.dispatch import triton
 from selfocc import bench as steps
+from selfocc import presets
+from selfocc.model import SelfOcc
 from tests.tiny import ROOT, overrides
 
 ON_LINUX = pytest.mark.skipif(not hasattr(triton, "compile"), reason="Triton is not installed")
@@ -59,6 +62,28 @@ def test_no_spills_from_ampere_on(compiled):
         if target.startswith("cuda") and target != "cuda 75" and report["spills"]
     }
     assert not spilled
+
+
+@ON_LINUX
+@pytest.mark.parametrize(
+    ("kernel", "loads"),
+    [
+        # eight corners of the table's rows, and eight of the four channels
+        ("render_photometric._forward", 16),
+        ("render_photometric._backward", 16),
+        ("rays_triton.render_forward", 16),
+        ("rays_triton.render_backward", 16),
+        ("deformable._forward", 13),
+        ("deformable._backward", 12),
+    ],
+)
+def test_lanes_read_16_bytes_at_once(compiled, kernel, loads):
+    float32 = [
+        row["targets"]["cuda 90"]["wide_loads"]
+        for row in compiled
+        if row["kernel"] == kernel and row["case"].endswith("kitti")
+    ]
+    assert float32 and min(float32) >= loads
 
 
 @pytest.mark.parametrize(
@@ -127,10 +152,110 @@ def test_tables_and_json_on_a_cpu(tmp_path, capsys):
     assert report["times"][0]["both_ms"] > 0 and "composite, small" in said
 
 
-def test_options_are_checked(capsys):
-    with pytest.raises(SystemExit):
-        bench.main(["--sizes", "kitty"])
-    assert "'kitty' is not one of kitti, nuscenes, small" in capsys.readouterr().err
+def test_the_volume_is_laid_out_as_in_training():
+    settings = presets.build("synthetic", overrides(optim__batch="1"))
+    model = SelfOcc(settings)
+    volume = model.volume(steps.random_batch(settings, 0))
+    named = {case.name: case for case in cases.cases(["small"])}
+    for name in ("render_rays, small", "render_photometric combined, small"):
+        assert named[name].inputs(scenes.Draw("cpu"))["volume"].stride(1) == volume.stride(1) == 1
+
+
+@pytest.mark.parametrize("preset", ["synthetic", "nuscenes_small"])
+def test_batches_are_laid_out_as_in_training(preset):
+    settings = presets.build(preset, overrides(optim__batch="2"))
+    batch = steps.random_batch(settings, 0)
+    tensors = [batch.images, batch.intrinsics, batch.camera_to_volume]
+    tensors += [*vars(batch.target).values(), *vars(batch.sources).values()]
+    tensors += [] if batch.semantics is None else [batch.semantics]
+    assert all(x.is_contiguous() and x.is_pinned() == torch.cuda.is_available() for x in tensors)
+    assert batch.sources.images.shape[:3] == (2, 2, settings.data.cameras)
+    assert not batch.images[0].equal(batch.images[1])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--sizes", "kitty"], "--sizes: 'kitty' is not one of kitti, nuscenes, small"),
+        (["--threads", "0"], "argument --threads: '0' is not a whole number of 1 or more"),
+        (["--repeats", "-1"], "argument --repeats: '-1' is not a whole number of 1 or more"),
+        (["--out", "file/times.json"], "cannot write file/times.json: Not a directory; --out"),
+    ],
+)
+def test_options_are_checked(words, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(SystemExit) as exit:
+        bench.main(words)
+    errors = capsys.readouterr().err
+    assert exit.value.code == 2 and errors.startswith(f"error: {said}") and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--repeats", "0"], "argument --repeats: '0' is not a whole number of 1 or more"),
+        (["--backends", "cuda"], "--backends cuda: backend must be one of auto, torch, triton"),
+        (["--out", "file/times.json"], "cannot write file/times.json: Not a directory; --out"),
+        (["--preset", "kitty"], "unknown preset 'kitty'"),
+    ],
+)
+def test_options_of_whole_steps_are_checked_before_the_work(
+    words, said, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    assert steps.main(words) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: {said}") and errors.count("\n") == 1
+
+
+def test_output_that_cannot_be_written(tmp_path):
+    measure.check_output(tmp_path / "a" / "new.json")
+    assert (tmp_path / "a").is_dir() and not (tmp_path / "a" / "new.json").exists()
+    (tmp_path / "old").write_text("kept")
+    measure.check_output(tmp_path / "old")
+    assert (tmp_path / "old").read_text() == "kept"
+    for path in (tmp_path / "a", tmp_path / "old" / "new.json"):
+        with pytest.raises(OSError):
+            measure.check_output(path)
+
+
+@ON_LINUX
+@pytest.mark.parametrize("variable", ["TRITON_CACHE_DIR", "TRITON_HOME"])
+def test_an_unwritable_cache_of_triton_is_told_before_the_work(
+    variable, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").touch()
+    for name in ("TRITON_INTERPRET", "TRITON_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(tmp_path / "file"))
+    with pytest.raises(SystemExit) as exit:
+        bench.main(["--compile-only", "--kernel", "composite", "--sizes", "small"])
+    errors = capsys.readouterr().err
+    assert exit.value.code == 2 and errors.count("\n") == 1
+    assert errors.startswith(f"error: cannot write {tmp_path / 'file'}")
+    assert errors.endswith("TRITON_CACHE_DIR names another cache\n")
+
+
+@ON_LINUX
+def test_what_does_not_compile_is_told_with_an_exit_code(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    def fails(launch, target):
+        raise RuntimeError("ptxas is missing\nmore") if "90" in target else AssertionError
+
+    monkeypatch.setattr(ahead, "compile_ahead", fails)
+    words = ["--compile-only", "--kernel", "composite", "--sizes", "small", "--threads", "1"]
+    assert bench.main([*words, "--targets", "cuda 90,cuda 80"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line[line.index("_composite_forward") :] for line in lines] == [
+        "_composite_forward of composite, small for cuda 90 did not compile, nor did 3 others: "
+        "RuntimeError: ptxas is missing",
+        "_composite_forward of composite, small for cuda 80 did not compile, nor did 3 others: "
+        "AssertionError: ",
+    ]
 
 
 def test_training_steps_on_a_cpu(tmp_path, capsys):
@@ -153,3 +278,19 @@ def test_training_steps_on_a_cpu(tmp_path, capsys):
     ]
     assert row["depth_rays"] == 32 * 64 and row["peak_bytes"] > 0
     assert "million rays/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", ["kitti", "nuscenes"])
+def test_nothing_is_compiled_anew_when_another_number_of_queries_is_seen(size):
+    """16 pairs or 17: types, constants and what is a multiple of 16 stay."""
+    case = next(c for c in cases.cases([size]) if "images to hw" in c.name)
+
+    def launches(count):
+        inputs = case.inputs(scenes.Draw("meta"))
+        for name in ("pairs", "reference_points"):
+            inputs[name] = inputs[name][:1].expand(count, *inputs[name].shape[1:])
+        leaves = {name: inputs[name].requires_grad_() for name in case.wanted}
+        return ahead.launches_of(lambda: case.call(**inputs | leaves)[0].sum().backward())
+
+    some, others = launches(16), launches(17)
+    assert len(some) == 2 and some == others

@@ -1,8 +1,13 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 import kernels
 from kernels import dispatch
+from tests.tiny import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +53,13 @@ def test_recorded_launches_carry_types_and_constants_and_do_not_run():
     (one,) = launches
     assert one.signature == {"out": "*bf16", "value": "fp32", "count": "i64", "BLOCK": "constexpr"}
     assert one.constants == {"BLOCK": 32} and one.warps == 2 and one.grid == (4,)
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_an_impossible_choice_in_the_shell_is_told_in_a_line(name):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"SELFOCC_KERNELS": name, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", "import kernels"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: SELFOCC_KERNELS: ")
+    assert done.stderr.count("\n") == 1
