@@ -235,8 +235,7 @@ def read_label_map(path: Path, size: tuple[int, int], classes: int) -> np.ndarra
     """
     if not path.is_file():
         raise InputError(
-            f"{path}: no such label map; write one for every image, or train with "
-            "--set loss.weight_semantic=0"
+            f"{path}: no such label map; write one for every image, or train without --labels"
         )
     try:
         with Image.open(path) as image:

@@ -1,5 +1,6 @@
 """Whatever is wrong is told in one line, with exit code 2, and nothing that was there is lost."""
 
+import re
 import shutil
 
 import imageio.v3 as iio
@@ -123,10 +124,24 @@ def test_kitti_files(path, change, said, kitti, call, tmp_path):
     assert said in call(train_script, *options, "--out", tmp_path / "run")
 
 
-def test_voxel_file_of_wrong_size(kitti, finished, call, tmp_path):
-    truncate(kitti / "dataset/sequences/06/voxels/000000.label", 4000)
-    options = ("--ckpt", finished, *kitti_options(kitti), "--out", tmp_path)
-    assert "000000.label: 4000 bytes instead of 4194304" in call(eval_script, *options)
+def test_voxels_that_are_not_whole(kitti, finished, call, capsys, tmp_path):
+    """What training does not need does not stop it, and is never scored."""
+    voxels = kitti / "dataset/sequences/06/voxels"
+    shutil.copy(voxels / "000000.label", voxels / "000001.label")  # without .invalid
+    truncate(voxels / "000000.label", 4000)
+    options = kitti_options(kitti)
+    said = call(eval_script, "--ckpt", finished, *options, "--task", "occupancy", "--frames", 1,
+                "--prior-frames", 0, "--out", tmp_path)  # fmt: skip
+    assert "nothing to score" in said
+    words = ["--preset", "synthetic", *options, "--out", str(tmp_path / "run")]
+    settings = overrides(optim__steps="1", optim__workers="0")
+    assert train_script.main([*words, *(w for o in settings for w in ("--set", o))]) == 0
+    told = capsys.readouterr()
+    assert "val_IoU" not in told.out + told.err
+    assert re.search(
+        "2 of 2 labelled frames not scored for occupancy: .*000000.label: 4000 bytes instead of",
+        told.out + told.err,
+    )
 
 
 @pytest.fixture

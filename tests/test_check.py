@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from selfocc.datasets.check import main, overlay
+from selfocc.config import DataConfig
+from selfocc.datasets.check import Report, main, overlay
 from selfocc.datasets.epipolar import epipolar_offset, scan_agreement
 from selfocc.datasets.export_kitti_raw import export_kitti_raw
+from selfocc.datasets.kitti import kitti_sequences
 from selfocc.datasets.synthetic import SyntheticConfig, synthetic_sequences
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
@@ -94,12 +96,12 @@ def test_sound_data_pass_with_what_each_task_needs(exported, tmp_path, capsys):
     assert check(exported, tmp_path) == 0
     said = capsys.readouterr().out
     assert re.search(
-        r"2 sequences, 12 frames, \d+ m; read 12, of which 12 have images, 12 have li", said
+        r"2 sequences, 12 frames, \d+ m; read 12, of which 12 with images, 12 with li", said
     )
     assert re.search(r"matches lie 0\.\d pixels off", said) and "problem" not in said
     for line in (
         "occupancy: lacks voxel labels", "depth: judged against lidar",
-        "semantic training: lacks --labels DIR", "training: 8 frames have neighbours 0.5 to 3 m",
+        "semantic training: lacks --labels DIR", "training: 8 frames with neighbours 0.5 to 3 m",
     ):  # fmt: skip
         assert f"  {line}" in said
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -123,10 +125,10 @@ def test_damage_is_listed_and_ends_with_2(exported, tmp_path, capsys):
     said = capsys.readouterr()
     for problem in (
         r"0000000002.png: damaged", r"0000000003.bin: torn, 50 bytes",
-        r"drive_0001_sync/l: 2 steps .* exceed [5-9].* the first, 11\d\.\d, after frame 0+3",
+        r"drive_0001_sync/l: 2 steps of more than [5-9].* the first, 11\d\.\d, after frame 0+3",
     ):  # fmt: skip
         assert re.search(f"problem: .*{problem}", said.out)
-    assert re.search(r"^error: \d+ problems were found", said.err, re.MULTILINE)
+    assert re.search(r"^error: \d+ problems found, the first: ", said.err, re.MULTILINE)
 
 
 def test_crop_and_data_set_are_checked(exported, tmp_path, capsys):
@@ -134,6 +136,90 @@ def test_crop_and_data_set_are_checked(exported, tmp_path, capsys):
     assert "96x192 pixels are fewer than the crop 352x1216" in capsys.readouterr().out
     assert main(["--data", str(exported)]) == 2
     assert "--dataset is needed" in capsys.readouterr().err
+    for frames in ("-1", "1.5", "all"):
+        assert check(exported, tmp_path, "--frames", frames) == 2
+        assert f"'{frames}' is no whole number from 0 on" in capsys.readouterr().err
+
+
+def test_the_preset_knows_its_data_set(exported, tmp_path, capsys):
+    drive = ("--train", "2011_09_26_drive_0001_sync:2-2", "--val", "2011_09_26_drive_0001_sync:2-2")
+    words = ["--preset", "kitti_raw_small", "--data", str(exported), "--out", str(tmp_path), *drive]
+    assert main([*words, "--set", "data.crop=96,192"]) == 2
+    said = capsys.readouterr()
+    assert "  2 sequences, 2 frames, 0 m; read 2, of which 2 with images" in said.out
+    # a frame alone has no neighbours, which is the only thing to mend
+    assert "training: no frame can be used" in said.out
+    assert "error: 1 problem found, the first: no usable frame in" in said.err
+
+
+def test_resized_images_are_a_problem(world):
+    class Resized(Moved):
+        labelled = ()
+
+        def image(self, frame, camera):
+            return self.sequence.image(frame, camera)[::2, ::2]
+
+        def depth(self, frame):
+            return None
+
+        semantics = depth
+
+    report = Report("train", [Resized(world, np.eye(4))], DataConfig(crop=(48, 96)))
+    for frame in (0, 1):
+        report._read(report.sequences[0], frame)
+    said = set(report.problems)
+    assert len(said) == 1 and "camera 0: focal lengths 111, 111 and principal point" in min(said)
+
+
+@pytest.fixture(scope="module")
+def voxels(tmp_path_factory):
+    """The real excerpt's sequence 00, whose voxels/ may be changed."""
+    if not (REAL / "semantickitti").is_dir():
+        pytest.skip(f"no excerpt at {REAL / 'semantickitti'}")
+    folder = tmp_path_factory.mktemp("semantickitti") / "dataset"
+    below = "sequences/00"
+    (folder / below).mkdir(parents=True)
+    for part in ("poses", f"{below}/image_2", f"{below}/velodyne", f"{below}/calib.txt"):
+        (folder / part).symlink_to(REAL / "semantickitti/dataset" / part)
+    (folder / below / "voxels").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("shift", [-1, 0, 1, 5])
+def test_voxels_that_lie_above_or_below_the_scans(shift, voxels):
+    for path in (REAL / "semantickitti/dataset/sequences/00/voxels").iterdir():
+        content = path.read_bytes()
+        if path.suffix == ".bin":
+            bits = np.unpackbits(np.frombuffer(content, np.uint8)).reshape(256, 256, 32)
+            content = np.packbits(np.roll(bits, shift, axis=2)).tobytes()
+        (voxels / "sequences/00/voxels" / path.name).write_bytes(content)
+    sequence = kitti_sequences(voxels, ["00"])[0]
+    report = Report("val", [sequence], DataConfig())
+    for frame in sequence.labelled:
+        report._read(sequence, frame)
+    report._check_voxels()
+    (line,) = [line for line in report.lines() if line.startswith("voxels/")]
+    overlap = float(re.search(r"IoU of ([.\d]+) \(median of 2 frames\)", line)[1])
+    assert overlap > 0.98 if shift == 0 else overlap < 0.25
+    said = {
+        -1: r"voxels lie 1 voxel below the scans: .* is 0\.[012]\d, and (0\.99|1\.00) there",
+        1: r"voxels lie 1 voxel above the scans: .* is 0\.[012]\d, and (0\.99|1\.00) there; .*2020",
+        5: r"voxels/\*\.bin and scans have an IoU of 0\.[01]\d; they are not of the same frames",
+    }
+    assert len(report.problems) == (shift != 0)
+    assert shift == 0 or re.search(said[shift], report.problems[0])
+
+
+def test_damaged_voxels_are_a_problem_though_training_goes_on(voxels):
+    invalid = voxels / "sequences/00/voxels/000005.invalid"
+    content = invalid.read_bytes()
+    invalid.unlink()
+    report = Report("val", kitti_sequences(voxels, ["00"]), DataConfig(crop=(370, 1220)))
+    report.check(1, pairs=0)
+    invalid.write_bytes(content)
+    assert report.sequences[0].labelled == [0]
+    assert any("000005.invalid is missing" in line for line in report.problems)
+    assert any(line.startswith("1 of 2 labelled frames not scored") for line in report.notes)
 
 
 @pytest.mark.parametrize("dataset", ["kitti", "kitti_raw"])

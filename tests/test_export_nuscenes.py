@@ -1,11 +1,13 @@
 """The embedded world written as nuScenes says what the world says, by the tables alone."""
 
 import json
+import shutil
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 
+from selfocc import InputError
 from selfocc.datasets.export import main
 from selfocc.datasets.export_nuscenes import (
     CAMERAS,
@@ -128,6 +130,24 @@ def test_samples_and_labels(world, folder, tables):
         assert np.array_equal(labels["mask_camera"] == 1, voxels != 255)
         assert 0 < labels["mask_lidar"].mean() < labels["mask_camera"].mean()
     assert OCC3D_CLASS[[0, 1, 9, 11, 13, 15, 255]].tolist() == [17, 4, 11, 13, 15, 16, 17]
+
+
+def test_scans_of_four_columns_and_folders_behind_links(folder, tmp_path):
+    """A scan as KITTI has it, in whole points of five floats as well; `samples` on another disk."""
+    for path in folder.iterdir():
+        if path.name != "samples":
+            (tmp_path / path.name).symlink_to(path)
+    shutil.copytree(folder / "samples", tmp_path / "away")
+    (tmp_path / "samples").symlink_to(tmp_path / "away")
+    labels = PseudoLabels(folder / "labels", tmp_path, 20)
+    (read,) = nuscenes_sequences(tmp_path, "v1.0-trainval", "val", labels=labels)
+    assert read.semantics(0).shape == (6, *SIZE)
+    for path in (tmp_path / "samples" / "LIDAR_TOP").iterdir():
+        points = np.fromfile(path, "<f4").reshape(-1, 5)
+        points = points[: len(points) // 5 * 5, :4]
+        points.tofile(path)
+    with pytest.raises(InputError, match=r"pcd.bin: holds 4 floats a point .*, not 5"):
+        read.lidar(0)
 
 
 @pytest.mark.parametrize("frame_of", ["ego", "lidar"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from selfocc import InputError
-from selfocc.datasets import kitti
+from selfocc.datasets import Folders, kitti, open_dataset
 from selfocc.datasets.kitti import kitti_sequences
 from selfocc.datasets.kitti_files import RECTIFIED, UNRECTIFIED, check_camera, read_points
 from selfocc.datasets.video import VideoDataset
@@ -307,21 +307,6 @@ BROKEN = {
         lambda s: s.images(2),
         "000002.png: uint16",
     ),
-    "voxels short": (
-        cut(f"{S}/voxels/000005.label", 4000),
-        lambda s: s.voxels(5),
-        "000005.label: 4000 bytes instead of 4194304",
-    ),
-    "invalid short": (
-        cut(f"{S}/voxels/000005.invalid", 12),
-        lambda s: s.voxels(5),
-        "000005.invalid: 12 bytes instead of 262144",
-    ),
-    "invalid gone": (
-        lambda d: (d / S / "voxels/000005.invalid").unlink(),
-        lambda s: s.voxels(5),
-        "000005.invalid is missing",
-    ),
     "scan torn": (
         cut(f"{S}/velodyne/000005.bin", 30),
         lambda s: s.lidar(5),
@@ -372,8 +357,9 @@ def test_the_calibrations_of_kitti_know_their_images(focal, size):
         check_camera("calib.txt", camera, (*RECTIFIED[focal], 3), RECTIFIED[focal])
         return
     told = "unrectified images; take the rectified" if size == UNRECTIFIED else "scale its numbers"
-    with pytest.raises(InputError, match=rf"for images of 37\dx12\d\d pixels.*{told}"):
-        check_camera("calib.txt", camera, size)
+    for said in (None, size):  # S_rect may have been adapted, and P_rect not
+        with pytest.raises(InputError, match=rf"for images of 37\dx12\d\d pixels.*{told}"):
+            check_camera("calib.txt", camera, size, said)
     v, u = np.array(size) / RECTIFIED[focal]
     check_camera("calib.txt", np.diag([u, v, 1]) @ camera, size)  # resized with its images
 
@@ -435,18 +421,28 @@ def test_what_training_does_not_need_is_told_and_left_out(root, case):
     assert (sequence.stereo_pair(0) is None) == ("right" in case or case == "eyes swapped")
     broken = {"invalid gone": [0], "label short": [0], "label gone": [5], "invalid short": [5]}
     assert sequence.labelled == broken.get(case, [0, 5])  # never scored with unknown as free
+    assert [f for f in (0, 5) if sequence.voxels(f) is not None] == sequence.labelled
 
 
-def test_a_torn_scan_stops_scoring_not_training(root):
-    cut(f"{S}/velodyne/000005.bin", 30)(root / "dataset")
-    data = build("kitti_small", ("data.crop=12,20", "data.pad=32,64", "data.source=0.1,9")).data
-    sequence = only(root)
-    training = VideoDataset([sequence], data, train=True)
-    training.index = [(0, 4)]
-    sample = next(s for s in (training[0, seed] for seed in range(9)) if s is not None)
-    assert sample.images.isfinite().all()
-    with pytest.raises(InputError, match=r"000005.bin: torn"):
-        VideoDataset.every_frame(sequence, data)[5]
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("part", ["velodyne/000005.bin", "image_3/000005.png"])
+def test_damaged_truth_stops_scoring_not_training(part, split, root, capsys):
+    if part.startswith("image_3"):
+        (root / "dataset" / S / "velodyne/000005.bin").unlink()
+    cut(f"{S}/{part}", 30)(root / "dataset")
+    settings = ("data.crop=12,20", "data.pad=32,64", "data.source=0.1,9", f"data.{split}=03")
+    config = build("kitti_small", settings)
+    dataset = open_dataset(config, split, Folders(root))
+    dataset.train, dataset.index = False, [(0, 5)]  # as for a picture or the validation
+    for _ in range(2):
+        sample = dataset[0]
+        assert sample.lidar is None and sample.voxels is not None
+        assert (sample.stereo is None) == part.startswith("image_3")
+    assert len(pickle.loads(pickle.dumps(dataset))) == 1
+    said = capsys.readouterr().err
+    assert said.count("note: ") == 1 and said.startswith(f"note: {root / 'dataset' / S / part}: ")
+    with pytest.raises(InputError, match=part):
+        VideoDataset.every_frame(only(root), config.data)[5]
 
 
 def test_the_right_eye_is_offered_as_a_source(root):

@@ -133,6 +133,17 @@ def test_labels_mirror_the_images(world, exported):
     assert eyes(exported)[0].semantics(1) is None
 
 
+def test_labels_mirror_a_linked_drive(root):
+    folder = root / DATE / DRIVE
+    folder.rename(root / "away")
+    folder.symlink_to(root / "away")
+    labels = PseudoLabels(root / "labels", root, 20)
+    place = root / "labels" / DATE / DRIVE / "image_02" / "data" / "0000000001.png"
+    place.parent.mkdir(parents=True)
+    iio.imwrite(place, np.full(SIZE, 7, np.uint8))
+    assert (eyes(root, labels=labels)[0].semantics(1) == 7).all()
+
+
 def test_right_eye_is_a_sequence_of_its_own(world, exported):
     left, right = eyes(exported)
     image, depth, _ = world.render(2, shift=BASELINE)

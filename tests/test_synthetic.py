@@ -296,6 +296,8 @@ def test_kitti_export_reads_back(tmp_path):
         np.testing.assert_array_equal(read.images(frame), scene.images(frame))
         np.testing.assert_array_equal(read.voxels(frame), scene.voxels(frame))
         np.testing.assert_allclose(read.lidar(frame), scene.lidar(frame), atol=1e-6)
+        on_disk, hit = read.voxel_scan(frame)
+        assert (on_disk & hit).sum() > 0.99 * (on_disk | hit).sum() > 0
         k, poses = scene.cameras(frame)
         np.testing.assert_array_equal(read.cameras(frame)[0], k)
         np.testing.assert_allclose(first @ read.cameras(frame)[1][0], poses[0], atol=1e-9)

@@ -1,7 +1,11 @@
 """Data sets: one file each, all read through `video.VideoDataset`."""
 
+import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from tqdm import tqdm
 
 from selfocc import InputError
 from selfocc.config import Config, DataConfig
@@ -24,12 +28,39 @@ class Folders:
 
 
 def open_dataset(config: Config, split: str, folders: Folders) -> VideoDataset:
-    """The data set that a configuration names, split `train` or `val`.
+    """The data set that a configuration names, split `train` or `val`, for training.
 
-    Raises InputError for an unknown data set, a missing folder, or files that cannot be used.
+    Truth that cannot be read is told on stderr and left out, as training does not need it. Raises
+    InputError for an unknown data set, a missing folder, or files that cannot be used.
     """
     sequences = open_sequences(config.data, split, folders)
-    return VideoDataset(sequences, config.data, train=split == "train")
+    train = split == "train"
+    return VideoDataset([_Lenient(s, train) for s in sequences], config.data, train)
+
+
+class _Lenient:
+    """A sequence whose damaged truth counts as not there; of `val` also the pseudo labels."""
+
+    TRUTH = ("depth", "lidar", "voxels", "stereo_pair")
+
+    def __init__(self, sequence: Sequence, train: bool):
+        self._sequence, self._told = sequence, set()
+        self._truth = self.TRUTH if train else (*self.TRUTH, "semantics")
+
+    def __getattr__(self, name: str):
+        if name.startswith("_"):  # not while it is unpickled
+            raise AttributeError(name)
+        value = getattr(self._sequence, name)
+        return partial(self._read, value) if name in self._truth else value
+
+    def _read(self, read, frame: int):
+        try:
+            return read(frame)
+        except InputError as error:
+            if str(error) not in self._told:
+                self._told.add(str(error))
+                tqdm.write(f"note: {error.line()} (training goes on without)", file=sys.stderr)
+            return None
 
 
 def open_sequences(config: DataConfig, split: str, folders: Folders) -> list[Sequence]:

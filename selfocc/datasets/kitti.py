@@ -186,24 +186,22 @@ class KittiSequence:
             judge = "judged against stereo" if self._right is not None else "not scored"
             self.missing.append(f"no velodyne: depth is {judge}")
         labels = self._chosen("voxels", ".label") | self._chosen("voxels", ".invalid")
-        broken = {}
+        self._voxels = {}  # number -> .label, .invalid
+        self.damaged: list[str] = []  # what is wrong with the others
         for number in sorted(labels):
             try:
-                self._voxel_files(number)
+                self._voxels[number] = self._voxel_files(number)
             except InputError as error:
-                broken[number] = error
-        if broken:
+                self.damaged.append(str(error))
+        if self.damaged:
             self.missing.append(
-                f"{len(broken)} of {counted(len(labels), 'labelled frame')} not scored for "
-                f"occupancy: {next(iter(broken.values()))}"
+                f"{len(self.damaged)} of {counted(len(labels), 'labelled frame')} not scored for "
+                f"occupancy: {self.damaged[0]}"
             )
         elif not labels:
             self.missing.append("no voxels: occupancy is not scored")
-        frame_of = {number: frame for frame, number in enumerate(self.numbers)}
-        scored = labels - broken.keys() - self._skipped
-        self.labelled = sorted(frame_of[number] for number in scored)
-        self.damaged = sorted(frame_of[number] for number in broken)  # whose voxels are
-        self._with_voxels = frozenset(frame_of[number] for number in labels)
+        scored = self._voxels.keys() - self._skipped
+        self.labelled = [f for f, number in enumerate(self.numbers) if number in scored]
         # frames that the published evaluation leaves out, also as targets of novel depth
         self.skipped = [f for f, number in enumerate(self.numbers) if number in self._skipped]
 
@@ -297,13 +295,13 @@ class KittiSequence:
         return read_scan(self.folder / "velodyne" / f"{self.frame_id(frame)}.bin")
 
     def voxels(self, frame: int) -> np.ndarray | None:
-        """SemanticKITTI labels, uint8 [256, 256, 32] over (y, x, z); None where there are none.
+        """SemanticKITTI labels, uint8 [256, 256, 32] over (y, x, z); None without whole files.
 
         0 free, 1..19 learning ids, 255 unknown.
         """
-        if frame not in self._with_voxels:
+        if self.numbers[frame] not in self._voxels:
             return None
-        label, invalid = self._voxel_files(self.numbers[frame])
+        label, invalid = self._voxels[self.numbers[frame]]
         labels = _LEARNING_LUT[read_exactly(label, "<u2", int(np.prod(GRID)))]
         labels = labels.reshape(GRID)[:, ::-1].copy()
         labels[_read_bits(invalid)] = UNKNOWN

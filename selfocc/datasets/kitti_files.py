@@ -28,7 +28,7 @@ UNRECTIFIED = (512, 1392)  # [h, w] before rectification
 # move up and down more than to the sides.
 CENTRAL_X, CENTRAL_Y = (0.35, 0.65), (0.25, 0.75)
 
-# x, y, z in metres and what follows them in a scan, with its range
+# what follows x, y, z in the points of a scan
 COLUMNS = {4: "remission", 5: "intensity and ring"}
 FARTHEST = 300.0  # metres along an axis; the scanners see 120
 
@@ -137,17 +137,17 @@ def check_camera(
     `where` is the calibration, made_for [h, w] the size of the images that it says it is for.
     """
     (fx, fy), (cx, cy), (height, width) = intrinsics[[0, 1], [0, 1]], intrinsics[:2, 2], size[:2]
-    for (f, x, y), known in RECTIFIED.items():
-        if made_for is None and np.allclose((fx, fy, cx, cy), (f, f, x, y), atol=0.02):
-            made_for = known
     resized = "scale its numbers as the images were, or restore the images"
-    if made_for is not None and (height, width) != tuple(made_for):
-        if (height, width) == UNRECTIFIED:
-            resized = "these are unrectified images; take the rectified ones (`_sync`)"
-        raise InputError(
-            f"{where}: is for images of {made_for[0]}x{made_for[1]} pixels, but they have "
-            f"{height}x{width}; {resized}"
-        )
+    if (height, width) == UNRECTIFIED:
+        resized = "these are unrectified images; take the rectified ones (`_sync`)"
+    expected = [size for (f, x, y), size in RECTIFIED.items()
+                if np.allclose((fx, fy, cx, cy), (f, f, x, y), atol=0.02)]  # fmt: skip
+    for rows, columns in expected if made_for is None else [made_for, *expected]:
+        if (height, width) != (rows, columns):
+            raise InputError(
+                f"{where}: is for images of {rows}x{columns} pixels, but they have "
+                f"{height}x{width}; {resized}"
+            )
     (left, right), (top, bottom) = CENTRAL_X, CENTRAL_Y
     if not (
         left < (cx + 0.5) / width < right

@@ -418,7 +418,7 @@ class VideoDataset(torch.utils.data.Dataset):
         network_intrinsics[:, :2] *= self.config.scale
         target = self._frames(sequence, image, anchor, world_to_volume)
         pairs = [self._frames(sequence, image, source, world_to_volume) for source in sources]
-        depth = self._truth(lambda: self._label_map(sequence.depth(anchor)))
+        depth = self._label_map(sequence.depth(anchor))
         return Batch(
             name=[f"{sequence.name}/{sequence.frame_id(frame)}"],
             images=self._network_images(images, where, rng),
@@ -435,18 +435,9 @@ class VideoDataset(torch.utils.data.Dataset):
             # exact depth is truth enough while training; scans are for judging
             lidar=None
             if self.train and depth is not None
-            else self._truth(lambda: self._lidar_map(sequence, anchor, target)),
+            else self._lidar_map(sequence, anchor, target),
             semantics=self._label_map(sequence.semantics(anchor)),
         )
-
-    def _truth(self, read: Callable[[], Tensor | None]) -> Tensor | None:
-        """What `read` returns; training does not need it, and goes on where it is damaged."""
-        try:
-            return read()
-        except InputError:
-            if self.train:
-                return None
-            raise
 
     def _target_crop(self) -> tuple[int, int]:
         return self.config.target_crop or self.config.crop
