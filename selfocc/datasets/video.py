@@ -179,10 +179,13 @@ class VideoDataset(torch.utils.data.Dataset):
             self.index += [(s, frame) for frame in used]
             left_out.append(sorted(set(frames) - set(used)))
         self.notes = list(dict.fromkeys(line for s in sequences for line in s.missing))
+        lost = sum(map(len, left_out))
+        name = f"{sequences[0].name}{', ..' if len(sequences) > 1 else ''}" if sequences else ""
         if sequences and not self.index:
-            raise InputError(f"no usable frame: {self._account(left_out)}")
-        if train and any(left_out):
-            self.notes.append(self._account(left_out))
+            raise InputError(f"no usable frame in {name}: {self._reason(left_out)}")
+        if train and lost:
+            those = f"{lost} of {lost + len(self.index)} frames of {name} are left out"
+            self.notes.append(f"{those}: {self._reason(left_out)}")
 
     @classmethod
     def every_frame(cls, sequence: Sequence, config: DataConfig) -> "VideoDataset":
@@ -241,17 +244,14 @@ class VideoDataset(torch.utils.data.Dataset):
                 frames, others = frames[searching], others[searching]
         return found
 
-    def _account(self, left_out: list[list[int]]) -> str:
+    def _reason(self, left_out: list[list[int]]) -> str:
         """What the frames lack that each sequence leaves out, and which settings would use them."""
-        config, count = self.config, sum(map(len, left_out))
-        near, far = config.source
-        name = f"{self.sequences[0].name}{', ..' if len(self.sequences) > 1 else ''}"
-        sides = "before or after" if config.one_sided else "before and after"
-        eye = ", nor on one side and the other eye" if config.stereo_source else ""
+        near, far = self.config.source
+        sides = "before or after" if self.config.one_sided else "before and after"
+        eye = ", nor on one side and the other eye" if self.config.stereo_source else ""
         return (
-            f"{count} of {count + len(self.index)} frames of {name} are left out: they, or the "
-            f"frames to render for them, have no frame {near:g} to {far:g} m {sides} them{eye}; "
-            f"{self._remedies(left_out)}"
+            f"they, or the frames to render for them, have no frame {near:g} to {far:g} m {sides} "
+            f"them{eye}; {self._remedies(left_out)}"
         )
 
     def _remedies(self, left_out: list[list[int]]) -> str:
