@@ -257,8 +257,6 @@ def test_straight_distance_ends_at_the_first_frame_beyond():
     before, after = data._either_side(drive, 5, (2.5, 4))
     assert before.tolist() == [2, 1] and after.tolist() == [8, 9]
     assert [side[0] for side in data._either_side(drive, 14, (2.5, 6))] == [11, 18]
-    with pytest.raises(InputError, match="may be path or straight"):
-        VideoDataset([drive], dataclasses.replace(CONFIG, distance="crooked"), train=True)
 
 
 def test_one_sided_frames():

@@ -27,6 +27,9 @@ from selfocc.stereo import stereo_depth
 # another eye: intrinsics [N, 3, 3], camera_to_world [N, 4, 4] and images uint8 [N, h, w, 3]
 Source = int | list[int] | tuple[np.ndarray, np.ndarray, np.ndarray]
 
+# the first and last frames of a sequence have a neighbour on one side only: above this share of the
+# frames used, what is left out is worth a word
+ENDS = 0.1
 # metres: `composite` sources are mostly this far away, and as far around it
 COMPOSITE_DISTANCE = COMPOSITE_SPREAD = 0.5
 LEAST = 0.05  # metres between frames; what moves less shows no depth
@@ -183,7 +186,7 @@ class VideoDataset(torch.utils.data.Dataset):
         name = f"{sequences[0].name}{', ..' if len(sequences) > 1 else ''}" if sequences else ""
         if sequences and not self.index:
             raise InputError(f"no usable frame in {name}: {self._reason(left_out)}")
-        if train and lost:
+        if train and lost > ENDS * len(self.index):
             those = f"{lost} of {lost + len(self.index)} frames of {name} are left out"
             self.notes.append(f"{those}: {self._reason(left_out)}")
 
