@@ -159,8 +159,18 @@ def train(arguments: argparse.Namespace) -> None:
     device = distributed.choose_device(arguments.device)
     rank, world = distributed.start(device)
     out = arguments.out or Path("runs") / (arguments.preset or arguments.dataset or "synthetic")
-    file = out / checkpoint.FILE_NAME
-    before, saved, notes = None, None, []
+    with files.owned(out) if rank == 0 else contextlib.nullcontext():
+        fit(*plan(arguments, out, world), out, device, rank)
+
+
+def plan(
+    arguments: argparse.Namespace, out: Path, world: int
+) -> tuple[runs.Run, checkpoint.Checkpoint | None, list[str]]:
+    """What is to be trained, the checkpoint from which it goes on, and notes for the user.
+
+    Raises InputError where the folder `out` holds a run that the arguments do not go on with.
+    """
+    file, before, saved, notes = out / checkpoint.FILE_NAME, None, None, []
     if arguments.resume:
         before = runs.read(out)
         if file.exists() or before is None:  # a run without a checkpoint yet begins anew
@@ -181,17 +191,16 @@ def train(arguments: argparse.Namespace) -> None:
     notes += record.changed(before) if before else []
     if given.labels and not settings.loss.weight_semantic:
         notes.append("--labels teach nothing while loss.weight_semantic is 0")
-    with files.owned(out) if rank == 0 else contextlib.nullcontext():
-        fit(record, saved, out, device, rank, notes)
+    return record, saved, notes
 
 
 def fit(
     record: runs.Run,
     saved: checkpoint.Checkpoint | None,
+    notes: list[str],
     out: Path,
     device: torch.device,
     rank: int,
-    notes: list[str],
 ) -> None:
     """Train from `saved`, or from the start, to the end, and keep everything in the folder `out`.
 
