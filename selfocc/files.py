@@ -7,6 +7,7 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from selfocc import InputError
 
@@ -51,34 +52,39 @@ def owned(folder: Path) -> Iterator[Path]:
     """
     made = not folder.exists()
     path = make_folder(folder) / OWNER
-    with path.open("a+") as file:
-        _lock(file, folder)
-        file.seek(0)
-        file.truncate()
+    with _locked(path) as file:
+        file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         try:
             yield folder
         finally:
-            if made and [entry.name for entry in folder.iterdir()] == [OWNER]:
-                with contextlib.suppress(OSError):
-                    path.unlink()
-                    folder.rmdir()
+            with contextlib.suppress(OSError):
+                path.unlink()
+                if made:
+                    folder.rmdir()  # if it is empty
 
 
-def _lock(file, folder: Path) -> None:
-    try:
-        if fcntl is not None:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            file.seek(0)
-            owner = file.read() or "another process"
-            raise InputError(
-                f"{folder} is being written by {owner}; wait for it, stop it, or choose another "
-                "folder with --out"
-            ) from None
-        # the disk has no locks
+def _locked(path: Path) -> TextIO:
+    """The file, opened and locked. Raises InputError where another process has locked it."""
+    for _ in range(9):
+        file = path.open("a+")
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # otherwise the disk has no locks
+                file.seek(0)
+                owner = file.read() or "another process"
+                file.close()
+                raise InputError(
+                    f"{path.parent} is being written by {owner}; wait for it, stop it, or choose "
+                    "another folder with --out"
+                ) from None
+        with contextlib.suppress(OSError):
+            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                break  # otherwise its owner has just removed it
+    return file
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """A run's folder: who owns it, and going on from what it holds."""
 
+import fcntl
+import os
 import signal
 import subprocess
 import sys
@@ -48,6 +50,22 @@ def test_a_dead_owner_owns_nothing(owner, tmp_path, name):
     with files.owned(tmp_path / "run") as folder:
         (folder / "kept").write_text("")
     assert (folder / "kept").exists()
+
+
+def test_a_lock_on_a_file_that_is_gone_is_none(tmp_path, monkeypatch):
+    """Between opening the file and locking it, its owner ends and removes it."""
+    path, lock = tmp_path / files.OWNER, fcntl.lockf
+    path.write_text("process 1 on a")
+
+    def late(file, how):
+        if path.exists() and path.read_text() == "process 1 on a":
+            path.unlink()
+        lock(file, how)
+
+    monkeypatch.setattr(files.fcntl, "lockf", late)
+    with files.owned(tmp_path):
+        assert path.read_text().startswith(f"process {os.getpid()} on ")
+    assert not path.exists()
 
 
 def test_workers_do_not_inherit_the_folder(tmp_path):
