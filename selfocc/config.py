@@ -107,7 +107,7 @@ class EncoderConfig(Section, name="encoder"):
     heads: Count = 6
     layers: Count = 4
     # reference points of an hw, zh, wz query (bev uses the first)
-    points_cross: tuple[Count, Count, Count] = (8, 48, 48)
+    points_cross: tuple[Count, Index, Index] = (8, 48, 48)
     points_self: Count = 12
     frequencies: Count = 12  # of the positional encoding
     dropout: Share = 0.1
@@ -247,6 +247,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "volume.box is x0,y0,z0,x1,y1,z1 in metres; each of the last three must be greater"
     if encoder.dim % encoder.heads:
         yield f"encoder.heads, {encoder.heads}, must divide encoder.dim, {encoder.dim}"
+    if encoder.kind == "tpv" and 0 in encoder.points_cross:
+        yield f"encoder.points_cross is {text(encoder.points_cross)}; tpv needs all three"
     if encoder.lift and encoder.kind == "bev":
         yield "encoder.lift needs encoder.kind=tpv"
 

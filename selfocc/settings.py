@@ -100,7 +100,8 @@ def describe(kind) -> str:
     if origin is Annotated:
         return f"{describe(options[0])}{options[1]}"
     if origin is tuple:
-        return f"{len(options)} numbers separated by commas, each {describe(options[0])}"
+        each = " or ".join(dict.fromkeys(map(describe, options)))
+        return f"{len(options)} numbers separated by commas, each {each}"
     return {
         int: "a whole number", float: "a number", bool: "true | false", str: "text",
         types.NoneType: "none",

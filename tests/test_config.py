@@ -94,6 +94,7 @@ def test_wrong_override_says_what_is_right(override, said):
         ("data.pad=64,64", "data.crop times data.scale makes images of 96x320 pixels"),
         ("field.colors=1", "expected 0 | 3"),
         ("field.ground=nan", "expected a number or none"),
+        ("encoder.points_cross=2,0,2", "tpv needs all three"),
         ("encoder.heads=5", "encoder.heads, 5, must divide encoder.dim, 32"),
         ("encoder.dropout=-0.1", "a number from 0 to 1"),
         ("encoder.kind=bev", "encoder.lift needs encoder.kind=tpv"),
