@@ -299,5 +299,3 @@ def test_what_is_missing_is_said(scene, folder):
         (folder / "away").rename(folder / "nuScenes-Occupancy")
     assert sequence.labelled == [] and sequence.voxels(0) is None
     assert sequence.missing[-1].startswith("no nuScenes-Occupancy of some scenes")
-    with pytest.raises(InputError, match=r"data\.voxels is 'surroundocc'; it may be occ3d or open"):
-        scene(voxels="surroundocc")
