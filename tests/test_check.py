@@ -110,6 +110,23 @@ def test_sound_data_pass_with_what_each_task_needs(exported, tmp_path, capsys):
     }
 
 
+def test_rare_scans_are_not_overlooked(world):
+    """Of few frames read, one is a frame that is judged by a scan."""
+
+    class Rare(Moved):
+        inputs, labelled = [3], []
+
+        def lidar(self, frame):
+            return self.sequence.lidar(frame) if frame in self.inputs else None
+
+        def depth(self, frame):
+            return None
+
+    report = Report("val", [Rare(world, np.eye(4))], DataConfig(crop=SIZE, pad=(96, 192)))
+    report.check(1, pairs=0)
+    assert report.found["lidar"] == 1 and "depth: judged against lidar" in report.needs()
+
+
 def test_damage_is_listed_and_ends_with_2(exported, tmp_path, capsys):
     root = tmp_path / "broken"
     shutil.copytree(exported, root)

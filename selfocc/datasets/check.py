@@ -58,8 +58,10 @@ class Report:
         for sequence in self.sequences:
             self._check_poses(sequence)
         places = _spread(self.places, frames)
-        labelled = [(s, f) for s in self.sequences for f in s.labelled]
-        places += [place for place in _spread(labelled, 10) if place not in places]
+        # voxels and scans may be rare, and are what frames are judged by
+        for judged in ([(s, f) for s in self.sequences for f in s.labelled],
+                       [(s, f) for s in self.sequences for f in s.inputs or ()]):  # fmt: skip
+            places += [place for place in _spread(judged, 10) if place not in places]
         for sequence, frame in tqdm(places, desc=f"reading {self.split}", unit="frame"):
             self._read(sequence, frame)
         self.read = len(places)
