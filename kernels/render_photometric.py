@@ -50,8 +50,8 @@ from kernels.photometric import (
 from kernels.rays_reference import Box, node_spacing
 from kernels.similarity import at_least_float32
 
-# A ray a warp, a sample a lane: no barriers. Compiled for cuda 90 at published sizes: 128 to 139
-# registers forward, 140 backward. Sources are read first, while little else is in registers.
+# A ray a warp, a sample a lane: no barriers. Compiled for cuda 90 at published sizes: 102 to 119
+# registers forward, 137 to 149 backward. Sources are read first, while little else is in registers.
 WARPS = 1
 REGISTERS_FIXED = 200  # of the deterministic backward; left alone, ptxas spills up to 16 bytes
 
