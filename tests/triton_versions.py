@@ -30,12 +30,15 @@ def main() -> int:
         python = environment(arguments.folder / version.replace("/", "-torch"), triton, torch)
         command = [python, "-m", "pytest", "tests", "-k", "kernels", "-p", "no:cacheprovider"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        (arguments.folder / f"{python.parent.parent.name}.log").write_text(done.stdout)
+        (arguments.folder / f"{python.parent.parent.name}.log").write_text(
+            done.stdout + done.stderr
+        )
         right &= done.returncode == 0
+        said = done.stdout.strip().splitlines()[-1] if done.returncode in (0, 1) else "ended early"
         ask = (
             "import torch, triton; print(f'triton {triton.__version__}, torch {torch.__version__}')"
         )
-        print(f"{output(python, '-c', ask)}: {done.stdout.strip().splitlines()[-1]}", flush=True)
+        print(f"{output(python, '-c', ask)}: {said}, exit code {done.returncode}", flush=True)
     return int(not right)
 
 
