@@ -126,11 +126,7 @@ def _run(work: Callable[[], None]) -> int:
     except InputError as error:
         return _fail(error.line())
     except (MemoryError, torch.OutOfMemoryError) as error:
-        reason = f" ({str(error).partition('.')[0]})" if str(error) else ""
-        return _fail(
-            f"out of memory{reason}; what was saved is intact. Lower optim.batch (and raise "
-            "optim.accumulate), render.rays or render.samples, or set optim.bf16=true"
-        )
+        return _fail(_out_of_memory(error))
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -143,6 +139,8 @@ def _run(work: Callable[[], None]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except RuntimeError as error:
+        if "DefaultCPUAllocator" in str(error):  # as torch says it of a CPU
+            return _fail(_out_of_memory(error))
         if isinstance(error, BrokenProcessPool) or str(error).startswith("DataLoader worker (pid"):
             return _fail(
                 f"a process that reads or renders ahead was ended ({str(error).splitlines()[0]}); "
@@ -153,6 +151,14 @@ def _run(work: Callable[[], None]) -> int:
             raise
         return 2
     return 0
+
+
+def _out_of_memory(error: Exception) -> str:
+    reason = f" ({str(error).partition('. ')[0]})" if str(error) else ""
+    return (
+        f"out of memory{reason}; what was saved is intact. Lower optim.batch (and raise "
+        "optim.accumulate), render.rays or render.samples, or set optim.bf16=true"
+    )
 
 
 def _fail(reason: str) -> int:

@@ -160,7 +160,7 @@ class LossConfig(Section, name="loss"):
     weight_sparsity: NonNegative = 0.005
     sparsity: Literal["soft", "smooth", "hard", "adaptive"] = "soft"
     # metres between the points it reads; None: the nodes'
-    sparsity_pitch: Positive | None = None
+    sparsity_pitch: Annotated[float, Range(0.01)] | None = None
     weight_edge: NonNegative = 0.0
     weight_semantic: NonNegative = 0.0
     semantic: Literal["ce", "bce"] = "ce"

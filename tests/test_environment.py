@@ -386,7 +386,14 @@ def test_system_errors_are_told_in_one_line(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")]
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError(
+            "[enforce fail] err == 0. DefaultCPUAllocator: can't allocate memory: 9 bytes"
+        ),
+    ],
 )
 def test_out_of_memory_is_a_line(error, capsys):
     def work():
