@@ -160,7 +160,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
                 for split in ("val", "train")
             )
         if chief:
-            for line in dataset.notes:
+            taken = [f"{where.data}, as in training"] if where.data and not arguments.data else []
+            for line in [*taken, *dataset.notes]:
                 print(f"note: {line}")
 
         damaged = [line for s in dataset.sequences for line in getattr(s, "damaged", ())]

@@ -14,13 +14,13 @@ import math
 import sys
 import time
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 
 from kernels.measure import (
-    at_least_one,
     check_output,
     chosen_backend,
     cpu_peak,
@@ -30,7 +30,7 @@ from kernels.measure import (
     reset_cpu_peak,
 )
 from selfocc import InputError, distributed, files, presets
-from selfocc.commandline import Parser, run
+from selfocc.commandline import Parser, count, run
 from selfocc.config import Config
 from selfocc.datasets.video import Batch, Frames, collate
 from selfocc.geometry import cellular_pixels, fixed_pixels, node_positions
@@ -63,12 +63,9 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
         metavar="NAME,..",
         help="of torch and triton; default: both where Triton runs",
     )
-    parser.add_argument(
-        "--repeats", type=at_least_one, help="steps; default: 20 on a GPU, 3 elsewhere"
-    )
-    parser.add_argument(
-        "--threads", type=at_least_one, help="CPU threads of PyTorch; default: its own"
-    )
+    some = partial(count, least=1)
+    parser.add_argument("--repeats", type=some, help="steps; default: 20 on a GPU, 3 elsewhere")
+    parser.add_argument("--threads", type=some, help="CPU threads of PyTorch; default: its own")
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="as for train.py"
     )

@@ -5,8 +5,6 @@ import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import torch
-
 from selfocc import InputError, config, files
 from selfocc.config import Config
 from selfocc.datasets import Folders
@@ -20,7 +18,6 @@ class Run:
     folders: Folders  # absolute
     processes: int
     init: Path | None = None  # the checkpoint that it started from
-    torch: str = torch.__version__
 
     def write(self, folder: Path) -> None:
         """Raises InputError if the folder cannot be written."""
@@ -56,7 +53,7 @@ def read(folder: Path) -> Run | None:
         where = {name: Path(at) for name, at in values["folders"].items() if at is not None}
         init = values["init"] and Path(values["init"])
         settings = config.from_dict(values["settings"])
-        return Run(settings, Folders(**where), values["processes"], init, values["torch"])
+        return Run(settings, Folders(**where), values["processes"], init)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -64,6 +61,12 @@ def read(folder: Path) -> Run | None:
 
 
 def completed(given: Folders, before: Folders) -> Folders:
-    """The folders given, absolute, and those of before where none is given."""
-    pairs = ((f.name, getattr(given, f.name) or getattr(before, f.name)) for f in fields(Folders))
-    return Folders(**{name: at and at.absolute() for name, at in pairs})
+    """The folders given, absolute, and those of before where none is given.
+
+    Labels, poses and split files belong to their data: of another data folder, none is taken over.
+    """
+    at = {f.name: getattr(given, f.name) for f in fields(Folders)}
+    at = {name: path and path.absolute() for name, path in at.items()}
+    if at["data"] in (None, before.data):
+        at = {name: path or getattr(before, name) for name, path in at.items()}
+    return Folders(**at)

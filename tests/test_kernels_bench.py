@@ -194,7 +194,7 @@ def test_options_are_checked(words, said, capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--repeats", "0"], "argument --repeats: '0' is not a whole number of 1 or more"),
+        (["--repeats", "0"], "argument --repeats: '0' is no whole number from 1 on"),
         (["--backends", "cuda"], "--backends cuda: backend must be one of auto, torch, triton"),
         (["--out", "file/times.json"], "cannot write file/times.json: Not a directory; --out"),
         (["--preset", "kitty"], "unknown preset 'kitty'"),

@@ -55,7 +55,6 @@ def root(tmp_path):
     offsets = {"P0": 0, "P1": -BASELINE, "P2": 0.06, "P3": 0.06 - BASELINE}
     lines = [f"{key}: {row(projection(offset))}" for key, offset in offsets.items()]
     (folder / "calib.txt").write_text("\n".join([*lines, f"Tr: {row(TR)}", ""]))
-    (folder / "times.txt").write_text("".join(f"{0.1 * f:e}\n" for f in range(FRAMES)))
     poses = "".join(row(pose(f)) + "\n" for f in range(FRAMES))
     (tmp_path / "dataset" / "poses" / "03.txt").write_text(poses)
     for f in range(FRAMES):
@@ -88,7 +87,6 @@ def test_reads_a_complete_sequence(root):
     assert np.array_equal(sequence.images(4), on_disk[None])
     assert np.allclose(sequence.positions, [pose(f)[:3, 3] for f in range(FRAMES)])
     assert sequence.path[-1] == pytest.approx(5 * np.hypot(0.1, 1.5))  # over the ground: x and z
-    assert np.allclose(sequence.times, np.arange(FRAMES) / 10)
     assert sequence.depth(0) is None and sequence.semantics(0) is None
     assert np.array_equal(pickle.loads(pickle.dumps(sequence)).images(4), on_disk[None])
 
@@ -126,7 +124,7 @@ def test_a_frame_range_keeps_the_names_of_its_frames(root):
     assert sequence.frames == 3 and sequence.frame_id(0) == "000003" and sequence.labelled == [2]
     assert np.array_equal(sequence.images(1), whole.images(4))
     assert np.array_equal(sequence.volume_to_world(1), whole.volume_to_world(4))
-    assert sequence.times[0] == pytest.approx(0.3) and sequence.path[0] == 0
+    assert sequence.path[0] == 0
 
 
 def test_voxels_are_mapped_masked_and_turned(root):
@@ -156,7 +154,6 @@ def test_tells_what_an_excerpt_lacks_and_goes_on(root):
     folder = root / "dataset" / "sequences" / "03"
     for part in ("velodyne", "voxels", "image_3"):
         shutil.rmtree(folder / part)
-    (folder / "times.txt").unlink()
     (folder / "image_2").rename(folder / "image_0")
     grey = iio.imread(folder / "image_0" / "000000.png")[..., 0]
     iio.imwrite(folder / "image_0" / "000000.png", grey)
@@ -168,7 +165,6 @@ def test_tells_what_an_excerpt_lacks_and_goes_on(root):
         "no Tr",
         "no image_1",
         "no image_2",
-        "no times.txt",
         "no velodyne",
         "no voxels",
     ]
@@ -389,11 +385,6 @@ UNNEEDED = {
     "right eye of another size": (
         image(f"{S}/image_3/000000.png", (6, 10, 3)),
         "image_3/000000.png: 6x10 pixels, but image_2/000000.png has 12x20"),
-    "times too few": (edit(f"{S}/times.txt", 5, None), "times.txt: 5 lines"),
-    "times of another sequence": (
-        lambda d: (d / S / "times.txt").write_text("0.1\n" * 9),
-        "times.txt has 9 lines, the poses 6"),
-    "times garbled": (edit(f"{S}/times.txt", 2, "noon"), "times.txt, line 3: could not convert"),
     "invalid gone": (
         lambda d: (d / S / "voxels/000005.invalid").unlink(),
         "1 of 2 labelled frames not scored for occupancy: .*000005.invalid is missing"),

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -147,9 +148,12 @@ def test_record_and_what_changes(tmp_path):
     first.write(tmp_path)
     assert runs.read(tmp_path) == first
     assert first.changed(first) == []
-    assert runs.completed(Folders(data=Path("/d")), first.folders) == Folders(
-        data=Path("/d"), labels=Path("/b")
-    )
+    assert runs.completed(Folders(), first.folders) == first.folders
+    assert runs.completed(Folders(data=Path("/a")), first.folders) == first.folders
+    given = Folders(poses=Path("/p"))
+    assert runs.completed(given, first.folders) == replace(first.folders, poses=Path("/p"))
+    given = Folders(data=Path("/d"))
+    assert runs.completed(given, first.folders) == given  # labels of /a are not of /d
     assert runs.completed(Folders(data=Path("d")), Folders()).data == Path.cwd() / "d"
     now = runs.Run(presets.build("kitti", ["optim.lr=0.5"]), Folders(data=Path("/d")), 4)
     lines = now.changed(first)

@@ -2,7 +2,6 @@
 
     dataset/poses/XX.txt                    cam0 -> world, one 3x4 matrix a line
     dataset/sequences/XX/calib.txt          P0..P3 (rectified projections), Tr (velodyne -> cam0)
-                        /times.txt          seconds, one a line
                         /image_2, image_3   colour stereo;  image_0, image_1: grey stereo
                         /velodyne           float32 x, y, z, remission
                         /voxels             .label (uint16), .invalid (bits) and .bin (bits, what
@@ -116,15 +115,14 @@ class KittiSequence:
 
         self._read_calibration()
         path = dataset / "poses" / f"{name}.txt"
-        poses = self._read_rows(path, 12)
-        self._poses = rigid(poses, path)[self.numbers]
+        self._poses = rigid(self._read_poses(path), path)[self.numbers]
         self.positions = self._poses[:, :3, 3]
         steps = np.linalg.norm(np.diff(self.positions[:, [0, 2]], axis=0), axis=1)
         self.path = np.concatenate([[0.0], np.cumsum(steps)])  # metres driven, as in spec 1.1
 
         self._size = read_image(self.folder / self.left / f"{self.frame_id(0)}.png").shape
         check_camera(self.folder / "calib.txt", self.intrinsics, self._size)
-        self._survey(len(poses))
+        self._survey()
 
     def _choose_frames(self, chosen: range | None) -> list[int]:
         folder = self.folder / self.left
@@ -142,9 +140,9 @@ class KittiSequence:
             raise InputError(f"{folder}: {what}; it holds {numbers[0]} to {numbers[-1]}")
         return sorted(chosen)
 
-    def _read_rows(self, path: Path, columns: int) -> np.ndarray:
-        """A table with a line for every frame on disk, [lines, columns]."""
-        table = read_table(path, columns)
+    def _read_poses(self, path: Path) -> np.ndarray:
+        """A line for every frame on disk, [lines, 12]."""
+        table = read_table(path, 12)
         if len(table) <= self.numbers[-1]:
             raise InputError(
                 f"{path}: {counted(len(table), 'line')}, but {self.folder.name}/{self.left} goes "
@@ -173,14 +171,10 @@ class KittiSequence:
             raise InputError(f"{path}: line {key} is missing, which {camera} needs; restore it")
         return read_projection(path, key, self._calibration[key])
 
-    def _survey(self, poses: int) -> None:
-        """What is there beside images, and what its absence costs: nothing here is needed to train.
-
-        poses: how many lines their file has.
-        """
+    def _survey(self) -> None:
+        """What is there beside images and what its absence costs; training needs none of it."""
         if self.left == "image_0":
             self.missing.append("no image_2: grey images stand in for colour")
-        self._read_times(poses)
         self._right = self._open_right()
         if not self._chosen("velodyne", ".bin"):
             judge = "judged against stereo" if self._right is not None else "not scored"
@@ -208,25 +202,6 @@ class KittiSequence:
     def _chosen(self, folder: str, suffix: str) -> set[int]:
         """Numbers of those chosen frames that have such a file."""
         return set(self.numbers) & set(numbered(self.folder / folder, suffix))
-
-    def _read_times(self, poses: int) -> None:
-        path = self.folder / "times.txt"
-        self.times = np.array(self.numbers) / 10
-        assumed = "10 frames a second assumed, costs no metric"
-        if not path.exists():
-            self.missing.append(f"no times.txt: {assumed}")
-            return
-        try:
-            times = self._read_rows(path, 1)
-        except InputError as error:
-            self.missing.append(f"{assumed}: {error}")
-            return
-        self.times = times[self.numbers, 0]
-        if len(times) != poses:
-            self.missing.append(
-                f"{path} has {counted(len(times), 'line')}, the poses {poses}: are they of this "
-                "sequence?"
-            )
 
     def _open_right(self) -> np.ndarray | None:
         """The projection [3, 4] of the right eye; None where it cannot be used."""
