@@ -40,15 +40,15 @@ from selfocc import (
     presets,
     runs,
 )
+from selfocc.batch import Noise, collate
 from selfocc.commandline import Parser, Stopped, add_data_options, folders, run
 from selfocc.config import Config, OptimConfig, check_training, listing
 from selfocc.datasets import Folders, open_dataset
 from selfocc.datasets.loader import read_ahead
-from selfocc.datasets.video import collate
 from selfocc.geometry import cellular_pixels
 from selfocc.labels import check_classes, settle_classes
 from selfocc.losses import objective
-from selfocc.model import Noise, SelfOcc
+from selfocc.model import SelfOcc
 from selfocc.settings import change
 from selfocc.training import draw_noise, make_optimizer
 

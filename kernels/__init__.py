@@ -6,13 +6,13 @@ SELFOCC_KERNELS=... does.
 
 from kernels.alpha import ALPHAS
 from kernels.composite import composite
-from kernels.compositing import Rendering, render_rays
 from kernels.deformable import deformable_sampling
-from kernels.differences import node_gradients, node_losses, node_second_differences
 from kernels.dispatch import backend
-from kernels.photometric import epipolar_photometric, sample_image
+from kernels.node_losses import node_gradients, node_losses, node_second_differences
+from kernels.proposals import epipolar_photometric, sample_image
+from kernels.render import Rendering, render_rays
 from kernels.render_photometric import render_photometric
-from kernels.similarity import least_photometric, ssim, ssim_l1
+from kernels.ssim import least_photometric, ssim, ssim_l1
 
 __all__ = [
     "ALPHAS",

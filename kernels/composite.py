@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.dispatch import launch, tl, triton, use_triton
-from kernels.march import BLOCK, LANES, alpha_gradient, transmittance
+from kernels.ray import BLOCK, LANES, alpha_gradient, transmittance
 
 EPSILON = 1e-4
 # Channels of the values at once. Compiled for cuda 90: 43 to 72 registers forward, 72 to 96

@@ -13,13 +13,13 @@ a time. Its tiles are [BLOCK_Q, BLOCK_P] for what belongs to a sample and [.., B
 channels, and lanes of a warp lie beside each other along the channels first: with 16 float32
 channels, four lanes read the 64 bytes of a pixel at once, and a warp reads four samples of two
 queries. What belongs to a sample is computed by those four lanes alike, which costs less than
-passing it around. The reference is in `deformable_reference.py`.
+passing it around. The reference is in `deformable_cpu.py`.
 """
 
 import torch
 from torch import Tensor
 
-from kernels.deformable_reference import Sampling
+from kernels.deformable_cpu import Sampling
 from kernels.dispatch import launch, tl, triton, use_triton
 
 # Chosen from the binaries for sm_80 to sm_120, not timed: at published sizes 53 to 98 registers a

@@ -19,10 +19,17 @@ import torch
 from torch import Tensor
 
 from kernels.alpha import ALPHAS, alpha_of, alpha_slopes
-from kernels.compositing import FEATURES, Rendering, render_rays
-from kernels.differences import node_table, node_table_adjoint
 from kernels.dispatch import launch, tl, triton, use_triton
-from kernels.march import (
+from kernels.node_losses import node_table, node_table_adjoint
+from kernels.proposals import (
+    at_least_epsilon,
+    check_views,
+    compared_proposals,
+    epipolar_photometric,
+    ray_in_sources,
+    result_gradient,
+)
+from kernels.ray import (
     LANES,
     add_channels,
     alpha_gradient,
@@ -39,16 +46,9 @@ from kernels.march import (
     transmittance,
     whole,
 )
-from kernels.photometric import (
-    at_least_epsilon,
-    check_views,
-    compared_proposals,
-    epipolar_photometric,
-    ray_in_sources,
-    result_gradient,
-)
-from kernels.rays_reference import Box, node_spacing
-from kernels.similarity import at_least_float32
+from kernels.render import FEATURES, Rendering, render_rays
+from kernels.render_cpu import Box, node_spacing
+from kernels.ssim import at_least_float32
 
 # A ray a warp, a sample a lane: no barriers. Compiled for cuda 90 at published sizes: 102 to 119
 # registers forward, 137 to 149 backward. Sources are read first, while little else is in registers.

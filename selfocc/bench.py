@@ -20,7 +20,7 @@ from statistics import median
 
 import torch
 
-from kernels.measure import (
+from kernels.bench.clock import (
     check_output,
     chosen_backend,
     cpu_peak,
@@ -30,12 +30,12 @@ from kernels.measure import (
     reset_cpu_peak,
 )
 from selfocc import InputError, distributed, files, presets
+from selfocc.batch import Batch, Frames, Noise, collate
 from selfocc.commandline import Parser, count, run
 from selfocc.config import Config
-from selfocc.datasets.video import Batch, Frames, collate
 from selfocc.geometry import cellular_pixels, fixed_pixels, node_positions
 from selfocc.losses import objective
-from selfocc.model import Noise, SelfOcc
+from selfocc.model import SelfOcc
 from selfocc.render import SPENT
 from selfocc.settings import change
 from selfocc.training import draw_noise, make_optimizer

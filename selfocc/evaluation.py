@@ -20,19 +20,13 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from selfocc import InputError, config, distributed, metrics, protocols
+from selfocc.batch import Batch, Frames, Sequence, View, collate, voxels_to_volume
 from selfocc.datasets.loader import read_ahead
-from selfocc.datasets.video import (
-    Batch,
-    Frames,
-    Sequence,
-    VideoDataset,
-    collate,
-    voxels_to_volume,
-)
+from selfocc.datasets.video import VideoDataset
 from selfocc.geometry import image_projection
 from selfocc.journal import Journal, Record
 from selfocc.labels import label_map
-from selfocc.model import SelfOcc, View
+from selfocc.model import SelfOcc
 from selfocc.protocols import Rules
 from selfocc.render import render_grid, to_images
 from selfocc.scores import (

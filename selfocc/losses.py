@@ -4,23 +4,16 @@ Rays lie on a grid of rows x cols, row by row, so that 3 x 3 windows over neighb
 sense. B samples, N cameras, K source frames, R = rows * cols rays, S samples a ray.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
 from selfocc import InputError
+from selfocc.batch import Batch, View
 from selfocc.config import Config, LossConfig, QuirkConfig
 from selfocc.field import shifted_grid_sdf
 from selfocc.geometry import image_to_image, node_spacing
-
-if TYPE_CHECKING:
-    from selfocc.datasets.video import Batch
-    from selfocc.model import View
 
 UNSEEN = 1e3  # error of a ray that no source sees, larger than any other
 

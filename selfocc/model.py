@@ -1,7 +1,6 @@
 """SelfOcc: images and cameras in, a signed-distance volume out, and views rendered from it."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -10,39 +9,13 @@ from torch import Tensor, nn
 import kernels
 from selfocc import InputError, counted
 from selfocc.backbone import FPN, Backbone
+from selfocc.batch import Batch, Frames, Noise, View
 from selfocc.config import Config
-from selfocc.datasets.video import Batch, Frames
 from selfocc.encoder import Encoder
 from selfocc.field import FieldDecoder
 from selfocc.geometry import pixel_rays, ray_box
 from selfocc.lift import FrustumLift
 from selfocc.losses import needs_samples, photometric_scene
-
-
-@dataclass
-class View:
-    """What rays through `pixels` of N cameras see. Depths are z-depths in metres."""
-
-    pixels: Tensor  # [R, 2] (u, v) in the target images
-    depth: Tensor  # [B, N, R] expected depth
-    color: Tensor  # [B, N, R, 3] RGB, background included
-    opacity: Tensor  # [B, N, R]
-    semantics: Tensor | None  # [B, N, R, classes] composited class probabilities
-    eikonal: Tensor | None  # [B, N, R] sum over the samples of (|gradient| - 1)^2
-    weights: Tensor | None = None  # [B, N, R, S] of the depth proposals
-    proposals: Tensor | None = None  # [B, N, R, S] their depths
-    sdf: Tensor | None = None  # [B, N, R, S] SDF at the samples
-    compared: tuple[Tensor, ...] | None = None  # what kernels.epipolar_photometric finds of them
-
-
-@dataclass
-class Noise:
-    """The random numbers of a training step, uniform in [0, 1)."""
-
-    pixels: Tensor  # [4] stride and offset of the ray grid, one for the whole batch
-    jitter: Tensor  # [B, N, R] shift of a ray's samples
-    background: Tensor  # [B, N, R, 3]
-    shift: Tensor  # [B, 3] of the grid on which sparsity is measured
 
 
 class SelfOcc(nn.Module):

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from selfocc import metrics, pictures, protocols
-from selfocc.datasets.video import Batch, VideoDataset, camera_names, collate, voxels_to_volume
+from selfocc.batch import Batch, camera_names, collate, voxels_to_volume
+from selfocc.datasets.video import VideoDataset
 from selfocc.geometry import Box
 from selfocc.model import SelfOcc
 from selfocc.render import rendered_maps

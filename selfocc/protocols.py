@@ -41,8 +41,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfocc import InputError
+from selfocc.batch import Sequence
 from selfocc.config import Config
-from selfocc.datasets.video import Sequence
 from selfocc.field import occupancy_grid
 from selfocc.geometry import Box, move_points
 from selfocc.metrics import GROUND, MIN_DEPTH

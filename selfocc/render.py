@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfocc.datasets.video import Frames
+from selfocc.batch import Frames
 from selfocc.geometry import fixed_pixels
 from selfocc.model import SelfOcc
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import kernels
 from selfocc import metrics, protocols
-from selfocc.datasets.video import Batch, Frames
+from selfocc.batch import Batch, Frames
 from selfocc.geometry import exact_products, image_to_image
 from selfocc.journal import Record
 from selfocc.labels import label_map, voxel_names

@@ -4,8 +4,9 @@ import math
 
 import torch
 
+from selfocc.batch import Noise
 from selfocc.config import Config, OptimConfig
-from selfocc.model import Noise, SelfOcc
+from selfocc.model import SelfOcc
 
 
 def make_optimizer(model: SelfOcc, optim: OptimConfig) -> torch.optim.AdamW:

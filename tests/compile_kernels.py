@@ -6,7 +6,8 @@ Every kernel for every target, its other launches for the H200 alone.
 import json
 import os
 
-from kernels import ahead, bench, cases
+from kernels.bench import __main__ as bench
+from kernels.bench import cases, compile
 
 
 def main() -> None:
@@ -19,7 +20,7 @@ def main() -> None:
         and ("bf16" not in label or "deformable" in label)  # autocast reaches no other kernel
     ]
     processes = os.cpu_count()
-    rows = bench.compiled(list(kernels.values()), list(ahead.TARGETS), processes)
+    rows = bench.compiled(list(kernels.values()), list(compile.TARGETS), processes)
     rows += bench.compiled(others, ["cuda 90"], processes)
     print(json.dumps(rows))
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import kernels
 from selfocc import InputError, published
+from selfocc.batch import Batch, Frames
 from selfocc.commandline import run
 from selfocc.config import Config
-from selfocc.datasets.video import Batch, Frames
 from selfocc.encoder import project_points
 from selfocc.field import shifted_grid_sdf
 from selfocc.geometry import image_projection, node_spacing

@@ -17,10 +17,11 @@ import torch
 from torch.utils.data import Dataset
 
 from selfocc import InputError, distributed, evaluation, files, presets, protocols, render
+from selfocc.batch import collate
 from selfocc.commandline import Parser, run
 from selfocc.datasets import cache, export, loader, nuscenes_tables, synthetic
 from selfocc.datasets.loader import read_ahead
-from selfocc.datasets.video import VideoDataset, collate
+from selfocc.datasets.video import VideoDataset
 from tests.tiny import ROOT
 
 TORCHRUN = {

@@ -19,13 +19,14 @@ from PIL import Image
 import eval as eval_script
 import train as train_script
 from selfocc import InputError, checkpoint, evaluation, metrics, protocols
+from selfocc.batch import collate
 from selfocc.config import DataConfig
 from selfocc.datasets import Folders, open_dataset, open_sequences
 from selfocc.datasets.export_kitti import export_kitti
 from selfocc.datasets.export_kitti_raw import export_kitti_raw
 from selfocc.datasets.export_nuscenes import export_nuscenes
 from selfocc.datasets.synthetic import SyntheticConfig, SyntheticSequence
-from selfocc.datasets.video import VideoDataset, collate
+from selfocc.datasets.video import VideoDataset
 from selfocc.evaluation import Samples, evaluate
 from selfocc.journal import Journal
 from selfocc.labels import SEMANTICKITTI, label_map

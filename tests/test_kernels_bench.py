@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import ahead, bench, cases, measure, scenes
-from kernels.ahead import TARGETS
+from kernels.bench import __main__ as bench
+from kernels.bench import cases, clock, compile, scenes
+from kernels.bench.compile import TARGETS
 from kernels.dispatch import triton
 from selfocc import bench as steps
 from selfocc import presets
@@ -71,8 +72,8 @@ def test_no_spills_from_ampere_on(compiled):
         # eight corners of the table's rows, and eight of the four channels
         ("render_photometric._forward", 16),
         ("render_photometric._backward", 16),
-        ("rays_triton.render_forward", 16),
-        ("rays_triton.render_backward", 16),
+        ("render_triton.render_forward", 16),
+        ("render_triton.render_backward", 16),
         ("deformable._forward", 13),
         ("deformable._backward", 12),
     ],
@@ -211,14 +212,14 @@ def test_options_of_whole_steps_are_checked_before_the_work(
 
 
 def test_output_that_cannot_be_written(tmp_path):
-    measure.check_output(tmp_path / "a" / "new.json")
+    clock.check_output(tmp_path / "a" / "new.json")
     assert (tmp_path / "a").is_dir() and not (tmp_path / "a" / "new.json").exists()
     (tmp_path / "old").write_text("kept")
-    measure.check_output(tmp_path / "old")
+    clock.check_output(tmp_path / "old")
     assert (tmp_path / "old").read_text() == "kept"
     for path in (tmp_path / "a", tmp_path / "old" / "new.json"):
         with pytest.raises(OSError):
-            measure.check_output(path)
+            clock.check_output(path)
 
 
 @ON_LINUX
@@ -246,7 +247,7 @@ def test_what_does_not_compile_is_told_with_an_exit_code(tmp_path, monkeypatch, 
     def fails(launch, target):
         raise RuntimeError("ptxas is missing\nmore") if "90" in target else AssertionError
 
-    monkeypatch.setattr(ahead, "compile_ahead", fails)
+    monkeypatch.setattr(compile, "compile_ahead", fails)
     words = ["--compile-only", "--kernel", "composite", "--sizes", "small", "--threads", "1"]
     assert bench.main([*words, "--targets", "cuda 90,cuda 80"]) == 1
     lines = capsys.readouterr().err.splitlines()
@@ -290,7 +291,7 @@ def test_nothing_is_compiled_anew_when_another_number_of_queries_is_seen(size):
         for name in ("pairs", "reference_points"):
             inputs[name] = inputs[name][:1].expand(count, *inputs[name].shape[1:])
         leaves = {name: inputs[name].requires_grad_() for name in case.wanted}
-        return ahead.launches_of(lambda: case.call(**inputs | leaves)[0].sum().backward())
+        return compile.launches_of(lambda: case.call(**inputs | leaves)[0].sum().backward())
 
     some, others = launches(16), launches(17)
     assert len(some) == 2 and some == others

@@ -113,7 +113,7 @@ def test_chunks_of_queries_change_nothing(monkeypatch):
     leaves = [arguments[i].requires_grad_() for i in (0, 2, 3, 4)]  # all but shapes and pairs
     whole = deformable_sampling(*arguments)
     gradients = torch.autograd.grad(whole.square().sum(), leaves)
-    monkeypatch.setattr("kernels.deformable_reference._CHUNK", 30)  # two or three pairs at a time
+    monkeypatch.setattr("kernels.deformable_cpu._CHUNK", 30)  # two or three pairs at a time
     parts = deformable_sampling(*arguments)
     torch.testing.assert_close(whole, parts, rtol=0, atol=1e-14)
     for a, b in zip(gradients, torch.autograd.grad(parts.square().sum(), leaves), strict=True):

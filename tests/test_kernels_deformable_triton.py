@@ -310,7 +310,7 @@ def test_compiles_without_graph_break(pairs):
 @pytest.mark.parametrize("size", ["kitti", "nuscenes"])
 def test_published_sizes(size, case):
     """Sums over thousands of queries: errors relative to the largest gradient."""
-    from kernels.cases import Draw, cases
+    from kernels.bench.cases import Draw, cases
 
     case = cases([size], "deformable_sampling")[case]
     inputs, upstream, results = case.inputs(Draw(DEVICE)), None, []

@@ -4,6 +4,7 @@ Without a GPU they run in Triton's interpreter. Tolerances are a few times the e
 measured there, which is written beside them; all values are of order one.
 """
 
+import importlib
 import math
 import random
 
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 import kernels
-from kernels import photometric, similarity
-from tests.test_kernels_photometric import scene
+from kernels.proposals import _epipolar_op
+from tests.test_kernels_proposals import scene
 
+SSIM = importlib.import_module("kernels.ssim")  # `kernels.ssim` is the function
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="published sizes take hours in the interpreter")
 
@@ -26,7 +28,7 @@ HALF = {torch.bfloat16: 2**-7, torch.float16: 2**-11}
 @pytest.fixture(autouse=True)
 def triton(monkeypatch):
     if DEVICE == "cpu":  # fewer programs; the interpreter takes as long for one of many lanes
-        monkeypatch.setattr(similarity, "PIXELS", 128)
+        monkeypatch.setattr(SSIM, "PIXELS", 128)
     before = kernels.backend()
     kernels.backend("triton")
     yield
@@ -91,7 +93,7 @@ def compare(function, tensors, wanted, value=VALUE, slope=SLOPE):
     ids=str,
 )
 def test_ssim_l1(shape, layout, monkeypatch):
-    monkeypatch.setattr(similarity, "PIXELS", 32)
+    monkeypatch.setattr(SSIM, "PIXELS", 32)
     torch.manual_seed(sum(shape))
     x, y = torch.rand(shape, device=DEVICE), torch.rand(shape, device=DEVICE)
     if layout == "rays":  # channels last, as colours of rays on a grid
@@ -395,9 +397,9 @@ def calls():
     ]
     grid = dict(valid=valid, identity=identity)
     return {
-        "ssim_l1": (similarity._ssim_l1_op, (x, y, 0.85, 0.15), kernels.ssim_l1, [x, y], {}, 2),
+        "ssim_l1": (SSIM._ssim_l1_op, (x, y, 0.85, 0.15), kernels.ssim_l1, [x, y], {}, 2),
         "least_photometric": (
-            similarity._least_op,
+            SSIM._least_op,
             (color, l1, target, 3, 4, valid, identity, 1e3),
             lambda c, e, t, **o: kernels.least_photometric(c, e, t, (3, 4), **o),
             [color, l1, target],
@@ -405,7 +407,7 @@ def calls():
             2,
         ),
         "epipolar_photometric": (
-            photometric._epipolar_op,
+            _epipolar_op,
             (*proposals, True, False),
             kernels.epipolar_photometric,
             proposals,

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from kernels.march import LANES
+from kernels.ray import LANES
 from kernels.render_photometric import _op
-from tests.test_kernels_photometric import scene
 from tests.test_kernels_photometric_triton import DEVICE, on_gpu, poisoned
+from tests.test_kernels_proposals import scene
 
 BOX = (-2.0, -2.0, -1.0, 2.0, 2.0, 2.0)
 TRITON = (torch.float32, "triton")

@@ -8,11 +8,11 @@ import torch
 import kernels
 from kernels import dispatch
 from selfocc import presets
+from selfocc.batch import Noise, collate
 from selfocc.datasets import Folders, open_dataset
-from selfocc.datasets.video import collate
 from selfocc.geometry import cellular_pixels
 from selfocc.losses import objective
-from selfocc.model import Noise, SelfOcc
+from selfocc.model import SelfOcc
 from tests import tiny
 from train import Keys, draw_noise, make_optimizer
 

@@ -5,8 +5,8 @@ import torch
 
 import kernels
 from selfocc import presets
+from selfocc.batch import Frames
 from selfocc.config import EncoderConfig, FieldConfig, VolumeConfig
-from selfocc.datasets.video import Frames
 from selfocc.field import FieldDecoder
 from selfocc.lift import CHANNELS, GAIN, FrustumLift
 from selfocc.model import SelfOcc

@@ -5,8 +5,7 @@ import torch
 
 import kernels
 from selfocc import InputError, losses, presets
-from selfocc.datasets.video import Batch, Frames
-from selfocc.model import View
+from selfocc.batch import Batch, Frames, View
 from tests.test_field import recorded
 
 TIGHT = dict(rtol=1e-10, atol=1e-12)

@@ -13,10 +13,10 @@ from selfocc import InputError, panels, pictures, presets
 from selfocc.config import DataConfig
 from selfocc.datasets import check
 from selfocc.datasets.check import overlay
-from selfocc.datasets.rigs import make_rig
 from selfocc.datasets.synthetic import SyntheticConfig, synthetic_sequences
 from selfocc.datasets.video import VideoDataset
 from selfocc.model import SelfOcc
+from selfocc.street.rigs import make_rig
 from tests.tiny import SETTINGS
 
 REAL = dict(known_plugins)

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from selfocc import presets, published
+from selfocc.batch import Noise
 from selfocc.bench import random_batch
 from selfocc.geometry import fixed_pixels
 from selfocc.losses import objective
-from selfocc.model import Noise, SelfOcc
+from selfocc.model import SelfOcc
 
 # weights of: photometric, colour, eikonal, second differences, semantics, sparsity, edges
 WEIGHTS = {

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from selfocc import InputError
+from selfocc.batch import collate
 from selfocc.config import DataConfig
 from selfocc.datasets.pixels import _shift_hsv, photometric_augmentation, resize
-from selfocc.datasets.video import VideoDataset, collate, project_points
+from selfocc.datasets.video import VideoDataset, project_points
 
 
 class Drive:

@@ -8,12 +8,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from selfocc import InputError
+from selfocc.batch import Sequence
 from selfocc.config import Config, DataConfig
 from selfocc.datasets.kitti import TRAIN_SEQUENCES, VAL_SEQUENCES, kitti_sequences
 from selfocc.datasets.kitti_files import parse_range
 from selfocc.datasets.kitti_raw import kitti_raw_sequences
 from selfocc.datasets.nuscenes import nuscenes_sequences
-from selfocc.datasets.video import Sequence, VideoDataset
+from selfocc.datasets.video import VideoDataset
 from selfocc.labels import pseudo_labels
 
 

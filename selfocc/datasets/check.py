@@ -17,12 +17,13 @@ import numpy as np
 from tqdm import tqdm
 
 from selfocc import InputError, counted, pictures, presets
+from selfocc.batch import Sequence, camera_names
 from selfocc.commandline import Parser, add_data_options, count, folders, run
 from selfocc.config import DataConfig
 from selfocc.datasets import Folders, open_sequences
 from selfocc.datasets.epipolar import epipolar_offset, images_of, scan_agreement
 from selfocc.datasets.kitti_files import check_camera
-from selfocc.datasets.video import Sequence, VideoDataset, camera_names, project_points
+from selfocc.datasets.video import VideoDataset, project_points
 from selfocc.files import make_folder
 
 LONGEST_STEP = 5.0  # metres between consecutive frames, or six times the median

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfocc.datasets.video import Sequence
+from selfocc.batch import Sequence
 
 REACH = 8  # pixels searched to both sides of an epipolar line
 RADIUS = 4  # of a patch, pixels

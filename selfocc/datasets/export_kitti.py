@@ -12,9 +12,9 @@ from tqdm import tqdm
 from selfocc import InputError
 from selfocc.datasets.kitti import LEARNING_ID, UNKNOWN
 from selfocc.datasets.kitti_files import VELO_TO_VOLUME
-from selfocc.datasets.occupancy import seen_cells
 from selfocc.datasets.synthetic import SyntheticSequence
 from selfocc.files import write_file
+from selfocc.street.occupancy import seen_cells
 
 BASELINE = 0.54  # metres between the two eyes
 REFLECTANCE = 0.25  # of every LiDAR return; the world does not model it

@@ -25,13 +25,13 @@ from tqdm import tqdm
 from selfocc import InputError
 from selfocc.datasets.export_kitti import REFLECTANCE, png
 from selfocc.datasets.nuscenes_voxels import OpenOccupancy
-from selfocc.datasets.occupancy import UNKNOWN, View, seen_cells
-from selfocc.datasets.rigs import Rig
-from selfocc.datasets.sensors import BEAMS, ELEVATIONS
 from selfocc.datasets.synthetic import SyntheticSequence
 from selfocc.files import write_file
 from selfocc.labels import OCC3D, TABLES
 from selfocc.protocols import OPENOCCUPANCY_BOX, centres
+from selfocc.street.occupancy import UNKNOWN, View, seen_cells
+from selfocc.street.rigs import Rig
+from selfocc.street.sensors import BEAMS, ELEVATIONS
 
 CAMERAS = (
     "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT",

@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from selfocc import InputError
 from selfocc.datasets import cache as disk
-from selfocc.datasets.occupancy import View, occupancy, seen_from
-from selfocc.datasets.rigs import LIDAR_HEIGHT, make_rig
-from selfocc.datasets.sensors import BEAMS, STEPS, look, spin, spin_rays
-from selfocc.datasets.shading import shade
-from selfocc.datasets.street import Street, random_street
+from selfocc.street.occupancy import View, occupancy, seen_from
+from selfocc.street.rigs import LIDAR_HEIGHT, make_rig
+from selfocc.street.scene import Street, random_street
+from selfocc.street.sensors import BEAMS, STEPS, look, spin, spin_rays
+from selfocc.street.shading import shade
 
 VERSION = 6  # of the world; part of the cache key
 SPLITS = ("train", "val", "test")  # seed = 3 * number of the scene + place in this list

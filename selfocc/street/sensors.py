@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from selfocc.datasets.world import FAR, first_hits, rectangle_pairs
+from selfocc.street.world import FAR, first_hits, rectangle_pairs
 
 NEAR = 0.05
 _EDGES = np.array([(i, i | 1 << k) for i in range(8) for k in range(3) if not i >> k & 1])

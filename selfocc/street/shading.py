@@ -7,7 +7,7 @@ footprint of the pixel on the surface.
 
 import numpy as np
 
-from selfocc.datasets import world as w
+from selfocc.street import world as w
 
 # Lattice spacing of the noise octaves in metres and how strong each is.
 OCTAVES = (

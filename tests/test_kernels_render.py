@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import kernels
 from kernels import alpha as alphas
-from kernels import rays_reference
+from kernels import render_cpu
 from selfocc.geometry import node_spacing, pixel_rays, ray_box
 from tests import goldens
 from tests.test_field import CASES, golden_decoder, recorded
@@ -164,7 +164,7 @@ def test_chunks_change_nothing(monkeypatch):
 
     whole = render()
     grads = torch.autograd.grad(sum(x.sum() for x in whole), (volume, inv_s))
-    monkeypatch.setattr(rays_reference, "CHUNK", 25)
+    monkeypatch.setattr(render_cpu, "CHUNK", 25)
     parts = render()
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b)

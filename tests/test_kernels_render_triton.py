@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from kernels import compositing
+from kernels import render as rendering
 from selfocc.geometry import ray_box
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -211,7 +211,7 @@ def test_rays_end_where_light_does(stop, alone, monkeypatch):
     volume, lines = volume_of(2, 4, (5, 4, 3)), rays_of(2, 18 if alone else 4)
     volume[:, 0] -= 0.3
     options = dict(samples=40, stop_below=stop)
-    monkeypatch.setattr(compositing, "MANY", 0 if alone else 1 << 17)
+    monkeypatch.setattr(rendering, "MANY", 0 if alone else 1 << 17)
     if alone:  # backward is the same for both
         with torch.no_grad():
             results = compare(volume, lines, 20.0, value=2e-5, **options)
@@ -255,7 +255,7 @@ def test_a_nan_ray_stays_alone(monkeypatch):
     volume, lines = volume_of(2, 4, (4, 3, 3)), rays_of(2, 9)
     options = dict(samples=6, keep_samples=True, normals=True)
     for many in (1 << 17, 0):
-        monkeypatch.setattr(compositing, "MANY", many)
+        monkeypatch.setattr(rendering, "MANY", many)
         clean = render(volume, lines, torch.tensor(3.0, device=DEVICE), **options)
         broken = [x.clone() for x in lines]
         for x in broken:
@@ -320,7 +320,7 @@ def test_operator():
     inv_s = torch.tensor(3.0, device=DEVICE, requires_grad=True)
     jitter = torch.rand(1, 3).to(DEVICE)
     arguments = (*lines, inv_s, jitter, list(BOX), 5, 0.5, "neus", 2, False, 0.0, True, False)
-    torch.library.opcheck(compositing._render_op, (volume, *arguments))
+    torch.library.opcheck(rendering._render_op, (volume, *arguments))
 
 
 def test_no_graph_break():
@@ -430,7 +430,7 @@ def test_composite_names_what_is_wrong():
 @on_gpu
 @pytest.mark.parametrize("name", ["kitti", "nuscenes"])
 def test_published_sizes(name):
-    from kernels import cases
+    from kernels.bench import cases
 
     size = cases.SIZES[name]
     case = next(c for c in cases.cases([name], "render_rays") if c.variant == "with samples")
@@ -452,7 +452,7 @@ def test_published_sizes(name):
 
 @on_gpu
 def test_deterministic_gradients_at_published_size(deterministic):
-    from kernels import cases
+    from kernels.bench import cases
 
     case = next(c for c in cases.cases(["kitti"], "render_rays") if c.variant == "with samples")
     inputs = case.inputs(cases.Draw(DEVICE))

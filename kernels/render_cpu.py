@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.alpha import ALPHAS
 from kernels.composite import EPSILON, Weights
-from kernels.differences import Spacing, axes, difference, difference_adjoint
+from kernels.node_losses import Spacing, axes, difference, difference_adjoint
 
 CHUNK = 1 << 20  # samples worked on at once
 SH0 = 0.28209479177387814  # spherical harmonic of degree 0, from features to colour

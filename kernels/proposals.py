@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.dispatch import launch, tl, triton, use_triton
-from kernels.similarity import at_least_float32, robust, robust_cost
+from kernels.ssim import at_least_float32, robust, robust_cost
 
 CHUNK = 1 << 20  # proposals whose corners the reference looks up at once
 

@@ -27,10 +27,8 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels.ahead import TARGETS, compile_all, launches_of
-from kernels.cases import Case, cases
-from kernels.dispatch import Launch, interpreting, triton
-from kernels.measure import (
+from kernels.bench.cases import Case, cases
+from kernels.bench.clock import (
     at_least_one,
     check_output,
     chosen_backend,
@@ -41,7 +39,9 @@ from kernels.measure import (
     gpu_seconds,
     reset_cpu_peak,
 )
-from kernels.scenes import SIZES, Draw
+from kernels.bench.compile import TARGETS, compile_all, launches_of
+from kernels.bench.scenes import SIZES, Draw
+from kernels.dispatch import Launch, interpreting, triton
 
 SETS = 3  # of inputs that take turns, so that caches tell no lies
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels.scenes import (
+from kernels.bench.scenes import (
     SIZES,
     Draw,
     Size,

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.dispatch import launch, tl, triton, use_triton
-from kernels.march import pack
+from kernels.ray import pack
 
 # Nodes a program and warps: four nodes a lane in the copies (32 to 40 registers when compiled for
 # cuda 90), one where many neighbours are read (32 forward, 72 to 80 backward).

@@ -7,7 +7,7 @@ For sample i of a ray o + t e, taken at the start t_i of its interval of length 
     T_i     = prod_{j<i} (1 - alpha_j + 1e-4),  w_i = alpha_i T_i where T_i > stop_below
     out     = sum_i w_i value_i
 
-The reference is in `rays_reference`, the kernels in `rays_triton`, their pieces in `march` and in
+The reference is in `render_cpu`, the kernels in `render_triton`, their pieces in `ray` and in
 `alpha`. SDF and gradient are first written for every node, four numbers in a row, so that a sample
 reads eight rows of 16 bytes for them; features are read where the volume has them.
 
@@ -26,11 +26,11 @@ from torch import Tensor
 
 from kernels.alpha import ALPHAS
 from kernels.composite import EPSILON
-from kernels.differences import node_table, node_table_adjoint
 from kernels.dispatch import launch, triton, use_triton
-from kernels.march import BLOCK, LANES
-from kernels.rays_reference import Box, node_spacing, render_reference
-from kernels.rays_triton import render_backward, render_forward
+from kernels.node_losses import node_table, node_table_adjoint
+from kernels.ray import BLOCK, LANES
+from kernels.render_cpu import Box, node_spacing, render_reference
+from kernels.render_triton import render_backward, render_forward
 
 # A warp needs no barriers, and KITTI's 10,450 rays are three times the warps that 132 processors
 # hold. Compiled for cuda 90, its loop takes 312 instructions for 32 samples forward (78 registers)

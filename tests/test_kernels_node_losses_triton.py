@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import differences
+from kernels.node_losses import node_table, node_table_adjoint
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="published sizes take hours in the interpreter")
@@ -136,7 +136,7 @@ def test_node_table_and_its_transpose(nodes, layout):
     volume = volume[..., 1:5].movedim(-1, 1)
     if layout == "planes":
         volume = volume.contiguous()
-    table = differences.node_table(volume, SPACING)
+    table = node_table(volume, SPACING)
     leaf = volume[:, 0].double().requires_grad_()
     gradient = kernels.node_gradients(leaf, SPACING)
     expected = torch.cat([leaf[:, None], gradient], 1).movedim(1, -1)
@@ -144,7 +144,7 @@ def test_node_table_and_its_transpose(nodes, layout):
 
     rows = torch.randn_like(table)
     into = torch.zeros_like(volume)
-    differences.node_table_adjoint(rows, SPACING, into)
+    node_table_adjoint(rows, SPACING, into)
     (want,) = torch.autograd.grad((expected * rows).sum(), leaf)
     torch.testing.assert_close(into[:, 0].double(), want, rtol=1e-5, atol=3e-6)
     assert into[:, 1:].eq(0).all()

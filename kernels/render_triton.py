@@ -1,4 +1,4 @@
-"""The kernels of `compositing.render_rays`: forward, and backward that computes samples again.
+"""The kernels of `render.render_rays`: forward, and backward that computes samples again.
 
 B items of R rays of S samples; [B, R] is one axis here. The strides of the volume, ITEM, Y, X, Z
 and C, are constants of the kernel: only then are rows of four channels read and added as one.
@@ -9,7 +9,7 @@ where these are not all of them, they lie across the lanes: a warp reads a node'
 
 from kernels.alpha import alpha_of, alpha_slopes
 from kernels.dispatch import tl, triton
-from kernels.march import (
+from kernels.ray import (
     add_channels,
     alpha_gradient,
     appearance,

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from selfocc.datasets import world as w
-from selfocc.datasets.world import Solids
+from selfocc.street import world as w
+from selfocc.street.world import Solids
 
 WALLS = (
     (0.72, 0.64, 0.52), (0.62, 0.36, 0.27), (0.78, 0.76, 0.72), (0.55, 0.52, 0.50),

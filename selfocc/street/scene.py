@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from selfocc.datasets import objects
-from selfocc.datasets.world import Ground, Solids, Waves
+from selfocc.street import objects
+from selfocc.street.world import Ground, Solids, Waves
 
 BEHIND, AHEAD = 90.0, 150.0  # metres of street before the first position and after the last frame
 BEYOND = 60.0  # metres that the path goes on after the last frame

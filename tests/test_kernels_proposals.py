@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from kernels import photometric
+from kernels import proposals
 
 
 def scene(
@@ -95,7 +95,7 @@ def test_gradcheck():
 def test_chunks_change_nothing(combine, monkeypatch):
     arguments = scene()
     whole = kernels.epipolar_photometric(*arguments, combine=combine)
-    monkeypatch.setattr(photometric, "CHUNK", 100)
+    monkeypatch.setattr(proposals, "CHUNK", 100)
     for a, b in zip(whole, kernels.epipolar_photometric(*arguments, combine=combine), strict=True):
         torch.testing.assert_close(a, b)
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from selfocc.datasets.sensors import BEAMS, ELEVATIONS, LIDAR_RANGE, STEPS, look, spin
-from selfocc.datasets.world import KERB_HEIGHT
+from selfocc.street.sensors import BEAMS, ELEVATIONS, LIDAR_RANGE, STEPS, look, spin
+from selfocc.street.world import KERB_HEIGHT
 
 UNKNOWN = 255
 TOLERANCE = (

@@ -1,0 +1,162 @@
+"""What travels: posed frames out of a data set, batches into the model, views out of it."""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Sequence(Protocol):
+    """Posed frames of N cameras. Matrices are float64, lengths metres, colours 8-bit RGB."""
+
+    name: str
+    frames: int
+    inputs: list[int] | None  # frames that may be the network's input; None: all
+    path: np.ndarray  # [frames] length of the path driven until each frame
+    positions: np.ndarray  # float64 [frames, 3] where the rig is in the world
+    labelled: list[int]  # frames that have voxel labels
+    missing: list[str]  # what this sequence lacks and which metrics that costs
+
+    def frame_id(self, frame: int) -> str: ...
+    def files(self, frame: int) -> list[Path]:
+        """All files of a frame that are read where they are there."""
+
+    def cameras(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
+        """intrinsics [N, 3, 3] in pixels, camera_to_world [N, 4, 4]."""
+
+    def volume_to_world(self, frame: int) -> np.ndarray:
+        """[4, 4]."""
+
+    def image(self, frame: int, camera: int) -> np.ndarray:
+        """uint8 [h, w, 3]; cameras may differ in size."""
+
+    def depth(self, frame: int) -> np.ndarray | None:
+        """Dense z-depth, float32 [N, h, w], 0 where there is none; None where it is not known."""
+
+    def lidar(self, frame: int) -> np.ndarray | None:
+        """float32 [M, 3] in the volume frame of this frame."""
+
+    def semantics(self, frame: int) -> Iterable[np.ndarray] | None:
+        """Class ids of every camera, uint8 [h, w]."""
+
+    def voxels(self, frame: int) -> np.ndarray | None:
+        """Labels, uint8 [ny, nx, nz]; 0 is free, 255 unknown."""
+
+    def stereo_pair(self, frame: int) -> tuple[np.ndarray, np.ndarray, float, float] | None:
+        """Left and right image uint8 [h, w, 3], focal length in pixels, baseline in metres."""
+
+    # Sequences of stereo pairs also have these two, for data.stereo_source:
+    # has_other_eye(frame) -> bool: whether the other camera's image of that time is on disk
+    # other_eye(frame): its intrinsics [N, 3, 3], camera_to_world [N, 4, 4] and images uint8
+    # [N, h, w, 3]
+
+
+def has_other_eye(sequence: Sequence, frame: int) -> bool:
+    """Whether a frame has an image of the other camera of a stereo pair."""
+    return hasattr(sequence, "has_other_eye") and sequence.has_other_eye(frame)
+
+
+def voxels_to_volume(sequence: Sequence, frame: int) -> Tensor | None:
+    """[4, 4] float64 where the voxels of a sequence have another frame than its volume."""
+    if not hasattr(sequence, "voxels_to_volume"):
+        return None
+    matrix = torch.from_numpy(sequence.voxels_to_volume(frame))
+    return None if torch.equal(matrix, torch.eye(4, dtype=matrix.dtype)) else matrix
+
+
+def camera_names(sequence: Sequence, count: int) -> list[str]:
+    """What a sequence calls its cameras, or else their numbers."""
+    return list(getattr(sequence, "camera_names", (f"camera {k}" for k in range(count))))
+
+
+@dataclass
+class Frames:
+    """Images of one time stamp or several, cameras in the volume frame of the *input* frame."""
+
+    images: Tensor  # [..., N, 3, h, w] RGB in [0, 1]
+    intrinsics: Tensor  # [..., N, 3, 3] float64, pixels of `images`
+    camera_to_volume: Tensor  # [..., N, 4, 4] float64
+
+
+@dataclass
+class Batch:
+    """What the model sees and what supervises or judges it; a sample lacks the leading B."""
+
+    name: list[str]
+    images: Tensor  # [B, N, 3, h, w] normalised and padded, for the network
+    intrinsics: Tensor  # [B, N, 3, 3] float64, pixels of `images`
+    camera_to_volume: Tensor  # [B, N, 4, 4] float64
+    target: Frames  # [B, N, ...] the frame that is rendered and supervised
+    sources: Frames  # [B, 2, N, ...] the frames before and after it
+    depth: Tensor | None = None  # [B, N, h, w] exact z-depth of the target, 0 where there is none
+    lidar: Tensor | None = (
+        None  # [B, N, h, w] z-depth of the target's LiDAR points, 0 where there is none
+    )
+    stereo: Tensor | None = (
+        None  # [B, N, h, w] z-depth by block matching, evaluation only, where there is no other
+    )
+    semantics: Tensor | None = None  # [B, N, h, w] class ids of the target
+    voxels: Tensor | None = None  # [B, ny, nx, nz] uint8 labels around the input frame, 255 unknown
+
+    def to(self, device: torch.device) -> "Batch":
+        return _map(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """In page-locked memory, from which `to` copies beside the computation; for DataLoader."""
+        return _map(self, Tensor.pin_memory)
+
+
+def _map(item, function):
+    changes = {}
+    for entry in dataclasses.fields(item):
+        value = getattr(item, entry.name)
+        if isinstance(value, Tensor):
+            changes[entry.name] = function(value)
+        elif isinstance(value, Frames):
+            changes[entry.name] = _map(value, function)
+    return dataclasses.replace(item, **changes)
+
+
+def collate(samples: list[Batch]) -> Batch:
+    """Stack samples; truth that one of them lacks is dropped for all."""
+
+    def stack(values):
+        if isinstance(values[0], list):
+            return [name for names in values for name in names]
+        if isinstance(values[0], Frames):
+            fields = dataclasses.fields(Frames)
+            return Frames(*(stack([getattr(v, f.name) for v in values]) for f in fields))
+        return None if any(value is None for value in values) else torch.stack(values)
+
+    return Batch(*(stack([getattr(s, f.name) for s in samples]) for f in dataclasses.fields(Batch)))
+
+
+@dataclass
+class View:
+    """What rays through `pixels` of N cameras see. Depths are z-depths in metres."""
+
+    pixels: Tensor  # [R, 2] (u, v) in the target images
+    depth: Tensor  # [B, N, R] expected depth
+    color: Tensor  # [B, N, R, 3] RGB, background included
+    opacity: Tensor  # [B, N, R]
+    semantics: Tensor | None  # [B, N, R, classes] composited class probabilities
+    eikonal: Tensor | None  # [B, N, R] sum over the samples of (|gradient| - 1)^2
+    weights: Tensor | None = None  # [B, N, R, S] of the depth proposals
+    proposals: Tensor | None = None  # [B, N, R, S] their depths
+    sdf: Tensor | None = None  # [B, N, R, S] SDF at the samples
+    compared: tuple[Tensor, ...] | None = None  # what kernels.epipolar_photometric finds of them
+
+
+@dataclass
+class Noise:
+    """The random numbers of a training step, uniform in [0, 1)."""
+
+    pixels: Tensor  # [4] stride and offset of the ray grid, one for the whole batch
+    jitter: Tensor  # [B, N, R] shift of a ray's samples
+    background: Tensor  # [B, N, R, 3]
+    shift: Tensor  # [B, 3] of the grid on which sparsity is measured
