@@ -98,36 +98,44 @@ def use_triton(tensor: Tensor) -> bool:
 def launch(
     kernel,
     grid: tuple[int, ...],
-    *arguments,
+    *positional,
     warps: int = 4,
     registers: int | None = None,
-    **constants,
+    **arguments,
 ) -> None:
-    """Run kernel[grid](*arguments, **constants), the constants being tl.constexpr; on the device of
-    the first tensor. A grid without programs is not launched. Under `record` nothing runs.
+    """Run kernel[grid](**arguments) on the device of the first tensor; under `record` nothing runs.
+    A grid without programs is not launched.
 
     registers: most that a thread may have on NVIDIA's GPUs, for kernels whose own choice spills.
     """
     if 0 in grid:
         return
+    names = [name for name in kernel.arg_names if name not in arguments]
+    arguments |= dict(zip(names, positional, strict=True))
     if _recorded is not None:
-        names = [name for name in kernel.arg_names if name not in constants]
-        given = dict(zip(names, arguments, strict=True))
+        kinds = kernel.fn.__annotations__
         # as Triton does at a launch: what is one is a constant
-        ones = {name: 1 for name, x in given.items() if type(x) is int and x == 1}
-        constants = constants | ones
-        types = {n: "constexpr" if n in constants else _type(given[n]) for n in kernel.arg_names}
+        constants = {
+            name: x
+            for name, x in arguments.items()
+            if kinds.get(name) is tl.constexpr or (type(x) is int and x == 1)
+        }
+        types = {
+            name: "constexpr" if name in constants else _type(arguments[name])
+            for name in kernel.arg_names
+        }
         aligned = tuple(
             name
-            for name, x in given.items()
-            if isinstance(x, Tensor) or (type(x) is int and x % 16 == 0)
+            for name in kernel.arg_names
+            if isinstance(x := arguments[name], Tensor)
+            or (type(x) is int and x % 16 == 0 and kinds.get(name) is not tl.constexpr)
         )
         _recorded.append(Launch(kernel, grid, types, constants, warps, registers, aligned))
         return
-    first = next(a for a in arguments if isinstance(a, Tensor))
+    first = next(x for x in arguments.values() if isinstance(x, Tensor))
     with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
         limit = {"maxnreg": registers} if registers and not torch.version.hip else {}
-        kernel[grid](*arguments, num_warps=warps, **limit, **constants)
+        kernel[grid](**arguments, num_warps=warps, **limit)
 
 
 @contextlib.contextmanager
