@@ -10,8 +10,7 @@ from kernels.deformable import deformable_sampling
 from kernels.dispatch import backend
 from kernels.node_losses import node_gradients, node_losses, node_second_differences
 from kernels.proposals import epipolar_photometric, sample_image
-from kernels.render import Rendering, render_rays
-from kernels.render_photometric import render_photometric
+from kernels.render import Rendering, render_photometric, render_rays
 from kernels.ssim import least_photometric, ssim, ssim_l1
 
 __all__ = [

@@ -1,14 +1,16 @@
-"""Opacity of a sample (spec section 9): the place to try another one.
+"""Opacity of a sample: the place to try another one.
 
-    alpha(sdf, cosine, delta, inv_s, anneal) in [0, 1]
+    alpha(sdf, cosine, delta, inv_s, knobs) in [0, 1]
 
 from the SDF in metres (channel 0 of the volume), the cosine e . gradient, the length of the
-interval in metres, the sharpness inv_s in 1/metre, and the share of the full cosine. Each stands
-here three times: in PyTorch, which is its meaning, in Triton, and its derivatives in Triton, with
-respect to SDF, cosine and inv_s. A new one is named in `ALPHAS` and in the last two functions.
+interval in metres, the sharpness inv_s in 1/metre, and the numbers in `Knobs`. Each stands here
+three times: in PyTorch, which is its meaning, in Triton, and its derivatives in Triton, with
+respect to SDF, cosine and inv_s. A new one is named in `ALPHAS`. A new knob is a field of `Knobs`,
+and thereby an argument of `render_rays` and `render_photometric`.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +18,22 @@ from torch import Tensor
 
 from kernels.dispatch import tl, triton
 
+
+class Knobs(NamedTuple):
+    """Numbers that alphas take besides, each by its name."""
+
+    anneal: float = 1.0  # share of the full cosine in NeuS alpha, 0 to 1
+
+
 # -----------------------------------------------------------------------------------------------
 # NeuS
 
 
-def neus_alpha(sdf: Tensor, cosine: Tensor, delta: Tensor, inv_s: Tensor, anneal: float) -> Tensor:
-    """NeuS opacity with annealed cosine (spec section 9; Wang et al. 2021, eq. 13)."""
+def neus_alpha(sdf: Tensor, cosine: Tensor, delta: Tensor, inv_s: Tensor, knobs: Knobs) -> Tensor:
+    """NeuS opacity (Wang et al. 2021, eq. 13), its cosine annealed as in their code."""
     slope = F.relu(-cosine)
-    if anneal < 1.0:
-        slope = F.relu(0.5 - 0.5 * cosine) * (1 - anneal) + slope * anneal
+    if knobs.anneal < 1.0:
+        slope = F.relu(0.5 - 0.5 * cosine) * (1 - knobs.anneal) + slope * knobs.anneal
     half = slope * (0.5 * delta)
     before = torch.sigmoid((sdf + half) * inv_s)
     after = torch.sigmoid((sdf - half) * inv_s)
@@ -32,9 +41,13 @@ def neus_alpha(sdf: Tensor, cosine: Tensor, delta: Tensor, inv_s: Tensor, anneal
 
 
 @triton.jit
-def neus(sdf, cosine, delta, inv_s, anneal):
-    slope = tl.maximum(0.5 - 0.5 * cosine, 0.0) * (1 - anneal) + tl.maximum(-cosine, 0.0) * anneal
-    half = slope * (0.5 * delta)
+def _annealed(cosine, anneal):
+    return tl.maximum(0.5 - 0.5 * cosine, 0.0) * (1 - anneal) + tl.maximum(-cosine, 0.0) * anneal
+
+
+@triton.jit
+def neus(sdf, cosine, delta, inv_s, knobs):
+    half = _annealed(cosine, knobs.anneal) * (0.5 * delta)
     before = tl.sigmoid((sdf + half) * inv_s)
     # before - after, with the digits that the difference would lose where both are almost one
     fall = before * tl.sigmoid((half - sdf) * inv_s) * opacity(2 * half * inv_s)
@@ -43,9 +56,8 @@ def neus(sdf, cosine, delta, inv_s, anneal):
 
 
 @triton.jit
-def neus_slopes(sdf, cosine, delta, inv_s, anneal):
-    slope = tl.maximum(0.5 - 0.5 * cosine, 0.0) * (1 - anneal) + tl.maximum(-cosine, 0.0) * anneal
-    half = slope * (0.5 * delta)
+def neus_slopes(sdf, cosine, delta, inv_s, knobs):
+    half = _annealed(cosine, knobs.anneal) * (0.5 * delta)
     before, after = tl.sigmoid((sdf + half) * inv_s), tl.sigmoid((sdf - half) * inv_s)
     scale = 1 / (before + 1e-5)
     # derivatives of alpha with respect to the arguments of both sigmoids
@@ -53,7 +65,8 @@ def neus_slopes(sdf, cosine, delta, inv_s, anneal):
     by_after = -scale * after * (1 - after)
     by_half = (by_before - by_after) * inv_s
     by_slope = by_half * (0.5 * delta)
-    turn = tl.where(cosine < 1, -0.5 * (1 - anneal), 0.0) - tl.where(cosine < 0, anneal, 0.0)
+    turn = tl.where(cosine < 1, -0.5 * (1 - knobs.anneal), 0.0)
+    turn -= tl.where(cosine < 0, knobs.anneal, 0.0)
     by_inv_s = by_before * (sdf + half) + by_after * (sdf - half)
     return (by_before + by_after) * inv_s, by_slope * turn, by_inv_s
 
@@ -62,22 +75,20 @@ def neus_slopes(sdf, cosine, delta, inv_s, anneal):
 # VolSDF
 
 
-def volsdf_alpha(
-    sdf: Tensor, cosine: Tensor, delta: Tensor, inv_s: Tensor, anneal: float
-) -> Tensor:
+def volsdf_alpha(sdf: Tensor, cosine: Tensor, delta: Tensor, inv_s: Tensor, knobs: Knobs) -> Tensor:
     """Opacity of density inv_s * CDF(-sdf), Laplace of scale 1 / inv_s (VolSDF 2021, eq. 2)."""
     tail = 0.5 * torch.exp(-sdf.abs() * inv_s)
     return -torch.expm1(-delta * inv_s * torch.where(sdf > 0, tail, 1 - tail))
 
 
 @triton.jit
-def volsdf(sdf, cosine, delta, inv_s, anneal):
+def volsdf(sdf, cosine, delta, inv_s, knobs):
     tail = 0.5 * tl.exp(-tl.abs(sdf) * inv_s)
     return opacity(delta * inv_s * tl.where(sdf > 0, tail, 1 - tail))
 
 
 @triton.jit
-def volsdf_slopes(sdf, cosine, delta, inv_s, anneal):
+def volsdf_slopes(sdf, cosine, delta, inv_s, knobs):
     tail = 0.5 * tl.exp(-tl.abs(sdf) * inv_s)
     share = tl.where(sdf > 0, tail, 1 - tail)
     by_depth = delta * tl.exp(-delta * inv_s * share)
@@ -90,19 +101,19 @@ def volsdf_slopes(sdf, cosine, delta, inv_s, anneal):
 
 
 def density_alpha(
-    sdf: Tensor, cosine: Tensor, delta: Tensor, inv_s: Tensor, anneal: float
+    sdf: Tensor, cosine: Tensor, delta: Tensor, inv_s: Tensor, knobs: Knobs
 ) -> Tensor:
     """Opacity of density softplus(-channel 0), 1/metre: the paper's ablation without SDF."""
     return -torch.expm1(-delta * F.softplus(-sdf))
 
 
 @triton.jit
-def density(sdf, cosine, delta, inv_s, anneal):
+def density(sdf, cosine, delta, inv_s, knobs):
     return opacity(delta * softplus(-sdf))
 
 
 @triton.jit
-def density_slopes(sdf, cosine, delta, inv_s, anneal):
+def density_slopes(sdf, cosine, delta, inv_s, knobs):
     zero = tl.zeros_like(sdf)
     return -delta * tl.sigmoid(-sdf) * tl.exp(-delta * softplus(-sdf)), zero, zero
 
@@ -129,33 +140,15 @@ def opacity(depth):
 # -----------------------------------------------------------------------------------------------
 # Chosen by name
 
-ALPHAS: dict[str, Callable[..., Tensor]] = {
-    "neus": neus_alpha,
-    "volsdf": volsdf_alpha,
-    "density": density_alpha,
+
+class Alpha(NamedTuple):
+    reference: Callable[..., Tensor]
+    value: Callable  # in Triton
+    slopes: Callable  # in Triton: derivatives with respect to sdf, cosine and inv_s
+
+
+ALPHAS = {
+    "neus": Alpha(neus_alpha, neus, neus_slopes),
+    "volsdf": Alpha(volsdf_alpha, volsdf, volsdf_slopes),
+    "density": Alpha(density_alpha, density, density_slopes),
 }
-
-
-@triton.jit
-def alpha_of(sdf, cosine, delta, inv_s, anneal, ALPHA: tl.constexpr):
-    if ALPHA == "neus":
-        out = neus(sdf, cosine, delta, inv_s, anneal)
-    elif ALPHA == "volsdf":
-        out = volsdf(sdf, cosine, delta, inv_s, anneal)
-    else:
-        tl.static_assert(ALPHA == "density")
-        out = density(sdf, cosine, delta, inv_s, anneal)
-    return out
-
-
-@triton.jit
-def alpha_slopes(sdf, cosine, delta, inv_s, anneal, ALPHA: tl.constexpr):
-    """Derivatives of `alpha_of` with respect to sdf, cosine and inv_s."""
-    if ALPHA == "neus":
-        out = neus_slopes(sdf, cosine, delta, inv_s, anneal)
-    elif ALPHA == "volsdf":
-        out = volsdf_slopes(sdf, cosine, delta, inv_s, anneal)
-    else:
-        tl.static_assert(ALPHA == "density")
-        out = density_slopes(sdf, cosine, delta, inv_s, anneal)
-    return out

@@ -1,4 +1,4 @@
-"""Front-to-back compositing of given opacities (spec section 9): where ablations start.
+"""Front-to-back compositing of given opacities: where ablations start.
 
     T_i = prod_{j<i} (1 - alpha_j + 1e-4)
     w_i = alpha_i T_i,  left = T behind the last,  sums = sum_i w_i value_i
@@ -7,8 +7,9 @@ The epsilon, a published value, keeps T positive. Backward, with g_i = d loss / 
 
     d loss / d alpha_i = T_i g_i - (sum_{j>i} w_j g_j + left g_left) / (1 - alpha_i + 1e-4)
 
-The Triton kernels give a row to a warp, one sample a lane. Forward leaves T at every BLOCKth
-sample, from where backward walks from the last sample to the first and computes the rest again.
+The Triton kernels give a row to a warp, one sample a lane. Forward leaves T at the first
+sample of every tile, from where backward walks from the last tile to the first and computes the rest
+again.
 """
 
 import math
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.dispatch import launch, tl, triton, use_triton
-from kernels.ray import BLOCK, LANES, alpha_gradient, transmittance
+from kernels.ray import LANES, alpha_gradient, transmittance
 
 EPSILON = 1e-4
 # Channels of the values at once. Compiled for cuda 90: 43 to 72 registers forward, 72 to 96
@@ -63,39 +64,36 @@ def _composite_forward(
     left,
     sums,
     light,
-    rows,
     samples,
     width,
-    RAYS: tl.constexpr,
     BLOCK: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     """alpha [rows, samples], values [rows, samples, width] -> weights as alpha, left [rows], sums
     [rows, width], light [rows, blocks]. Program (i, 0) writes what all channels share.
     """
-    row = tl.program_id(0).to(tl.int64) * RAYS + tl.arange(0, RAYS)[:, None]
-    known = row < rows
+    row = tl.program_id(0) + tl.zeros([1, 1], tl.int64)
     # a block, since Triton 3.9's interpreter joins no scalar with the mask
-    first = tl.program_id(1) + tl.zeros([RAYS, 1], tl.int32) == 0
+    first = tl.program_id(1) + tl.zeros([1, 1], tl.int32) == 0
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, None, :]
-    entering = tl.full([RAYS, 1], 1.0, tl.float32)
-    total = tl.zeros([RAYS, CHANNELS], tl.float32)
+    entering = tl.full([1, 1], 1.0, tl.float32)
+    total = tl.zeros([1, CHANNELS], tl.float32)
     for start in range(0, samples, BLOCK):
         sample = start + tl.arange(0, BLOCK)[None, :]
-        inside = known & (sample < samples)
+        inside = sample < samples
         at = row * samples + sample
         opacity = tl.load(alpha + at, inside, other=0.0).to(tl.float32)
         block = row * tl.cdiv(samples, BLOCK) + start // BLOCK
-        tl.store(light + block, entering, known & first)
+        tl.store(light + block, entering, first)
         reaches, entering = transmittance(opacity, inside, entering, BLOCK)
         weight = opacity * reaches
         tl.store(weights + at, weight, inside & first)
         seen = inside[:, :, None] & (channel < width)
         value = tl.load(values + (at[:, :, None] * width + channel), seen, other=0.0)
         total += tl.sum(weight[:, :, None] * value.to(tl.float32), 1)
-    tl.store(left + row, entering, known & first)
+    tl.store(left + row, entering, first)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-    tl.store(sums + row * width + channel, total, known & (channel < width))
+    tl.store(sums + row * width + channel, total, channel < width)
 
 
 @triton.jit
@@ -109,33 +107,30 @@ def _composite_backward(
     light,
     grad_alpha,
     grad_values,
-    rows,
     samples,
     width,
-    RAYS: tl.constexpr,
     BLOCK: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     """Gradients of weights, left and sums -> those of alpha and values; shapes as in forward."""
-    row = tl.program_id(0).to(tl.int64) * RAYS + tl.arange(0, RAYS)[:, None]
-    known = row < rows
-    later = tl.load(grad_left + row, known, other=0.0).to(tl.float32)
-    later *= tl.load(left + row, known, other=0.0)
+    row = tl.program_id(0) + tl.zeros([1, 1], tl.int64)
+    later = tl.load(grad_left + row).to(tl.float32)
+    later *= tl.load(left + row)
     blocks = tl.cdiv(samples, BLOCK)
     for done in range(blocks):
         block = blocks - 1 - done
         sample = block * BLOCK + tl.arange(0, BLOCK)[None, :]
-        inside = known & (sample < samples)
+        inside = sample < samples
         at = row * samples + sample
         opacity = tl.load(alpha + at, inside, other=0.0).to(tl.float32)
-        entering = tl.load(light + row * blocks + block, known, other=0.0)
+        entering = tl.load(light + row * blocks + block)
         reaches, _ = transmittance(opacity, inside, entering, BLOCK)
         weight = opacity * reaches
         grad = tl.load(grad_weights + at, inside, other=0.0).to(tl.float32)
         for start in range(0, width, CHANNELS):
             channel = start + tl.arange(0, CHANNELS)[None, None, :]
-            wanted = known[:, :, None] & (channel < width)
-            by_sum = tl.load(grad_sums + (row[:, :, None] * width + channel), wanted, other=0.0)
+            at_sum = grad_sums + (row[:, :, None] * width + channel)
+            by_sum = tl.load(at_sum, channel < width, other=0.0)
             by_sum = by_sum.to(tl.float32)
             seen = inside[:, :, None] & (channel < width)
             place = at[:, :, None] * width + channel
@@ -148,7 +143,7 @@ def _composite_backward(
 
 def _tile(values: Tensor, most: int) -> dict[str, int]:
     channels = min(most, triton.next_power_of_2(max(1, values.shape[-1])))
-    return dict(RAYS=LANES // BLOCK, BLOCK=BLOCK, CHANNELS=channels)
+    return dict(BLOCK=LANES, CHANNELS=channels)
 
 
 def _composite_forward_triton(
@@ -158,17 +153,16 @@ def _composite_forward_triton(
     tile = _tile(values, FORWARD)
     weights = alpha.new_empty(rows, samples, dtype=torch.float32)
     left, sums = weights.new_empty(rows), weights.new_empty(rows, width)
-    light = weights.new_empty(rows, triton.cdiv(samples, BLOCK))
+    light = weights.new_empty(rows, triton.cdiv(samples, LANES))
     launch(
         _composite_forward,
-        (triton.cdiv(rows, tile["RAYS"]), max(1, triton.cdiv(width, tile["CHANNELS"]))),
+        (rows, max(1, triton.cdiv(width, tile["CHANNELS"]))),
         alpha.contiguous(),
         values.contiguous(),
         weights,
         left,
         sums,
         light,
-        rows,
         samples,
         width,
         warps=WARPS,
@@ -192,7 +186,7 @@ def _composite_backward_triton(
     grad_values = alpha.new_empty(values.shape, dtype=torch.float32)
     launch(
         _composite_backward,
-        (triton.cdiv(rows, tile["RAYS"]),),
+        (rows,),
         grad_weights.contiguous(),
         grad_left.contiguous(),
         grad_sums.contiguous(),
@@ -202,7 +196,6 @@ def _composite_backward_triton(
         light,
         grad_alpha,
         grad_values,
-        rows,
         samples,
         width,
         warps=WARPS,
@@ -221,7 +214,7 @@ def _(alpha, values):
     rows, samples, width = values.shape
     weights = alpha.new_empty(rows, samples, dtype=torch.float32)
     left, sums = weights.new_empty(rows), weights.new_empty(rows, width)
-    return weights, left, sums, weights.new_empty(rows, (samples + BLOCK - 1) // BLOCK)
+    return weights, left, sums, weights.new_empty(rows, -(-samples // LANES))
 
 
 @torch.library.custom_op("selfocc::composite_gradient", mutates_args=())
@@ -266,7 +259,7 @@ _composite_op.register_autograd(_composite_autograd, setup_context=_composite_se
 
 
 def composite(alpha: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Front-to-back compositing (spec section 9). Half precision is read as float32.
+    """Front-to-back compositing (Wang et al. 2021, eq. 11). Half precision is read as float32.
 
     Args: alpha [..., S] opacities in [0, 1], one S or more; values [..., S, K].
     Returns weights [..., S]; transmittance [...] behind the last sample; sums [..., K].

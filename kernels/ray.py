@@ -1,19 +1,95 @@
-"""Pieces of walking a ray through a volume in Triton, shared by everything that renders.
+"""The walk along a ray through a volume: what its samples are, read, show and stop, in Triton.
 
 A program holds a tile [RAYS, BLOCK]: BLOCK samples of each of its rays, one a lane. Per-ray numbers
 are [RAYS, 1], the channels of a sample are the last axis of [RAYS, BLOCK, CHANNELS]. All of a tile
 lies in one warp, so nothing here meets a barrier.
-
-Where samples lie in the volume: `Place` below is the tuple (y, x, z, fraction_y, fraction_x,
-fraction_z) of a sample's cell, lowest node first, and of its position in it, 0 to 1.
 """
 
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
 from kernels.dispatch import tl, triton
 
 LANES = 64 if torch.version.hip else 32  # of a warp, each of which holds one sample
-BLOCK = 32  # samples of a ray at once, after which forward leaves the transmittance for backward
+
+
+class Rays(NamedTuple):
+    """Rays [B, R] as a kernel gets them."""
+
+    origins: Tensor  # [B, R, 3]
+    directions: Tensor  # [B, R, 3]
+    near: Tensor
+    far: Tensor
+    jitter: Tensor | None = None
+
+
+class Grid(NamedTuple):
+    """Nodes of a volume and what its channels are; `channels`: 1 + colors + classes or more, a
+    power of two.
+    """
+
+    height: int
+    width: int
+    depth: int
+    colors: int
+    classes: int
+    channels: int
+
+
+class Strides(NamedTuple):
+    """Of a volume's items, nodes and channels."""
+
+    item: int
+    y: int
+    x: int
+    z: int
+    c: int
+
+
+class Line(NamedTuple):
+    """A ray [RAYS, 1]; `step`: length of an interval."""
+
+    origin_x: Tensor
+    origin_y: Tensor
+    origin_z: Tensor
+    x: Tensor
+    y: Tensor
+    z: Tensor
+    near: Tensor
+    step: Tensor
+    jitter: Tensor | None
+
+
+class Span(NamedTuple):
+    """Start, length and middle of a sample's interval, metres along the ray."""
+
+    start: Tensor
+    length: Tensor
+    middle: Tensor
+
+
+class Place(NamedTuple):
+    """The lowest node of a sample's cell, and where in the cell it lies, 0 to 1."""
+
+    node_y: Tensor
+    node_x: Tensor
+    node_z: Tensor
+    y: Tensor
+    x: Tensor
+    z: Tensor
+
+
+class Surface(NamedTuple):
+    """What a volume is at samples: SDF, its gradient, cosine between that and the ray, opacity."""
+
+    sdf: Tensor
+    x: Tensor
+    y: Tensor
+    z: Tensor
+    cosine: Tensor
+    alpha: Tensor
 
 
 # -----------------------------------------------------------------------------------------------
@@ -21,42 +97,39 @@ BLOCK = 32  # samples of a ray at once, after which forward leaves the transmitt
 
 
 @triton.jit
-def read_ray(ray, origins, directions, near, far, jitter, samples, JITTER: tl.constexpr):
-    """Origin x, y, z, direction x, y, z, nearest distance, length of an interval, jitter."""
-    start, end = tl.load(near + ray).to(tl.float32), tl.load(far + ray).to(tl.float32)
-    random = 0.0 * start
-    if JITTER:
-        random = tl.load(jitter + ray).to(tl.float32)
-    return (
-        tl.load(origins + 3 * ray).to(tl.float32),
-        tl.load(origins + 3 * ray + 1).to(tl.float32),
-        tl.load(origins + 3 * ray + 2).to(tl.float32),
-        tl.load(directions + 3 * ray).to(tl.float32),
-        tl.load(directions + 3 * ray + 1).to(tl.float32),
-        tl.load(directions + 3 * ray + 2).to(tl.float32),
-        start,
-        (end - start) / samples,
-        random,
+def read_ray(rays, index, samples):
+    """The `Line` of a ray."""
+    near = tl.load(rays.near + index).to(tl.float32)
+    far = tl.load(rays.far + index).to(tl.float32)
+    return Line(
+        tl.load(rays.origins + 3 * index).to(tl.float32),
+        tl.load(rays.origins + 3 * index + 1).to(tl.float32),
+        tl.load(rays.origins + 3 * index + 2).to(tl.float32),
+        tl.load(rays.directions + 3 * index).to(tl.float32),
+        tl.load(rays.directions + 3 * index + 1).to(tl.float32),
+        tl.load(rays.directions + 3 * index + 2).to(tl.float32),
+        near,
+        (far - near) / samples,
+        tl.load(rays.jitter + index).to(tl.float32) if rays.jitter is not None else None,
     )
 
 
 @triton.jit
-def _shift(edge, jitter, samples, JITTER: tl.constexpr):
+def _shift(edge, jitter, samples):
     """How far an edge moves, in intervals: between the middles of those it parts."""
     lower = tl.where(edge > 0, -0.5, 0.0)
     upper = tl.where(edge < samples, 0.5, 0.0)
-    return lower + (upper - lower) * jitter if JITTER else 0.0 * lower
+    return lower + (upper - lower) * jitter if jitter is not None else 0.0 * lower
 
 
 @triton.jit
-def interval(sample, ray, samples, JITTER: tl.constexpr):
-    """Start, length and middle of the intervals of samples [1, BLOCK] along a ray, metres."""
-    _, _, _, _, _, _, near, step, jitter = ray
-    first = _shift(sample, jitter, samples, JITTER)
-    second = _shift(sample + 1, jitter, samples, JITTER)
-    start = near + step * (sample + first)
-    delta = step * (1 + (second - first))
-    return start, delta, start + 0.5 * delta
+def interval(sample, line, samples):
+    """The `Span` of samples [1, BLOCK] along a ray."""
+    first = _shift(sample, line.jitter, samples)
+    second = _shift(sample + 1, line.jitter, samples)
+    start = line.near + line.step * (sample + first)
+    length = line.step * (1 + (second - first))
+    return Span(start, length, start + 0.5 * length)
 
 
 @triton.jit
@@ -69,15 +142,14 @@ def _along(origin, direction, t, low, scale, NODES: tl.constexpr):
 
 
 @triton.jit
-def locate(ray, t, low, scale, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr):
+def locate(line, t, low, scale, GRID: tl.constexpr):
     """The `Place` of the samples at distances t; low and scale: x, y, z of the box's first corner
     and nodes a metre.
     """
-    origin_x, origin_y, origin_z, x, y, z, _, _, _ = ray
-    node_x, fraction_x = _along(origin_x, x, t, low[0], scale[0], WIDTH)
-    node_y, fraction_y = _along(origin_y, y, t, low[1], scale[1], HEIGHT)
-    node_z, fraction_z = _along(origin_z, z, t, low[2], scale[2], DEPTH)
-    return node_y, node_x, node_z, fraction_y, fraction_x, fraction_z
+    node_x, x = _along(line.origin_x, line.x, t, low[0], scale[0], GRID.width)
+    node_y, y = _along(line.origin_y, line.y, t, low[1], scale[1], GRID.height)
+    node_z, z = _along(line.origin_z, line.z, t, low[2], scale[2], GRID.depth)
+    return Place(node_y, node_x, node_z, y, x, z)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -85,26 +157,27 @@ def locate(ray, t, low, scale, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH:
 
 
 @triton.jit
-def corner_share(place, CORNER: tl.constexpr):
+def _corner_share(place, CORNER: tl.constexpr):
     """Trilinear weight of a corner of the cell; bits 4, 2, 1: the upper node along y, x, z."""
-    _, _, _, y, x, z = place
-    share = y if CORNER & 4 else 1 - y
-    share *= x if CORNER & 2 else 1 - x
-    share *= z if CORNER & 1 else 1 - z
+    share = place.y if CORNER & 4 else 1 - place.y
+    share *= place.x if CORNER & 2 else 1 - place.x
+    share *= place.z if CORNER & 1 else 1 - place.z
     return share
 
 
 @triton.jit
-def node_offset(place, Y: tl.constexpr, X: tl.constexpr, Z: tl.constexpr):
-    """Where the lowest corner of the cell lies in memory; Y, X, Z are the strides."""
-    node_y, node_x, node_z, _, _, _ = place
-    return node_y * Y + node_x * X + node_z * Z
+def _lowest(pointer, place, channel, STRIDES: tl.constexpr):
+    """Pointers [RAYS, SAMPLES, CHANNELS] to the lowest corners, from which the others are constants
+    away.
+    """
+    node = place.node_y * STRIDES.y + place.node_x * STRIDES.x + place.node_z * STRIDES.z
+    return (pointer + node)[:, :, None] + channel * STRIDES.c
 
 
 @triton.jit
-def corner_step(CORNER: tl.constexpr, Y: tl.constexpr, X: tl.constexpr, Z: tl.constexpr):
-    """How far from there another corner lies."""
-    return (CORNER // 4) * Y + (CORNER // 2 % 2) * X + (CORNER % 2) * Z
+def _step(CORNER: tl.constexpr, STRIDES: tl.constexpr):
+    """How far from the lowest corner another one lies."""
+    return (CORNER // 4) * STRIDES.y + (CORNER // 2 % 2) * STRIDES.x + (CORNER % 2) * STRIDES.z
 
 
 @triton.jit
@@ -114,51 +187,35 @@ def _read(pointers, mask):
 
 
 @triton.jit
-def read_channels(
-    volume,
-    place,
-    channel,
-    mask,
-    Y: tl.constexpr,
-    X: tl.constexpr,
-    Z: tl.constexpr,
-    C: tl.constexpr,
-):
-    """Trilinear values [RAYS, SAMPLES, CHANNELS], 0 outside the mask if there is one; volume:
-    pointers [RAYS, 1]; Y, X, Z, C: strides.
-    """
-    # one address a sample, from which the other corners are constants away
-    lowest = (volume + node_offset(place, Y, X, Z))[:, :, None] + channel * C
-    out = corner_share(place, 0)[:, :, None] * _read(lowest, mask)
+def read_channels(volume, place, channel, mask, STRIDES: tl.constexpr):
+    """Trilinear values [RAYS, SAMPLES, CHANNELS], 0 outside the mask if there is one."""
+    lowest = _lowest(volume, place, channel, STRIDES)
+    out = _corner_share(place, 0)[:, :, None] * _read(lowest, mask)
     for corner in tl.static_range(1, 8):
-        value = _read(lowest + corner_step(corner, Y, X, Z), mask)
-        out += corner_share(place, corner)[:, :, None] * value
+        value = _read(lowest + _step(corner, STRIDES), mask)
+        out += _corner_share(place, corner)[:, :, None] * value
     return out
 
 
 @triton.jit
 def add_channels(
-    target,
-    place,
-    channel,
-    value,
-    mask,
-    scale,
-    Y: tl.constexpr,
-    X: tl.constexpr,
-    Z: tl.constexpr,
-    C: tl.constexpr,
-    FIXED: tl.constexpr,
+    target, place, channel, value, mask, unit, STRIDES: tl.constexpr, SCATTER: tl.constexpr
 ):
-    """The transpose of `read_channels`: adds to `target` by atomics, if FIXED as integers of
-    1 / scale, whose sum does not depend on the order.
+    """The transpose of `read_channels`: adds to `target` by atomics, with SCATTER "fixed" as
+    integers of 1 / unit (a pointer), whose sum does not depend on the order. With "measure" it adds
+    nothing, but returns the magnitude [RAYS, SAMPLES] of what would be.
     """
-    lowest = (target + node_offset(place, Y, X, Z))[:, :, None] + channel * C
-    for corner in tl.static_range(8):
-        part = corner_share(place, corner)[:, :, None] * value
-        if FIXED:
-            part = (part.to(tl.float64) * scale).to(tl.int64)
-        tl.atomic_add(lowest + corner_step(corner, Y, X, Z), part, mask, sem="relaxed")
+    if SCATTER == "measure":
+        size = tl.sum(tl.where(mask, tl.abs(value), 0.0), 2)
+    else:
+        size = tl.zeros([value.shape[0], value.shape[1]], tl.float32)
+        lowest = _lowest(target, place, channel, STRIDES)
+        for corner in tl.static_range(8):
+            part = _corner_share(place, corner)[:, :, None] * value
+            if SCATTER == "fixed":
+                part = (part.to(tl.float64) * tl.load(unit)).to(tl.int64)
+            tl.atomic_add(lowest + _step(corner, STRIDES), part, mask, sem="relaxed")
+    return size
 
 
 @triton.jit
@@ -185,19 +242,6 @@ def whole(x, first, COUNT: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def some_places(place, first, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    node_y, node_x, node_z, y, x, z = place
-    return (
-        some(node_y, first, COUNT, BLOCK),
-        some(node_x, first, COUNT, BLOCK),
-        some(node_z, first, COUNT, BLOCK),
-        some(y, first, COUNT, BLOCK),
-        some(x, first, COUNT, BLOCK),
-        some(z, first, COUNT, BLOCK),
-    )
-
-
-@triton.jit
 def unpack(x):
     """[RAYS, BLOCK, 4] -> four times [RAYS, BLOCK], all in the lanes that hold them."""
     even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], 2, 2]))
@@ -214,11 +258,35 @@ def pack(a, b, c, d):
 
 
 @triton.jit
-def read_geometry(table, place, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr):
-    """SDF and its gradient x, y, z [RAYS, BLOCK] from the rows of `differences.node_table`."""
-    row = tl.arange(0, 4)[None, None, :]
+def surface(
+    table,
+    place,
+    line,
+    last,
+    length,
+    inv_s,
+    knobs,
+    TABLE: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BACKDROP: tl.constexpr,
+):
+    """The `Surface` at samples, from the rows of `node_losses.node_table`; last: which sample is
+    the last of its ray, where a backdrop hangs.
+    """
     # every place lies in the volume, hence no mask
-    return unpack(read_channels(table, place, row, None, 4 * WIDTH * DEPTH, 4 * DEPTH, 4, 1))
+    row = tl.arange(0, 4)[None, None, :]
+    sdf, x, y, z = unpack(read_channels(table, place, row, None, TABLE))
+    cosine = x * line.x + y * line.y + z * line.z
+    alpha = ALPHA(sdf, cosine, length, inv_s, knobs)
+    if BACKDROP:
+        alpha = tl.where(last, 1.0, alpha)
+    return Surface(sdf, x, y, z, cosine, alpha)
+
+
+@triton.jit
+def norm(at):
+    """Length of a `Surface`'s gradient, differentiable at zero as in the reference."""
+    return tl.sqrt(at.x * at.x + at.y * at.y + at.z * at.z + 1.1754943508222875e-38)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -226,26 +294,47 @@ def read_geometry(table, place, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH
 
 
 @triton.jit
-def appearance(features, channel, COLORS: tl.constexpr, CLASSES: tl.constexpr):
-    """Colours and probabilities of the classes [RAYS, BLOCK, CHANNELS] from interpolated channels,
-    the first of which is the SDF and means nothing here.
-    """
-    color = 0.28209479177387814 * features + 0.5  # SH0
-    out = tl.where(color < 0, 0.0, color)
-    if CLASSES > 0:
-        logit = (channel > COLORS) & (channel <= COLORS + CLASSES)
-        shifted = tl.where(logit, features, float("-inf"))
-        powers = tl.exp(shifted - tl.max(shifted, 2, keep_dims=True))
-        out = tl.where(logit, powers / tl.sum(powers, 2, keep_dims=True), out)
-    return out
+def _is_class(channel, GRID: tl.constexpr):
+    return (channel > GRID.colors) & (channel <= GRID.colors + GRID.classes)
 
 
 @triton.jit
-def appearance_gradient(shown, grad, channel, COLORS: tl.constexpr, CLASSES: tl.constexpr):
-    """Gradient of interpolated channels, given that of what `appearance` made of them."""
+def shown_by(
+    volume,
+    weight,
+    place,
+    first,
+    channel,
+    GRID: tl.constexpr,
+    VOLUME: tl.constexpr,
+    FEW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of the FEW samples from `first` on: their weights, places, which of [RAYS, FEW, CHANNELS] are
+    read, and colours and probabilities of the classes, in which channel 0, the SDF, means nothing.
+    """
+    share = some(weight, first, FEW, BLOCK)[:, :, None]
+    there = Place(*[some(x, first, FEW, BLOCK) for x in place])
+    live = share != 0
+    if GRID.channels > 1 + GRID.colors + GRID.classes:
+        live &= channel <= GRID.colors + GRID.classes
+    features = read_channels(volume, there, channel, live, VOLUME)
+    color = 0.28209479177387814 * features + 0.5  # SH0
+    shown = tl.where(color < 0, 0.0, color)
+    if GRID.classes > 0:
+        logit = _is_class(channel, GRID)
+        shifted = tl.where(logit, features, float("-inf"))
+        powers = tl.exp(shifted - tl.max(shifted, 2, keep_dims=True))
+        shown = tl.where(logit, powers / tl.sum(powers, 2, keep_dims=True), shown)
+    return share, there, live, shown
+
+
+@triton.jit
+def shown_gradient(shown, grad, channel, GRID: tl.constexpr):
+    """Gradient of interpolated channels, given that of what `shown_by` made of them."""
     out = tl.where(shown > 0, 0.28209479177387814 * grad, 0.0)
-    if CLASSES > 0:
-        logit = (channel > COLORS) & (channel <= COLORS + CLASSES)
+    if GRID.classes > 0:
+        logit = _is_class(channel, GRID)
         mean = tl.sum(tl.where(logit, shown * grad, 0.0), 2, keep_dims=True)
         out = tl.where(logit, shown * (grad - mean), out)
     return out

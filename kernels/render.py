@@ -1,4 +1,4 @@
-"""Rendering a volume along rays: samples, alpha, compositing (spec sections 6, 8 and 9).
+"""Rendering a volume along rays: samples, alpha, compositing (paper section 3; Wang et al. 2021).
 
 For sample i of a ray o + t e, taken at the start t_i of its interval of length delta_i:
 
@@ -7,41 +7,58 @@ For sample i of a ray o + t e, taken at the start t_i of its interval of length 
     T_i     = prod_{j<i} (1 - alpha_j + 1e-4),  w_i = alpha_i T_i where T_i > stop_below
     out     = sum_i w_i value_i
 
+`render_photometric` also compares every sample on its way with images: it is
+`render_rays` followed by `epipolar_photometric`, whose proposals are the samples' middles t_i +
+delta_i / 2, but no weight is written.
+
 The reference is in `render_cpu`, the kernels in `render_triton`, their pieces in `ray` and in
 `alpha`. SDF and gradient are first written for every node, four numbers in a row, so that a sample
 reads eight rows of 16 bytes for them; features are read where the volume has them.
 
 A warp walks one ray, one sample a lane, or where there are rays enough for every warp of the GPU,
 one ray a lane, whose neighbours then read the same nodes. It ends where no light is left. Forward
-leaves T at every 32nd sample. Backward walks from the last sample to the first, computes the others
-again, and scatters gradients into rows like those read, which a last kernel folds into the SDF's.
+leaves T at the first sample of every tile. Backward walks from the last tile to the first, computes
+the samples again, and scatters gradients into rows like those read, which a last kernel folds into
+the SDF's.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.alpha import ALPHAS
+from kernels.alpha import ALPHAS, Knobs
 from kernels.composite import EPSILON
 from kernels.dispatch import launch, triton, use_triton
 from kernels.node_losses import node_table, node_table_adjoint
-from kernels.ray import BLOCK, LANES
+from kernels.proposals import check_views, epipolar_photometric
+from kernels.ray import LANES, Grid, Rays, Strides
 from kernels.render_cpu import Box, node_spacing, render_reference
-from kernels.render_triton import render_backward, render_forward
+from kernels.render_triton import (
+    Added,
+    Field,
+    Gradients,
+    Results,
+    Scene,
+    render_backward,
+    render_forward,
+)
+from kernels.ssim import at_least_float32
 
 # A warp needs no barriers, and KITTI's 10,450 rays are three times the warps that 132 processors
-# hold. Compiled for cuda 90, its loop takes 312 instructions for 32 samples forward (78 registers)
-# and 551 backward (96); 16 of them load 16 bytes a lane and, backward, 16 add as many by atomics.
+# hold.
 WARPS = 1
 # Channels x samples at once, four numbers a lane: KITTI's four channels lie within one; of the 25
-# of nuScenes four samples are taken at once, in 80 and 138 registers (256: 111, 204; 1024 spills).
+# of nuScenes four samples are taken at once. Twice as many take 30 % more registers.
 FEATURES = 128
 # Rays from which on each gets a lane: 4,096 warps, more than 132 processors hold. It saves what
-# lanes exchange (260 instructions for 32 samples) and neighbours share cache lines. Never timed.
+# lanes exchange, and neighbours share cache lines.
 MANY = 1 << 17
+REGISTERS_FIXED = (
+    200  # of the deterministic backward with images; ptxas alone spills up to 16 bytes
+)
 
 
 @dataclass
@@ -52,7 +69,6 @@ class Rendering:
     opacity: Tensor  # [B, R] sum of the weights
     color: Tensor  # [B, R, colours] composited foreground, no background
     semantics: Tensor | None = None  # [B, R, classes] composited softmax
-    normal: Tensor | None = None  # [B, R, 3] unit
     weights: Tensor | None = None  # [B, R, S]
     mids: Tensor | None = None  # [B, R, S] distance of the interval middles, the depth proposals
     deltas: Tensor | None = None  # [B, R, S] interval lengths
@@ -61,304 +77,263 @@ class Rendering:
 
 
 # -----------------------------------------------------------------------------------------------
-# Launches
+# Launches. rays: origins, directions, near, far, and jitter where there is one; scene: stretch,
+# pixels, target, sources, projections, or nothing.
 
 
-def _common(volume: Tensor, box, samples: int, classes: int) -> tuple[tuple, dict[str, object]]:
-    """What both kernels are told of the volume: places in the box, and constants."""
-    _, channels, *nodes = volume.shape
+class _Options(NamedTuple):
+    """What is not a tensor."""
+
+    box: list[float]
+    samples: int
+    knobs: list[float]
+    alpha: str
+    classes: int
+    backdrop: bool
+    stop_below: float = 0.0
+    keep_samples: bool = False
+    combine: bool = False
+    published_pixels: bool = False
+
+
+_SCHEMA = (
+    "Tensor volume, Tensor inv_s, Tensor[] rays, Tensor[] scene, float[] box, int samples, "
+    "float[] knobs, str alpha, int classes, bool backdrop, float stop_below, bool keep_samples, "
+    "bool combine, bool published_pixels"
+)
+
+
+def _results(volume: Tensor, rays: list[Tensor], scene: list[Tensor], options: _Options) -> Results:
+    """Not yet filled; those not asked for have no elements."""
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return volume.new_empty(shape, dtype=dtype)
+
+    lines, views = rays[2].shape, (0,)
+    if scene:
+        batch, cameras, count, _ = scene[2].shape
+        views = (batch, 1 if options.combine else scene[3].shape[1], cameras, count)
+    summed = lines if scene or options.keep_samples else (0,)
+    kept = (*lines, options.samples) if options.keep_samples else (0,)
+    return Results(
+        distance=new(*lines),
+        opacity=new(*lines),
+        sums=new(*lines, volume.shape[1] - 1),
+        light=new(*lines, -(-options.samples // LANES)).zero_(),
+        eikonal=new(*summed),
+        weights=new(*kept),
+        mids=new(*kept),
+        deltas=new(*kept),
+        sdf=new(*kept),
+        l1=new(*views),
+        color=new(*views, 3),
+        valid=new(*views, dtype=torch.bool),
+        total=new(*views),
+    )
+
+
+def _walk(
+    volume: Tensor, inv_s: Tensor, rays: list[Tensor], scene: list[Tensor], options: _Options
+) -> tuple[tuple[int, int, int], dict[str, object]]:
+    """A program a ray, and what both kernels are told."""
+    batch, channels, *nodes = volume.shape
     height, width, depth = nodes
     item, c, y, x, z = volume.stride()
-    places = (*box[:3], *(1 / step for step in node_spacing(box, nodes)))
-    constants = dict(
-        HEIGHT=height,
-        WIDTH=width,
-        DEPTH=depth,
-        ITEM=item,
-        Y=y,
-        X=x,
-        Z=z,
-        C=c,
-        COLORS=channels - 1 - classes,
-        CLASSES=classes,
-        CHANNELS=triton.next_power_of_2(channels),
+    spacing = node_spacing(options.box, nodes)
+    cameras, count, views, sources = 1, rays[2].shape[1], None, 1
+    if scene:
+        stretch, pixels, target, images, projections = scene
+        _, cameras, count, _ = target.shape
+        _, sources, *_, rows, columns = images.shape
+        shrink = ((columns - 1) / columns, (rows - 1) / rows)
+        views = Scene(
+            stretch.contiguous(),
+            pixels.contiguous(),
+            target,
+            images,
+            projections.contiguous(),
+            count=sources,
+            size=(rows, columns),
+            target_strides=target.stride(),
+            image_strides=images.stride()[:3],
+            pixel_strides=images.stride()[3:],
+            read=shrink if options.published_pixels else (1.0, 1.0),
+        )
+    wide = triton.next_power_of_2(channels)
+    arguments = dict(
+        rays=Rays(*(x.contiguous() for x in rays)),
+        field=Field(volume, node_table(volume, spacing), inv_s),
+        scene=views,
+        count=count,
+        samples=options.samples,
+        low=tuple(options.box[:3]),
+        scale=tuple(1 / step for step in spacing),
+        knobs=Knobs(*options.knobs),
+        stop_below=options.stop_below,
+        GRID=Grid(height, width, depth, channels - 1 - options.classes, options.classes, wide),
+        VOLUME=Strides(item, y, x, z, c),
+        TABLE=_strides(nodes, 4),
+        ALPHA=ALPHAS[options.alpha].value,
+        BACKDROP=options.backdrop,
+        COMBINE=options.combine,
+        SOURCES=triton.next_power_of_2(sources),
+        BLOCK=LANES,
+        FEW=min(LANES, max(1, FEATURES // wide)),
     )
-    return places, constants
+    return (count, cameras, batch), arguments
 
 
-def _forward_triton(
-    volume: Tensor,
-    origins: Tensor,
-    directions: Tensor,
-    near: Tensor,
-    far: Tensor,
-    inv_s: Tensor,
-    jitter: Tensor | None,
-    box: list[float],
-    samples: int,
-    anneal: float,
-    alpha: str,
-    classes: int,
-    backdrop: bool,
-    stop_below: float,
-    keep_samples: bool,
-    normals: bool,
-) -> tuple[Tensor, ...]:
-    out = _empty_results(volume, near, samples, classes, keep_samples, normals)
-    places, constants = _common(volume, box, samples, classes)
-    alone = near.numel() >= MANY and constants["CHANNELS"] <= FEATURES // LANES
-    rays, block = (LANES, 1) if alone else (LANES // BLOCK, BLOCK)
+def _strides(nodes: list[int], channels: int) -> Strides:
+    """Of rows of channels, node by node."""
+    height, width, depth = nodes
+    row = depth * channels
+    return Strides(height * width * row, width * row, row, channels, 1)
+
+
+def _given(tensors) -> list[Tensor | None]:
+    """What was not asked for has no elements, and a gradient without them."""
+    return [None if x is None or x.numel() == 0 else x.contiguous() for x in tensors]
+
+
+def _forward(
+    volume: Tensor, inv_s: Tensor, rays: list[Tensor], scene: list[Tensor], options: _Options
+) -> Results:
+    out = _results(volume, rays, scene, options)
+    (count, *others), arguments = _walk(volume, inv_s, rays, scene, options)
+    lanes = 1
+    if not scene and rays[2].numel() >= MANY and arguments["GRID"].channels <= FEATURES // LANES:
+        lanes = LANES
+        arguments |= dict(BLOCK=1, FEW=1)
     launch(
         render_forward,
-        (triton.cdiv(near.numel(), rays),),
-        volume,
-        node_table(volume, node_spacing(box, volume.shape[2:])),
-        *(x.contiguous() for x in (origins, directions, near, far)),
-        near if jitter is None else jitter.contiguous(),
-        inv_s,
-        *out,
-        near.numel(),
-        near.shape[1],
-        samples,
-        *places,
-        anneal,
-        stop_below,
-        stop_below / (1 + EPSILON) ** samples,
+        (triton.cdiv(count, lanes), *others),
+        **arguments,
+        out=Results(*_given(out)),
+        spent=options.stop_below / (1 + EPSILON) ** options.samples,
+        RAYS=lanes,
+        STEP=LANES,
         warps=WARPS,
-        **constants,
-        ALPHA=alpha,
-        JITTER=jitter is not None,
-        BACKDROP=backdrop,
-        KEEP=keep_samples,
-        NORMALS=normals,
-        RAYS=rays,
-        BLOCK=block,
-        FEW=min(block, max(1, FEATURES // constants["CHANNELS"])),
-        STEP=BLOCK,
     )
     return out
 
 
-def _empty_results(
-    volume: Tensor, near: Tensor, samples: int, classes: int, keep_samples: bool, normals: bool
-) -> tuple[Tensor, ...]:
-    """The fields of `Rendering` in their order, those not asked for without elements, and the
-    light at every BLOCKth sample.
-    """
-    colors = volume.shape[1] - 1 - classes
-    kept, points = (samples if keep_samples else 0), (3 if normals else 0)
-    widths = (None, None, colors, classes, points, kept, kept, kept, kept)
-    shapes = [near.shape if n is None else (*near.shape, n) for n in widths]
-    shapes.append(near.shape if keep_samples else (0, 0))
-    empty = [near.new_empty(shape, dtype=torch.float32) for shape in shapes]
-    blocks = -(-samples // BLOCK)
-    return *empty, near.new_zeros(*near.shape, blocks, dtype=torch.float32)
-
-
-def _backward_triton(
+def _backward(
     grads: list[Tensor | None],
+    saved: list[Tensor],
     volume: Tensor,
-    origins: Tensor,
-    directions: Tensor,
-    near: Tensor,
-    far: Tensor,
     inv_s: Tensor,
-    jitter: Tensor | None,
-    distance: Tensor,
-    opacity: Tensor,
-    light: Tensor,
-    box: list[float],
-    samples: int,
-    anneal: float,
-    alpha: str,
-    classes: int,
-    backdrop: bool,
-    stop_below: float,
+    rays: list[Tensor],
+    scene: list[Tensor],
+    options: _Options,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of volume and inv_s, float32, given those of distance, opacity, color, semantics,
-    normal, weights, sdf and eikonal.
+    """Gradients of volume and inv_s, float32, given `Gradients`; saved: distance, opacity, light,
+    l1, color, total.
     """
-    # what was not asked for has no elements, and a gradient without them
-    grads = [None if grad is None or grad.numel() == 0 else grad for grad in grads]
-    spacing = node_spacing(box, volume.shape[2:])
-    features = grads[2] is not None or grads[3] is not None
-    widths = ((), (), (volume.shape[1] - 1 - classes,), (classes,))  # of what is always read
-    by_distance, by_opacity, by_color, by_semantics = (
-        near.new_zeros(*near.shape, *width) if grad is None else grad.contiguous()
-        for grad, width in zip(grads, widths, strict=False)
+    distance, opacity, light, l1, color, total = saved
+    always = dict(distance=distance, opacity=opacity) | (dict(l1=l1, color=color) if scene else {})
+    grads = Gradients(*_given(grads))
+    grads = grads._replace(
+        **{k: torch.zeros_like(x) for k, x in always.items() if getattr(grads, k) is None}
     )
-    by_normal, by_weights, by_sdf, by_eikonal = (
-        near if grad is None else grad.contiguous() for grad in grads[4:]
-    )
-    grad_volume = torch.zeros_like(volume, dtype=torch.float32)
-    table = node_table(volume, spacing)
-    by_ray = torch.empty_like(distance)
-    magnitudes = distance.new_empty(*distance.shape, 2)
-    rays = [x.contiguous() for x in (origins, directions, near, far)]
-    places, constants = _common(volume, box, samples, classes)
-    if not features:
-        constants |= dict(COLORS=0, CLASSES=0, CHANNELS=1)
-    grad_item, grad_c, grad_y, grad_x, grad_z = grad_volume.stride()
+    programs, arguments = _walk(volume, inv_s, rays, scene, options)
+    batch, channels, *nodes = volume.shape
+    by_ray = torch.empty_like(saved[0])
+    magnitudes = by_ray.new_empty(*by_ray.shape, 2)
 
-    def walk(scatter: str, to_volume: Tensor, to_table: Tensor, scales: Tensor) -> None:
+    def walk(scatter: str, dtype: torch.dtype, units: Tensor) -> list[Tensor]:
+        shapes = (batch, *nodes, channels), (batch, *nodes, 4)
+        into = [volume.new_zeros(shape, dtype=dtype) for shape in shapes]
         launch(
             render_backward,
-            (near.numel(),),
-            by_distance,
-            by_opacity,
-            by_color,
-            by_semantics,
-            by_normal,
-            by_weights,
-            by_sdf,
-            by_eikonal,
-            volume,
-            table,
-            *rays,
-            near if jitter is None else jitter.contiguous(),
-            inv_s,
-            distance,
-            opacity,
-            light,
-            to_volume,
-            to_table,
-            by_ray,
-            magnitudes,
-            scales,
-            near.shape[1],
-            samples,
-            *places,
-            anneal,
-            stop_below,
-            warps=WARPS,
-            **constants,
-            GRAD_ITEM=grad_item,
-            GRAD_Y=grad_y,
-            GRAD_X=grad_x,
-            GRAD_Z=grad_z,
-            GRAD_C=grad_c,
-            ALPHA=alpha,
-            JITTER=jitter is not None,
-            BACKDROP=backdrop,
-            NORMALS=grads[4] is not None,
-            HAS_WEIGHTS=grads[5] is not None,
-            HAS_SDF=grads[6] is not None,
-            HAS_EIKONAL=grads[7] is not None,
+            programs,
+            **arguments,
+            grads=grads,
+            out=Results(distance, opacity, light=light, l1=l1, color=color, total=total),
+            into=Added(*into, by_ray, magnitudes, units),
+            ADDED=_strides(nodes, channels),
+            SLOPES=ALPHAS[options.alpha].slopes,
             SCATTER=scatter,
-            BLOCK=BLOCK,
-            FEW=min(BLOCK, max(1, FEATURES // constants["CHANNELS"])),
+            warps=WARPS,
+            registers=REGISTERS_FIXED if scene and scatter != "float" else None,
         )
+        return into
 
     if torch.are_deterministic_algorithms_enabled():
+        walk("measure", torch.float32, magnitudes)
         # no sum exceeds that of all magnitudes, hence none overflows; NaN makes everything NaN
-        walk("measure", grad_volume, table, near)
-        scales = 2.0**61 / magnitudes.flatten(0, 1).double().sum(0).clamp_min(1e-50)
-        whole_volume = torch.zeros_like(grad_volume, dtype=torch.int64)
-        whole_table = torch.zeros_like(table, dtype=torch.int64)
-        walk("fixed", whole_volume, whole_table, scales)
-        grad_table = (whole_table.double() / scales[0]).float()
-        grad_volume.copy_(whole_volume.double() / scales[1])
+        units = 2.0**61 / magnitudes.flatten(0, 1).double().sum(0).clamp_min(1e-50)
+        by_volume, by_table = walk("fixed", torch.int64, units)
+        by_volume, by_table = (by_volume / units[1]).float(), (by_table / units[0]).float()
     else:
-        grad_table = torch.zeros_like(table)
-        walk("float", grad_volume, grad_table, near)
-    node_table_adjoint(grad_table, spacing, grad_volume)
-    return grad_volume, by_ray.sum()
+        by_volume, by_table = walk("float", torch.float32, magnitudes)
+    by_volume = by_volume.permute(0, 4, 1, 2, 3)
+    node_table_adjoint(by_table, node_spacing(options.box, nodes), by_volume)
+    return by_volume, by_ray.sum()
 
 
 # -----------------------------------------------------------------------------------------------
-# The operators
+# Operators
 
 
-_Results = tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
-]
+def _render(volume, inv_s, rays, scene, *options):
+    return tuple(_forward(volume, inv_s, rays, scene, _Options(*options)))
 
 
-@torch.library.custom_op("selfocc::render_rays", mutates_args=())
-def _render_op(
-    volume: Tensor,
-    origins: Tensor,
-    directions: Tensor,
-    near: Tensor,
-    far: Tensor,
-    inv_s: Tensor,
-    jitter: Tensor | None,
-    box: list[float],
-    samples: int,
-    anneal: float,
-    alpha: str,
-    classes: int,
-    backdrop: bool,
-    stop_below: float,
-    keep_samples: bool,
-    normals: bool,
-) -> _Results:
-    rays = origins, directions, near, far, inv_s, jitter
-    options = box, samples, anneal, alpha, classes, backdrop, stop_below
-    return _forward_triton(volume, *rays, *options, keep_samples, normals)
+def _render_gradient(grads, saved, volume, inv_s, rays, scene, *options):
+    return _backward(grads, saved, volume, inv_s, rays, scene, _Options(*options))
 
 
-@_render_op.register_fake
-def _(volume, origins, directions, near, far, inv_s, jitter, box, samples, *options):
-    classes, keep_samples, normals = options[2], *options[-2:]
-    return _empty_results(volume, near, samples, classes, keep_samples, normals)
+_op = torch.library.custom_op(
+    "selfocc::render",
+    _render,
+    mutates_args=(),
+    schema=f"({_SCHEMA}) -> ({', '.join(['Tensor'] * len(Results._fields))})",
+)
+_gradient_op = torch.library.custom_op(
+    "selfocc::render_gradient",
+    _render_gradient,
+    mutates_args=(),
+    schema=f"(Tensor?[] grads, Tensor[] saved, {_SCHEMA}) -> (Tensor, Tensor)",
+)
 
 
-@torch.library.custom_op("selfocc::render_rays_gradient", mutates_args=())
-def _gradient_op(
-    grads: list[Tensor | None],
-    volume: Tensor,
-    origins: Tensor,
-    directions: Tensor,
-    near: Tensor,
-    far: Tensor,
-    inv_s: Tensor,
-    jitter: Tensor | None,
-    distance: Tensor,
-    opacity: Tensor,
-    light: Tensor,
-    box: list[float],
-    samples: int,
-    anneal: float,
-    alpha: str,
-    classes: int,
-    backdrop: bool,
-    stop_below: float,
-) -> tuple[Tensor, Tensor]:
-    rays = origins, directions, near, far, inv_s, jitter
-    options = box, samples, anneal, alpha, classes, backdrop, stop_below
-    return _backward_triton(grads, volume, *rays, distance, opacity, light, *options)
+@_op.register_fake
+def _(volume, inv_s, rays, scene, *options):
+    return tuple(_results(volume, rays, scene, _Options(*options)))
 
 
 @_gradient_op.register_fake
-def _(grads, volume, *_):
-    grad_volume = torch.empty_like(volume, dtype=torch.float32)
-    return grad_volume, volume.new_empty((), dtype=torch.float32)
+def _(grads, saved, volume, *_):
+    batch, channels, *nodes = volume.shape
+    by_volume = volume.new_empty(batch, *nodes, channels, dtype=torch.float32)
+    return by_volume.permute(0, 4, 1, 2, 3), by_volume.new_empty(())
 
 
 def _setup(ctx, inputs, output):
-    *rays, ctx.box, ctx.samples, ctx.anneal, ctx.alpha, ctx.classes = inputs[:12]
-    ctx.backdrop, ctx.stop_below, _, _ = inputs[12:]
-    distance, opacity, *_, mids, deltas, _, _, light = output
-    ctx.mark_non_differentiable(mids, deltas, light)
+    volume, inv_s, rays, scene, *ctx.options = inputs
+    out, ctx.count = Results(*output), len(rays)
+    ctx.mark_non_differentiable(out.light, out.mids, out.deltas, out.valid, out.total)
     ctx.set_materialize_grads(False)  # those of samples would be large
-    ctx.save_for_backward(*rays, distance, opacity, light)
+    saved = out.distance, out.opacity, out.light, out.l1, out.color, out.total
+    ctx.save_for_backward(*saved, volume, inv_s, *rays, *scene)
 
 
 def _autograd(ctx, *grads):
-    saved = ctx.saved_tensors
-    distance, opacity, color, semantics, normal, weights, _, _, sdf, eikonal, _ = grads
-    given = [distance, opacity, color, semantics, normal, weights, sdf, eikonal]
-    options = ctx.box, ctx.samples, ctx.anneal, ctx.alpha, ctx.classes
-    by_volume, by_inv_s = _gradient_op(given, *saved, *options, ctx.backdrop, ctx.stop_below)
-    volume, inv_s = saved[0], saved[5]
-    return by_volume.to(volume.dtype), *[None] * 4, by_inv_s.to(inv_s.dtype), *[None] * 10
+    *saved, volume, inv_s = ctx.saved_tensors[:8]
+    read = ctx.saved_tensors[8:]
+    rays, scene = [*read[: ctx.count]], [*read[ctx.count :]]
+    grads = Results(*grads)
+    grads = [getattr(grads, name) for name in Gradients._fields]
+    by_volume, by_inv_s = _gradient_op(grads, saved, volume, inv_s, rays, scene, *ctx.options)
+    constant = [None] * len(rays), [None] * len(scene), *[None] * len(ctx.options)
+    return by_volume.to(volume.dtype), by_inv_s.to(inv_s.dtype), *constant
 
 
-_render_op.register_autograd(_autograd, setup_context=_setup)
+_op.register_autograd(_autograd, setup_context=_setup)
 
 
 # -----------------------------------------------------------------------------------------------
+# Public functions. Below, rays and scene are tensors by their names.
 
 
 def render_rays(
@@ -372,15 +347,14 @@ def render_rays(
     box: Box,
     samples: int,
     jitter: Tensor | None = None,
-    anneal: float = 1.0,
     alpha: str = "neus",
     classes: int = 0,
     backdrop: bool = False,
     keep_samples: bool = False,
-    normals: bool = False,
     stop_below: float = 0.0,
+    **knobs: float,
 ) -> Rendering:
-    """Composite a volume along rays (spec sections 6, 8 and 9).
+    """Composite a volume along rays (paper section 3; Wang et al. 2021, eq. 11).
 
     Differentiable in volume and inv_s. Rays get no gradient: positions, interval lengths and their
     middles are constants. A volume in half precision is read as float32, and so are results.
@@ -395,69 +369,176 @@ def render_rays(
         box: x0, y0, z0, x1, y1, z1 in metres.
         jitter: [B, R] in [0, 1), moves all samples of a ray; None leaves the intervals equal. One
             number a ray, so a generator inside the kernel would save nothing.
-        anneal: share of the full cosine in NeuS alpha, 0 to 1.
         alpha: a name in `ALPHAS`.
         backdrop: the last interval is opaque: what nothing stops is seen at the far end.
         keep_samples: also return weights, mids, deltas, sdf and the eikonal sums.
-        normals: also return composited normals.
         stop_below: samples that less transmittance than this or just as much reaches weigh nothing,
             so that kernels may end there; 1e-4 changes a distance by no more than 1e-4 of the ray.
+        knobs: what alphas take besides, the fields of `alpha.Knobs`, such as anneal=0.3.
 
     Raises ValueError naming the argument at fault.
     """
-    rays = near.shape
+    rays = _named(origins=origins, directions=directions, near=near, far=far, jitter=jitter)
+    options = _options(box, knobs, samples, alpha, classes, backdrop)
+    options = options._replace(stop_below=float(stop_below), keep_samples=keep_samples)
+    if _checked(volume, inv_s, rays, {}, options):
+        return _rendering(_op(volume, inv_s.reshape(()), [*rays.values()], [], *options), options)
+    return _reference(volume, inv_s, rays, options)
+
+
+def render_photometric(
+    volume: Tensor,
+    origins: Tensor,
+    directions: Tensor,
+    near: Tensor,
+    far: Tensor,
+    inv_s: Tensor,
+    stretch: Tensor,
+    pixels: Tensor,
+    target: Tensor,
+    sources: Tensor,
+    projections: Tensor,
+    *,
+    box: Box,
+    samples: int,
+    jitter: Tensor | None = None,
+    alpha: str = "neus",
+    classes: int = 0,
+    backdrop: bool = False,
+    combine: bool = False,
+    published_pixels: bool = False,
+    **knobs: float,
+) -> tuple[Rendering, Tensor, Tensor, Tensor]:
+    """`render_rays` and `epipolar_photometric` of its samples at once, of N cameras with R rays.
+
+    Differentiable in volume and inv_s. Half precision is read as float32, and so are results.
+
+    Args:
+        volume, inv_s, box, samples, alpha, classes, backdrop, knobs: as in `render_rays`.
+        origins, directions, near, far, jitter: as there, of N R rays, camera by camera.
+        stretch: [B, N R] metres along a ray for a metre of z-depth.
+        pixels, target, sources, projections, combine, published_pixels: as in
+            `epipolar_photometric`.
+
+    Returns a `Rendering` with distance, opacity, color, semantics and eikonal, and what
+    `epipolar_photometric` returns.
+    Raises ValueError naming the argument at fault.
+    """
+    rays = _named(origins=origins, directions=directions, near=near, far=far, jitter=jitter)
+    scene = dict(stretch=stretch, pixels=pixels, target=target)
+    scene |= dict(sources=sources, projections=projections)
+    options = _options(box, knobs, samples, alpha, classes, backdrop)
+    options = options._replace(combine=combine, published_pixels=published_pixels)
+    if _checked(volume, inv_s, rays, scene, options):
+        given = [*rays.values()], [*scene.values()]
+        out = Results(*_op(volume, inv_s.reshape(()), *given, *options))
+        return _rendering(out, options), out.l1, out.color, out.valid
+    seen = _reference(volume, inv_s, rays, options._replace(keep_samples=True))
+    proposals = seen.weights, seen.mids / at_least_float32(stretch)[..., None]
+    compared = epipolar_photometric(
+        *(x.unflatten(1, target.shape[1:3]) for x in proposals),
+        pixels,
+        target,
+        sources,
+        projections,
+        combine=combine,
+        published_pixels=published_pixels,
+    )
+    return replace(seen, weights=None, mids=None, deltas=None, sdf=None), *compared
+
+
+def _named(**tensors: Tensor | None) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def _options(box, knobs, samples, alpha, classes, backdrop) -> _Options:
+    numbers = [float(x) for x in box], samples, [float(x) for x in Knobs(**knobs)]
+    return _Options(*numbers, alpha, classes, backdrop)
+
+
+def _checked(
+    volume: Tensor,
+    inv_s: Tensor,
+    rays: dict[str, Tensor],
+    scene: dict[str, Tensor],
+    options: _Options,
+) -> bool:
+    """Raises ValueError naming the argument at fault; whether Triton renders these."""
     if volume.ndim != 5 or min(volume.shape[2:]) < 2:
         raise ValueError(
             f"volume must be [B, C, H, W, Z], two nodes or more an axis, got {[*volume.shape]}"
         )
-    if not 0 <= classes < volume.shape[1]:
-        raise ValueError(f"classes is {classes}, but the volume has {volume.shape[1]} channels")
-    if near.ndim != 2 or near.shape[0] != volume.shape[0]:
-        raise ValueError(f"near must be [{volume.shape[0]}, R], got {[*rays]}")
-    expected = {
-        "origins": (origins, (*rays, 3)),
-        "directions": (directions, (*rays, 3)),
-        "far": (far, rays),
-    }
-    if jitter is not None:
-        expected["jitter"] = (jitter, rays)
-    for name, (tensor, shape) in expected.items():
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must be {[*shape]}, got {[*tensor.shape]}")
-    if inv_s.numel() != 1:
-        raise ValueError(f"inv_s must hold one number, got {[*inv_s.shape]}")
+    batch, channels, *nodes = volume.shape
+    classes, samples, alpha = options.classes, options.samples, options.alpha
+    if not 0 <= classes < channels:
+        raise ValueError(f"classes is {classes}, but the volume has {channels} channels")
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
     if alpha not in ALPHAS:
         raise ValueError(f"alpha must be one of {', '.join(ALPHAS)}, got {alpha!r}")
-    if not 0 <= stop_below < 1:
-        raise ValueError(f"stop_below must be in [0, 1), got {stop_below}")
+    if not 0 <= options.stop_below < 1:
+        raise ValueError(f"stop_below must be in [0, 1), got {options.stop_below}")
+    if inv_s.numel() != 1:
+        raise ValueError(f"inv_s must hold one number, got {[*inv_s.shape]}")
+    lines = rays["near"].shape
+    if len(lines) != 2 or lines[0] != batch:
+        raise ValueError(f"near must be [{batch}, R], got {[*lines]}")
+    shaped = dict(rays)
+    if scene:
+        stretch, *views = scene.values()
+        target = scene["target"]
+        if target.ndim != 4 or target.shape[0] != batch:
+            raise ValueError(f"target must be [{batch}, N, R, 3], got {[*target.shape]}")
+        check_views((*target.shape[:3], samples), None, *views)
+        lines, shaped["stretch"] = (batch, math.prod(target.shape[1:3])), stretch
+    for name, tensor in shaped.items():
+        shape = (*lines, 3) if name in ("origins", "directions") else lines
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must be {[*shape]}, got {[*tensor.shape]}")
+    everything = dict(volume=volume, inv_s=inv_s) | rays | scene
+    for name, tensor in everything.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must hold floating-point numbers, got {tensor.dtype}")
+        if tensor.device != volume.device:
+            raise ValueError(f"{name} is on {tensor.device}, but volume on {volume.device}")
+    everything.pop("projections", None)  # the only ones that are read as float64
+    if not all(map(use_triton, everything.values())):
+        return False
+    if max(channels, 4) * math.prod(nodes) >= 2**31:  # offsets are int32
+        raise ValueError(f"volume has 2^31 numbers an item or more: {[*volume.shape]}")
+    return True
 
-    lines = origins, directions, near, far, inv_s.reshape(()), jitter
-    if use_triton(volume):
-        if max(volume.shape[1], 4) * math.prod(volume.shape[2:]) >= 2**31:  # offsets are int32
-            raise ValueError(f"volume has 2^31 numbers an item or more: {[*volume.shape]}")
-        common = [float(x) for x in box], samples, float(anneal), alpha, classes, backdrop
-        out = _render_op(volume, *lines, *common, float(stop_below), keep_samples, normals)
-        found = dict(zip(Rendering.__dataclass_fields__, out, strict=False))
-        unasked = [] if classes else ["semantics"]
-        unasked += [] if normals else ["normal"]
-        unasked += [] if keep_samples else ["weights", "mids", "deltas", "sdf", "eikonal"]
-        found |= dict.fromkeys(unasked)
-    else:
-        found = render_reference(
-            volume.float() if volume.dtype in (torch.float16, torch.bfloat16) else volume,
-            *lines,
-            box=box,
-            samples=samples,
-            anneal=anneal,
-            alpha=alpha,
-            classes=classes,
-            backdrop=backdrop,
-            keep_samples=keep_samples,
-            normals=normals,
-            stop_below=stop_below,
-        )
-    if normals:
-        found["normal"] = F.normalize(found["normal"], dim=-1)
-    return Rendering(**found)
+
+def _rendering(out: Results, options: _Options) -> Rendering:
+    out = Results(*out)
+    classes = options.classes
+    color, semantics = out.sums.split([out.sums.shape[-1] - classes, classes], dim=-1)
+    kept = dict(weights=out.weights, mids=out.mids, deltas=out.deltas, sdf=out.sdf)
+    return Rendering(
+        out.distance,
+        out.opacity,
+        color,
+        semantics=semantics if classes else None,
+        eikonal=out.eikonal if out.eikonal.ndim > 1 else None,
+        **(kept if options.keep_samples else {}),
+    )
+
+
+def _reference(
+    volume: Tensor, inv_s: Tensor, rays: dict[str, Tensor], options: _Options
+) -> Rendering:
+    lines = (rays.get(name) for name in Rays._fields)
+    seen = render_reference(
+        volume.float() if volume.dtype in (torch.float16, torch.bfloat16) else volume,
+        *lines,
+        inv_s.reshape(()),
+        box=options.box,
+        samples=options.samples,
+        knobs=Knobs(*options.knobs),
+        alpha=options.alpha,
+        classes=options.classes,
+        backdrop=options.backdrop,
+        keep_samples=options.keep_samples,
+        stop_below=options.stop_below,
+    )
+    return Rendering(**seen)

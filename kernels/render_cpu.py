@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from kernels.alpha import ALPHAS
+from kernels.alpha import ALPHAS, Knobs
 from kernels.composite import EPSILON, Weights
 from kernels.node_losses import Spacing, axes, difference, difference_adjoint
 
@@ -32,17 +32,16 @@ def render_reference(
     directions: Tensor,
     near: Tensor,
     far: Tensor,
-    inv_s: Tensor,
     jitter: Tensor | None,
+    inv_s: Tensor,
     *,
     box: Box,
     samples: int,
-    anneal: float,
+    knobs: Knobs,
     alpha: str,
     classes: int,
     backdrop: bool,
     keep_samples: bool,
-    normals: bool,
     stop_below: float,
 ) -> dict[str, Tensor]:
     """The fields of a `Rendering` by name; arguments as in `kernels.render_rays`."""
@@ -53,12 +52,11 @@ def render_reference(
         tuple(nodes),
         box,
         samples,
-        anneal,
-        ALPHAS[alpha],
+        knobs,
+        ALPHAS[alpha].reference,
         (colors, classes),
         backdrop,
         keep_samples,
-        normals,
         stop_below,
     )
 
@@ -96,12 +94,11 @@ class _March:
     nodes: tuple[int, int, int]
     box: Box
     samples: int
-    anneal: float
+    knobs: Knobs
     alpha: Callable[..., Tensor]
     widths: tuple[int, int]  # colours, classes
     backdrop: bool
     keep_samples: bool
-    normals: bool
     stop_below: float
 
     def __call__(
@@ -114,7 +111,7 @@ class _March:
         color, logits = features.unflatten(0, start.shape).split(self.widths, dim=-1)
         x, y, z = directions.unsqueeze(-1).unbind(-2)
         cosine = torch.addcmul(torch.addcmul(gradient[0] * x, gradient[1], y), gradient[2], z)
-        alpha = self.alpha(sdf, cosine, delta, inv_s, self.anneal)
+        alpha = self.alpha(sdf, cosine, delta, inv_s, self.knobs)
         if self.backdrop:
             alpha = torch.cat([alpha[..., :-1], torch.ones_like(alpha[..., :1])], dim=-1)
         weights, _ = Weights.apply(alpha)
@@ -129,13 +126,9 @@ class _March:
         out = dict(distance=distance, opacity=opacity, color=color)
         if self.widths[1]:
             out["semantics"] = (weights[:, None] @ logits.softmax(-1))[:, 0]
-        if self.normals or self.keep_samples:
+        if self.keep_samples:
             squares = gradient[0].square() + gradient[1].square() + gradient[2].square()
             norm = torch.sqrt(squares + torch.finfo(squares.dtype).tiny)  # differentiable at zero
-        if self.normals:
-            unit = torch.stack(gradient, dim=-1) / norm.clamp_min(1e-12)[..., None]
-            out["normal"] = (weights[:, None] @ unit)[:, 0]  # of no particular length
-        if self.keep_samples:
             out |= dict(weights=weights, mids=mid, deltas=delta, sdf=sdf)
             out["eikonal"] = (norm - 1).square().sum(-1)
         return out

@@ -1,386 +1,386 @@
-"""The kernels of `render.render_rays`: forward, and backward that computes samples again.
+"""The kernels of `render`: a walk along rays, forward, and backward that computes samples again.
 
-B items of R rays of S samples; [B, R] is one axis here. The strides of the volume, ITEM, Y, X, Z
-and C, are constants of the kernel: only then are rows of four channels read and added as one.
+B items, N cameras of R rays, S samples; [B, N R] is one axis of the tensors. Strides of volumes are
+constants: only then are rows of four channels read and added as one.
 
 A tile holds BLOCK samples of each of RAYS rays. Their channels are taken FEW samples at once, and
 where these are not all of them, they lie across the lanes: a warp reads a node's row as one.
 """
 
-from kernels.alpha import alpha_of, alpha_slopes
+from typing import NamedTuple
+
+from torch import Tensor
+
 from kernels.dispatch import tl, triton
+from kernels.proposals import (
+    at_least_epsilon,
+    compared_proposals,
+    ray_in_sources,
+    result_gradient,
+)
 from kernels.ray import (
     add_channels,
     alpha_gradient,
-    appearance,
-    appearance_gradient,
     interval,
     locate,
+    norm,
     pack,
-    read_channels,
-    read_geometry,
     read_ray,
-    some,
-    some_places,
+    shown_by,
+    shown_gradient,
+    surface,
     transmittance,
     whole,
 )
 
 
+class Field(NamedTuple):
+    """What rays are rendered from."""
+
+    volume: Tensor  # [B, C, H, W, Z]
+    table: Tensor  # [B, H, W, Z, 4] SDF and its gradient, `node_losses.node_table`
+    inv_s: Tensor
+
+
+class Scene(NamedTuple):
+    """Images with which samples are compared, as in `proposals.epipolar_photometric`."""
+
+    stretch: Tensor  # [B, N R]
+    pixels: Tensor
+    target: Tensor
+    images: Tensor
+    projections: Tensor
+    count: int  # of sources
+    size: tuple[int, int]  # rows and columns of an image
+    target_strides: tuple[int, ...]
+    image_strides: tuple[int, ...]  # of items, sources and cameras
+    pixel_strides: tuple[int, ...]  # of channels, rows and columns
+    read: tuple[float, float]  # pixel u is read at index u read[0]
+
+
+class Results(NamedTuple):
+    """What forward writes, in the order in which the operator returns it."""
+
+    distance: Tensor | None = None  # [B, N R]
+    opacity: Tensor | None = None  # [B, N R]
+    sums: Tensor | None = None  # [B, N R, colours + classes]
+    light: Tensor | None = (
+        None  # [B, N R, tiles] what enters every STEPth sample, 0 where none comes
+    )
+    eikonal: Tensor | None = None  # [B, N R]
+    weights: Tensor | None = None  # [B, N R, S], as the next three
+    mids: Tensor | None = None
+    deltas: Tensor | None = None
+    sdf: Tensor | None = None
+    l1: Tensor | None = None  # [B, sources or 1, N, R], as the next three
+    color: Tensor | None = None  # [.., 3]
+    valid: Tensor | None = None
+    total: Tensor | None = None  # sum of the weights that are seen
+
+
+class Gradients(NamedTuple):
+    """Of the results that have one."""
+
+    distance: Tensor
+    opacity: Tensor
+    sums: Tensor
+    eikonal: Tensor
+    weights: Tensor
+    sdf: Tensor
+    l1: Tensor
+    color: Tensor
+
+
+class Added(NamedTuple):
+    """Where backward adds."""
+
+    volume: Tensor  # [B, H, W, Z, C]
+    table: Tensor  # [B, H, W, Z, 4]
+    inv_s: Tensor  # [B, N R] a ray's part
+    magnitudes: Tensor  # [B, N R, 2] what a ray adds to table and volume, summed without signs
+    units: Tensor  # [2] what is one in the integers of table and volume, if they are integers
+
+
 @triton.jit
-def _unit(x, y, z):
-    """Length of a gradient, and the gradient divided by it."""
-    # the smallest normal number, as in the reference: a flat field has a gradient
-    norm = tl.sqrt(x * x + y * y + z * z + 1.1754943508222875e-38)
-    scale = 1 / tl.maximum(norm, 1e-12)
-    return norm, x * scale, y * scale, z * scale
+def _compare(line, image, scene, t, inside, goal, COMBINE: tl.constexpr):
+    return compared_proposals(
+        line,
+        image,
+        scene.pixel_strides,
+        t,
+        inside,
+        goal,
+        scene.size,
+        scene.read,
+        COMBINE,
+    )
+
+
+@triton.jit
+def _sources(scene, item, count, COMBINE: tl.constexpr, SOURCES: tl.constexpr):
+    """`ray_in_sources` of the only ray of a program."""
+    return ray_in_sources(
+        scene.pixels,
+        scene.target,
+        scene.images,
+        scene.projections,
+        (item, tl.program_id(1), tl.program_id(0)),
+        (tl.num_programs(1), count, scene.count),
+        scene.target_strides,
+        scene.image_strides,
+        COMBINE,
+        SOURCES,
+    )
 
 
 @triton.jit
 def render_forward(
-    volume,
-    table,
-    origins,
-    directions,
-    near,
-    far,
-    jitter,
-    inv_s,
-    distance,
-    opacity,
-    color,
-    semantics,
-    normal,
-    weights,
-    mids,
-    deltas,
-    sdf,
-    eikonal,
-    light,
-    count,
     rays,
+    field,
+    scene,
+    out,
+    count,
     samples,
-    low_x,
-    low_y,
-    low_z,
-    scale_x,
-    scale_y,
-    scale_z,
-    anneal,
+    low,
+    scale,
+    knobs,
     stop_below,
     spent,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DEPTH: tl.constexpr,
-    ITEM: tl.constexpr,
-    Y: tl.constexpr,
-    X: tl.constexpr,
-    Z: tl.constexpr,
-    C: tl.constexpr,
-    COLORS: tl.constexpr,
-    CLASSES: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    GRID: tl.constexpr,
+    VOLUME: tl.constexpr,
+    TABLE: tl.constexpr,
     ALPHA: tl.constexpr,
-    JITTER: tl.constexpr,
     BACKDROP: tl.constexpr,
-    KEEP: tl.constexpr,
-    NORMALS: tl.constexpr,
+    COMBINE: tl.constexpr,
+    SOURCES: tl.constexpr,
     RAYS: tl.constexpr,
     BLOCK: tl.constexpr,
     FEW: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """All `count` = B R rays. light [B R, blocks]: T at every STEPth sample, 0 where none comes.
+    """`count` rays of every camera and item -> `Results`; what is None in `out` is not asked for.
 
     spent: light so little that what is left of a ray cannot raise it above stop_below again.
     """
-    number = tl.program_id(0) * RAYS + tl.arange(0, RAYS)[:, None]
-    known = number < count
-    number = tl.where(known, number, 0)
-    item, number = (number // rays).to(tl.int64), number.to(tl.int64)
-    ray = read_ray(number, origins, directions, near, far, jitter, samples, JITTER)
-    _, _, _, x, y, z, _, _, _ = ray
-    sharpness = tl.load(inv_s).to(tl.float32)
-    volume += item * ITEM
-    table += item * (4 * HEIGHT * WIDTH * DEPTH)
-    channel = tl.arange(0, CHANNELS)[None, None, :]
-    low, scale = (low_x, low_y, low_z), (scale_x, scale_y, scale_z)
-    first = number * samples
-    blocks = tl.cdiv(samples, STEP)
+    item, ray = tl.program_id(2).to(tl.int64), tl.program_id(0) * RAYS
+    ray += tl.arange(0, RAYS)[:, None]
+    known = ray < count if RAYS > 1 else tl.full([1, 1], 1, tl.int1)
+    index = (item * tl.num_programs(1) + tl.program_id(1)) * count + tl.where(known, ray, 0)
+    line = read_ray(rays, index, samples)
+    sharpness = tl.load(field.inv_s).to(tl.float32)
+    volume, table = field.volume + item * VOLUME.item, field.table + item * TABLE.item
+    if scene is not None:
+        metre = tl.load(scene.stretch + index).to(tl.float32)
+        sources, view, image, goal, results, answers = _sources(
+            scene, item, count, COMBINE, SOURCES
+        )
+        zero = tl.zeros([1 if COMBINE else SOURCES, BLOCK], tl.float32)
+        sum_l1, sum_red, sum_green, sum_blue, sum_seen, ever = zero, zero, zero, zero, zero, zero
 
+    tiles, first = tl.cdiv(samples, STEP), index * samples
     zero = tl.zeros([RAYS, BLOCK], tl.float32)
     sum_weight, sum_distance, sum_eikonal = zero, zero, zero
-    sum_x, sum_y, sum_z = zero, zero, zero
-    shown = tl.zeros([RAYS, FEW, CHANNELS], tl.float32)
-    entering = tl.where(known, 1.0, 0.0)
+    CHANNELS: tl.constexpr = GRID.channels
+    sum_shown = tl.zeros([RAYS, FEW, CHANNELS], tl.float32)
+    channel = tl.arange(0, CHANNELS)[None, None, :]
+    light = tl.where(known, 1.0, 0.0)
     lit_rays = tl.sum(tl.where(known, 1, 0))
     start = 0
     while (start < samples) & (lit_rays > 0):
         sample = start + tl.arange(0, BLOCK)[None, :]
         inside = known & (sample < samples)
-        t, delta, mid = interval(sample, ray, samples, JITTER)
-        place = locate(ray, t, low, scale, HEIGHT, WIDTH, DEPTH)
-        s, by_x, by_y, by_z = read_geometry(table, place, HEIGHT, WIDTH, DEPTH)
-        cosine = by_x * x + by_y * y + by_z * z
-        alpha = alpha_of(s, cosine, delta, sharpness, anneal, ALPHA)
-        if BACKDROP:
-            alpha = tl.where(sample == samples - 1, 1.0, alpha)
+        span = interval(sample, line, samples)
+        if scene is not None:  # first, while there is little to keep in registers
+            t = span.middle / metre
+            difference, red, green, blue, seen = _compare(
+                view, image, scene, t, inside & sources, goal, COMBINE
+            )
+        place = locate(line, span.start, low, scale, GRID)
+        last = sample == samples - 1
+        at = surface(
+            table, place, line, last, span.length, sharpness, knobs, TABLE, ALPHA, BACKDROP
+        )
         if start % STEP == 0:
-            tl.store(light + number * blocks + start // STEP, entering, known)
-        reaches, entering = transmittance(alpha, inside, entering, BLOCK)
+            tl.store(out.light + index * tiles + start // STEP, light, known)
+        reaches, light = transmittance(at.alpha, inside, light, BLOCK)
         lit = inside & ~(reaches <= stop_below)  # NaN stays
-        weight = tl.where(lit, alpha * reaches, 0.0)
+        weight = tl.where(lit, at.alpha * reaches, 0.0)
         sum_weight += weight
-        sum_distance += weight * mid
-        if COLORS + CLASSES > 0:
+        sum_distance += weight * span.middle
+        if out.eikonal is not None:
+            gap = norm(at) - 1
+            sum_eikonal += tl.where(inside, gap * gap, 0.0)
+        if scene is not None:
+            sum_l1 += weight * difference
+            sum_red += weight * red
+            sum_green += weight * green
+            sum_blue += weight * blue
+            sum_seen += weight * seen
+            ever = tl.maximum(ever, seen)
+        if out.sums is not None:
             for part in range(0, BLOCK, FEW):
-                share = some(weight, part, FEW, BLOCK)[:, :, None]
-                there = some_places(place, part, FEW, BLOCK)
-                seen = share != 0
-                if CHANNELS > 1 + COLORS + CLASSES:
-                    seen &= channel <= COLORS + CLASSES
-                features = read_channels(volume, there, channel, seen, Y, X, Z, C)
-                shown += share * appearance(features, channel, COLORS, CLASSES)
-        if KEEP or NORMALS:
-            norm, unit_x, unit_y, unit_z = _unit(by_x, by_y, by_z)
-            if NORMALS:
-                sum_x += weight * unit_x
-                sum_y += weight * unit_y
-                sum_z += weight * unit_z
-            if KEEP:
-                sum_eikonal += tl.where(inside, (norm - 1) * (norm - 1), 0.0)
-                tl.store(weights + first + sample, weight, inside)
-                tl.store(mids + first + sample, mid, inside)
-                tl.store(deltas + first + sample, delta, inside)
-                tl.store(sdf + first + sample, s, inside)
-        if not KEEP:
-            lit_rays = tl.sum(tl.where(entering <= spent, 0, 1))
+                share, _, _, shown = shown_by(
+                    volume, weight, place, part, channel, GRID, VOLUME, FEW, BLOCK
+                )
+                sum_shown += share * shown
+        if out.weights is not None:
+            tl.store(out.weights + first + sample, weight, inside)
+            tl.store(out.mids + first + sample, span.middle, inside)
+            tl.store(out.deltas + first + sample, span.length, inside)
+            tl.store(out.sdf + first + sample, at.sdf, inside)
+        if out.eikonal is None:  # nothing is wanted of samples that no light reaches
+            lit_rays = tl.sum(tl.where(light <= spent, 0, 1))
         start += BLOCK
 
     total = tl.sum(sum_weight, 1, keep_dims=True)
-    tl.store(opacity + number, total, known)
-    metres = tl.sum(sum_distance, 1, keep_dims=True) / (total + 1e-10)
-    tl.store(distance + number, metres, known)
-    channel = tl.arange(0, CHANNELS)[None, :]
-    shown = tl.sum(shown, 1)
-    if COLORS > 0:
-        at = color + number * COLORS + (channel - 1)
-        tl.store(at, shown, known & (channel >= 1) & (channel <= COLORS))
-    if CLASSES > 0:
-        at = semantics + number * CLASSES + (channel - 1 - COLORS)
-        tl.store(at, shown, known & (channel > COLORS) & (channel <= COLORS + CLASSES))
-    if NORMALS:
-        tl.store(normal + 3 * number, tl.sum(sum_x, 1, keep_dims=True), known)
-        tl.store(normal + 3 * number + 1, tl.sum(sum_y, 1, keep_dims=True), known)
-        tl.store(normal + 3 * number + 2, tl.sum(sum_z, 1, keep_dims=True), known)
-    if KEEP:
-        tl.store(eikonal + number, tl.sum(sum_eikonal, 1, keep_dims=True), known)
+    tl.store(out.opacity + index, total, known)
+    tl.store(out.distance + index, tl.sum(sum_distance, 1, keep_dims=True) / (total + 1e-10), known)
+    if out.eikonal is not None:
+        tl.store(out.eikonal + index, tl.sum(sum_eikonal, 1, keep_dims=True), known)
+    if out.sums is not None:
+        channel = tl.arange(0, CHANNELS)[None, :]
+        wanted = known & (channel > 0) & (channel <= GRID.colors + GRID.classes)
+        sums = out.sums + index * (GRID.colors + GRID.classes) + (channel - 1)
+        tl.store(sums, tl.sum(sum_shown, 1), wanted)
+    if scene is not None:
+        total = tl.sum(sum_seen, 1, keep_dims=True)
+        share = 1 / at_least_epsilon(total)
+        tl.store(out.total + results, total, answers)
+        tl.store(out.valid + results, tl.max(ever, 1, keep_dims=True) > 0, answers)
+        tl.store(out.l1 + results, tl.sum(sum_l1, 1, keep_dims=True) * share, answers)
+        tl.store(out.color + 3 * results, tl.sum(sum_red, 1, keep_dims=True) * share, answers)
+        tl.store(out.color + 3 * results + 1, tl.sum(sum_green, 1, keep_dims=True) * share, answers)
+        tl.store(out.color + 3 * results + 2, tl.sum(sum_blue, 1, keep_dims=True) * share, answers)
 
 
 @triton.jit
 def render_backward(
-    grad_distance,
-    grad_opacity,
-    grad_color,
-    grad_semantics,
-    grad_normal,
-    grad_weights,
-    grad_sdf,
-    grad_eikonal,
-    volume,
-    table,
-    origins,
-    directions,
-    near,
-    far,
-    jitter,
-    inv_s,
-    distance,
-    opacity,
-    light,
-    grad_volume,
-    grad_table,
-    grad_inv_s,
-    magnitudes,
-    scales,
+    grads,
+    out,
     rays,
+    field,
+    scene,
+    into,
+    count,
     samples,
-    low_x,
-    low_y,
-    low_z,
-    scale_x,
-    scale_y,
-    scale_z,
-    anneal,
+    low,
+    scale,
+    knobs,
     stop_below,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DEPTH: tl.constexpr,
-    ITEM: tl.constexpr,
-    Y: tl.constexpr,
-    X: tl.constexpr,
-    Z: tl.constexpr,
-    C: tl.constexpr,
-    GRAD_ITEM: tl.constexpr,
-    GRAD_Y: tl.constexpr,
-    GRAD_X: tl.constexpr,
-    GRAD_Z: tl.constexpr,
-    GRAD_C: tl.constexpr,
-    COLORS: tl.constexpr,
-    CLASSES: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    GRID: tl.constexpr,
+    VOLUME: tl.constexpr,
+    TABLE: tl.constexpr,
+    ADDED: tl.constexpr,
     ALPHA: tl.constexpr,
-    JITTER: tl.constexpr,
+    SLOPES: tl.constexpr,
     BACKDROP: tl.constexpr,
-    NORMALS: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    HAS_SDF: tl.constexpr,
-    HAS_EIKONAL: tl.constexpr,
+    COMBINE: tl.constexpr,
+    SOURCES: tl.constexpr,
     SCATTER: tl.constexpr,
     BLOCK: tl.constexpr,
     FEW: tl.constexpr,
 ):
-    """One ray a program: gradients of the results -> of the volume's channels but the first, of the
-    rows of the table, and of inv_s, the last by ray.
+    """One ray a program: `Gradients` of the results that forward wrote -> `Added`.
 
-    SCATTER: "float" adds in float32; "measure" sums magnitudes of what would be added to table and
-    volume, by ray, into `magnitudes` [B R, 2]; "fixed" adds integers of 1 / `scales` [2].
+    SCATTER: "float" adds in float32; "measure" only writes magnitudes; "fixed" adds integers.
     """
-    number = tl.program_id(0) + tl.zeros([1, 1], tl.int32)
-    item, number = (number // rays).to(tl.int64), number.to(tl.int64)
-    ray = read_ray(number, origins, directions, near, far, jitter, samples, JITTER)
-    _, _, _, x, y, z, _, _, _ = ray
-    sharpness = tl.load(inv_s).to(tl.float32)
-    volume += item * ITEM
-    grad_volume += item * GRAD_ITEM
-    table += item * (4 * HEIGHT * WIDTH * DEPTH)
-    grad_table += item * (4 * HEIGHT * WIDTH * DEPTH)
-    channel = tl.arange(0, CHANNELS)[None, None, :]
-    low, scale = (low_x, low_y, low_z), (scale_x, scale_y, scale_z)
-    first = number * samples
-    blocks = tl.cdiv(samples, BLOCK)
+    item = tl.program_id(2).to(tl.int64)
+    index = (item * tl.num_programs(1) + tl.program_id(1)) * count + tl.program_id(0)
+    index += tl.zeros([1, 1], tl.int64)
+    line = read_ray(rays, index, samples)
+    sharpness = tl.load(field.inv_s).to(tl.float32)
+    volume, table = field.volume + item * VOLUME.item, field.table + item * TABLE.item
+    to_volume, to_table = into.volume + item * ADDED.item, into.table + item * TABLE.item
 
-    by_metre = tl.load(grad_distance + number).to(tl.float32)
-    by_metre /= tl.load(opacity + number) + 1e-10
-    metres = tl.load(distance + number)
-    by_opacity = tl.load(grad_opacity + number).to(tl.float32)
-    if COLORS + CLASSES > 0:
-        is_color = (channel >= 1) & (channel <= COLORS)
-        at = grad_color + number[:, :, None] * COLORS + (channel - 1)
-        by_shown = tl.load(at, is_color, other=0.0).to(tl.float32)
-        if CLASSES > 0:
-            is_class = (channel > COLORS) & (channel <= COLORS + CLASSES)
-            at = grad_semantics + number[:, :, None] * CLASSES + (channel - 1 - COLORS)
-            by_shown += tl.load(at, is_class, other=0.0).to(tl.float32)
-    if NORMALS:
-        by_normal_x = tl.load(grad_normal + 3 * number).to(tl.float32)
-        by_normal_y = tl.load(grad_normal + 3 * number + 1).to(tl.float32)
-        by_normal_z = tl.load(grad_normal + 3 * number + 2).to(tl.float32)
-    if HAS_EIKONAL:
-        by_error = tl.load(grad_eikonal + number).to(tl.float32)
+    by_middle = tl.load(grads.distance + index) / (tl.load(out.opacity + index) + 1e-10)
+    distance = tl.load(out.distance + index)
+    by_opacity = tl.load(grads.opacity + index)
+    channel = tl.arange(0, GRID.channels)[None, None, :]
+    if grads.sums is not None:
+        wanted = (channel > 0) & (channel <= GRID.colors + GRID.classes)
+        sums = grads.sums + index[:, :, None] * (GRID.colors + GRID.classes) + (channel - 1)
+        by_shown = tl.load(sums, wanted, other=0.0)
+    if grads.eikonal is not None:
+        by_eikonal = tl.load(grads.eikonal + index)
+    if scene is not None:
+        metre = tl.load(scene.stretch + index).to(tl.float32)
+        sources, view, image, goal, results, answers = _sources(
+            scene, item, count, COMBINE, SOURCES
+        )
+        by_l1, by_red, by_green, by_blue, offset = result_gradient(
+            grads.l1, grads.color, out.l1, out.color, out.total, results, answers
+        )
 
+    tiles, first = tl.cdiv(samples, BLOCK), index * samples
     zero = tl.zeros([1, BLOCK], tl.float32)
-    by_sharpness, rows_added, features_added = zero, zero, zero
+    sum_inv_s, sum_rows, sum_features = zero, zero, zero
     later = tl.zeros([1, 1], tl.float32)
-    for done in range(blocks):
-        block = blocks - 1 - done
-        entering = tl.load(light + number * blocks + block)
+    for done in range(tiles):
+        tile = tiles - 1 - done
+        light = tl.load(out.light + index * tiles + tile)
         # where no light comes, only what was kept of the samples has a gradient
-        if tl.sum(tl.where((entering != 0) | HAS_SDF | HAS_EIKONAL, 1, 0)) > 0:
-            sample = block * BLOCK + tl.arange(0, BLOCK)[None, :]
+        kept = grads.sdf is not None or grads.eikonal is not None
+        if tl.sum(tl.where((light != 0) | kept, 1, 0)) > 0:
+            sample = tile * BLOCK + tl.arange(0, BLOCK)[None, :]
             inside = sample < samples
-            t, delta, mid = interval(sample, ray, samples, JITTER)
-            place = locate(ray, t, low, scale, HEIGHT, WIDTH, DEPTH)
-            s, by_x, by_y, by_z = read_geometry(table, place, HEIGHT, WIDTH, DEPTH)
-            cosine = by_x * x + by_y * y + by_z * z
-            alpha = alpha_of(s, cosine, delta, sharpness, anneal, ALPHA)
-            if BACKDROP:
-                alpha = tl.where(sample == samples - 1, 1.0, alpha)
-            reaches, _ = transmittance(alpha, inside, entering, BLOCK)
+            span = interval(sample, line, samples)
+            by_weight = by_opacity + by_middle * (span.middle - distance)
+            if scene is not None:
+                t = span.middle / metre
+                difference, red, green, blue, seen = _compare(
+                    view, image, scene, t, inside & sources, goal, COMBINE
+                )
+                by_source = by_l1 * difference + by_red * red + by_green * green + by_blue * blue
+                by_weight += tl.sum(by_source - offset * seen, 0, keep_dims=True)
+            if grads.weights is not None:
+                by_weight += tl.load(grads.weights + first + sample, inside, other=0.0)
+            place = locate(line, span.start, low, scale, GRID)
+            last = sample == samples - 1
+            at = surface(
+                table, place, line, last, span.length, sharpness, knobs, TABLE, ALPHA, BACKDROP
+            )
+            reaches, _ = transmittance(at.alpha, inside, light, BLOCK)
             lit = inside & ~(reaches <= stop_below)
-            weight = tl.where(lit, alpha * reaches, 0.0)
-
-            by_weight = by_opacity + by_metre * (mid - metres)
-            if HAS_WEIGHTS:
-                by_weight += tl.load(grad_weights + first + sample, inside, other=0.0)
-            if COLORS + CLASSES > 0:
+            weight = tl.where(lit, at.alpha * reaches, 0.0)
+            if grads.sums is not None:
                 for part in range(0, BLOCK, FEW):
-                    share = some(weight, part, FEW, BLOCK)[:, :, None]
-                    there = some_places(place, part, FEW, BLOCK)
-                    live = share != 0
-                    if CHANNELS > 1 + COLORS + CLASSES:
-                        live &= channel <= COLORS + CLASSES
-                    features = read_channels(volume, there, channel, live, Y, X, Z, C)
-                    shown = appearance(features, channel, COLORS, CLASSES)
+                    share, there, live, shown = shown_by(
+                        volume, weight, place, part, channel, GRID, VOLUME, FEW, BLOCK
+                    )
                     by_weight += whole(tl.sum(shown * by_shown, 2), part, FEW, BLOCK)
-                    by_feature = share * appearance_gradient(
-                        shown, by_shown, channel, COLORS, CLASSES
+                    by_feature = share * shown_gradient(shown, by_shown, channel, GRID)
+                    unit = into.units + 1
+                    size = add_channels(
+                        to_volume, there, channel, by_feature, live, unit, ADDED, SCATTER
                     )
                     if SCATTER == "measure":
-                        size = tl.sum(tl.where(live, tl.abs(by_feature), 0.0), 2)
-                        features_added += whole(size, part, FEW, BLOCK)
-                    else:
-                        add_channels(
-                            grad_volume,
-                            there,
-                            channel,
-                            by_feature,
-                            live,
-                            tl.load(scales + 1) if SCATTER == "fixed" else 1.0,
-                            GRAD_Y,
-                            GRAD_X,
-                            GRAD_Z,
-                            GRAD_C,
-                            SCATTER == "fixed",
-                        )
-            if NORMALS or HAS_EIKONAL:
-                norm, unit_x, unit_y, unit_z = _unit(by_x, by_y, by_z)
-            if NORMALS:
-                turn = by_normal_x * unit_x + by_normal_y * unit_y + by_normal_z * unit_z
-                by_weight += turn
+                        sum_features += whole(size, part, FEW, BLOCK)
 
             by_weight = tl.where(lit, by_weight, 0.0)
             by_alpha, later = alpha_gradient(
-                alpha, reaches, weight, by_weight, inside, later, BLOCK
+                at.alpha, reaches, weight, by_weight, inside, later, BLOCK
             )
             if BACKDROP:
-                by_alpha = tl.where(sample == samples - 1, 0.0, by_alpha)
-            slopes = alpha_slopes(s, cosine, delta, sharpness, anneal, ALPHA)
-            by_s, by_cosine = by_alpha * slopes[0], by_alpha * slopes[1]
-            by_sharpness += by_alpha * slopes[2]
-            grad_x, grad_y, grad_z = by_cosine * x, by_cosine * y, by_cosine * z
-            if HAS_SDF:
-                by_s += tl.load(grad_sdf + first + sample, inside, other=0.0)
-            if HAS_EIKONAL:
-                by_norm = 2 * by_error * (norm - 1)
-                grad_x += by_norm * unit_x
-                grad_y += by_norm * unit_y
-                grad_z += by_norm * unit_z
-            if NORMALS:
-                share = weight / tl.maximum(norm, 1e-12)
-                grad_x += share * (by_normal_x - turn * unit_x)
-                grad_y += share * (by_normal_y - turn * unit_y)
-                grad_z += share * (by_normal_z - turn * unit_z)
-
-            size = tl.abs(by_s) + tl.abs(grad_x) + tl.abs(grad_y) + tl.abs(grad_z)
-            live = inside & (size != 0)
+                by_alpha = tl.where(last, 0.0, by_alpha)
+            slopes = SLOPES(at.sdf, at.cosine, span.length, sharpness, knobs)
+            by_sdf, by_cosine = by_alpha * slopes[0], by_alpha * slopes[1]
+            sum_inv_s += by_alpha * slopes[2]
+            by_x, by_y, by_z = by_cosine * line.x, by_cosine * line.y, by_cosine * line.z
+            if grads.sdf is not None:
+                by_sdf += tl.load(grads.sdf + first + sample, inside, other=0.0)
+            if grads.eikonal is not None:
+                length = norm(at)
+                pull = by_eikonal * 2 * (length - 1) / length
+                by_x += pull * at.x
+                by_y += pull * at.y
+                by_z += pull * at.z
+            size = tl.abs(by_sdf) + tl.abs(by_x) + tl.abs(by_y) + tl.abs(by_z)
+            live = (inside & (size != 0))[:, :, None]
+            row, rows = tl.arange(0, 4)[None, None, :], pack(by_sdf, by_x, by_y, by_z)
+            size = add_channels(to_table, place, row, rows, live, into.units, TABLE, SCATTER)
             if SCATTER == "measure":
-                rows_added += tl.where(live, size, 0.0)
-            else:
-                add_channels(
-                    grad_table,
-                    place,
-                    tl.arange(0, 4)[None, None, :],
-                    pack(by_s, grad_x, grad_y, grad_z),
-                    live[:, :, None],
-                    tl.load(scales) if SCATTER == "fixed" else 1.0,
-                    4 * WIDTH * DEPTH,
-                    4 * DEPTH,
-                    4,
-                    1,
-                    SCATTER == "fixed",
-                )
-    tl.store(grad_inv_s + number, tl.sum(by_sharpness, 1, keep_dims=True))
+                sum_rows += size
+    tl.store(into.inv_s + index, tl.sum(sum_inv_s, 1, keep_dims=True))
     if SCATTER == "measure":
-        tl.store(magnitudes + 2 * number, tl.sum(rows_added, 1, keep_dims=True))
-        tl.store(magnitudes + 2 * number + 1, tl.sum(features_added, 1, keep_dims=True))
+        tl.store(into.magnitudes + 2 * index, tl.sum(sum_rows, 1, keep_dims=True))
+        tl.store(into.magnitudes + 2 * index + 1, tl.sum(sum_features, 1, keep_dims=True))

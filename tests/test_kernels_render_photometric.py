@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import kernels
 from kernels.ray import LANES
-from kernels.render_photometric import _op
+from kernels.render import _op
 from tests.test_kernels_photometric_triton import DEVICE, on_gpu, poisoned
 from tests.test_kernels_proposals import scene
 
@@ -216,11 +216,11 @@ def test_saves_nothing_of_samples():
 
 
 def arguments(tensors, options):
-    lines = [tensors[n] for n in ("origins", "directions", "near", "far", "jitter", "stretch")]
-    read = lines + [tensors[n] for n in ("pixels", "target", "sources", "projections")]
-    flags = (1.0, "neus", options["classes"], False, True, False, False)
+    rays = [tensors[n] for n in ("origins", "directions", "near", "far", "jitter")]
+    scene = [tensors[n] for n in ("stretch", "pixels", "target", "sources", "projections")]
+    flags = [1.0], "neus", options["classes"], False, 0.0, False, False, False
     volume, inv_s = (tensors[n].detach().requires_grad_() for n in ("volume", "inv_s"))
-    return volume, inv_s, read, [*BOX], options["samples"], *flags
+    return volume, inv_s, rays, scene, [*BOX], options["samples"], *flags
 
 
 def test_opcheck():

@@ -162,7 +162,6 @@ def test_render(case):
         anneal=[1.0, 0.3][seed // 3 % 2],
         backdrop=seed % 4 == 0,
         keep_samples=True,
-        normals=True,
     )
 
 
@@ -186,8 +185,10 @@ def test_alphas(alpha, sharpness):
 
 
 def test_nothing_asked_for_is_nothing_returned():
-    out = render(volume_of(1, 4, (3, 3, 3)), rays_of(1, 2), torch.tensor(3.0), samples=4)
-    assert out.semantics is out.normal is out.weights is out.mids is out.eikonal is None
+    out = render(
+        volume_of(1, 4, (3, 3, 3)), rays_of(1, 2), torch.tensor(3.0, device=DEVICE), samples=4
+    )
+    assert out.semantics is out.weights is out.mids is out.eikonal is None
     assert out.deltas is out.sdf is None and out.color.shape == (1, 2, 3)
 
 
@@ -197,7 +198,7 @@ def test_nothing_asked_for_is_nothing_returned():
     ids="-".join,
 )
 def test_a_loss_on_some_results_only(names):
-    options = dict(samples=10, classes=2, keep_samples=True, normals=True, only=names)
+    options = dict(samples=10, classes=2, keep_samples=True, only=names)
     compare(volume_of(1, 5, (4, 3, 3)), rays_of(1, 3), **options)
 
 
@@ -242,7 +243,7 @@ def test_samples_on_nodes_and_borders():
     directions = torch.tensor([[0.0, 1, 0], [0.0, 1, 0], [1.0, 0, 0], [0.0, -1, 0]])
     near, far = torch.zeros(1, 4), torch.tensor([[8.0, 8.0, 4.0, 8.0]])
     lines = [x.to(DEVICE) for x in (origins[None], directions[None], near, far)]
-    compare(volume, lines, samples=16, keep_samples=True, normals=True)
+    compare(volume, lines, samples=16, keep_samples=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -253,7 +254,7 @@ def test_half_precision_is_read(dtype):
 
 def test_a_nan_ray_stays_alone(monkeypatch):
     volume, lines = volume_of(2, 4, (4, 3, 3)), rays_of(2, 9)
-    options = dict(samples=6, keep_samples=True, normals=True)
+    options = dict(samples=6, keep_samples=True)
     for many in (1 << 17, 0):
         monkeypatch.setattr(rendering, "MANY", many)
         clean = render(volume, lines, torch.tensor(3.0, device=DEVICE), **options)
@@ -262,7 +263,7 @@ def test_a_nan_ray_stays_alone(monkeypatch):
             x[1, 7] = math.nan
         dirty = render(volume, broken, torch.tensor(3.0, device=DEVICE), **options)
         assert dirty.distance[1, 7].isnan()
-        for name in ("distance", "opacity", "color", "normal", "weights", "eikonal"):
+        for name in ("distance", "opacity", "color", "weights", "eikonal"):
             a, b = getattr(dirty, name).clone(), getattr(clean, name)
             a[1, 7] = b[1, 7]
             assert a.equal(b), name
@@ -272,9 +273,9 @@ def test_nothing_to_render():
     volume = volume_of(2, 6, (3, 3, 3)).requires_grad_()
     lines = [x[:, :0] for x in rays_of(2, 3)]
     inv_s = torch.tensor(3.0, device=DEVICE, requires_grad=True)
-    out = render(volume, lines, inv_s, samples=8, classes=2, keep_samples=True, normals=True)
+    out = render(volume, lines, inv_s, samples=8, classes=2, keep_samples=True)
     assert out.color.shape == (2, 0, 3) and out.weights.shape == (2, 0, 8)
-    assert out.semantics.shape == (2, 0, 2) and out.normal.shape == (2, 0, 3)
+    assert out.semantics.shape == (2, 0, 2)
     grads = torch.autograd.grad(out.color.sum() + out.weights.sum(), (volume, inv_s))
     assert all(g.eq(0).all() for g in grads)
 
@@ -319,8 +320,8 @@ def test_operator():
     volume, lines = volume_of(1, 6, (3, 3, 2)).requires_grad_(), rays_of(1, 3)
     inv_s = torch.tensor(3.0, device=DEVICE, requires_grad=True)
     jitter = torch.rand(1, 3).to(DEVICE)
-    arguments = (*lines, inv_s, jitter, list(BOX), 5, 0.5, "neus", 2, False, 0.0, True, False)
-    torch.library.opcheck(rendering._render_op, (volume, *arguments))
+    options = list(BOX), 5, [0.5], "neus", 2, False, 0.0, True, False, False
+    torch.library.opcheck(rendering._op, (volume, inv_s, [*lines, jitter], [], *options))
 
 
 def test_no_graph_break():

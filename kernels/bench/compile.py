@@ -56,9 +56,9 @@ def compile_ahead(launch: Launch, target: str) -> Report:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = list(launch.signature)
-    places = {(names.index(name),): value for name, value in launch.constants.items()}
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
+    index = {name: i for i, name in enumerate(launch.signature)}
+    places = {(index[name], *rest): value for (name, *rest), value in launch.constants.items()}
+    aligned = {(index[name], *rest): [["tt.divisibility", 16]] for name, *rest in launch.aligned}
     source = ASTSource(launch.kernel, launch.signature, constexprs=places, attrs=aligned)
     options = {"num_warps": launch.warps}
     if launch.registers and target.startswith("cuda"):
