@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from selfocc import InputError, config, distributed, metrics, protocols
-from selfocc.batch import Batch, Frames, Sequence, View, collate, voxels_to_volume
+from selfocc.batch import Batch, Frames, Sequence, View, collate
 from selfocc.datasets.loader import read_ahead
 from selfocc.datasets.video import VideoDataset
 from selfocc.geometry import image_projection
@@ -72,7 +72,9 @@ class Sample:
     index: int
     batch: Batch  # of one
     labels: Tensor | None = None  # [ny, nx, nz] uint8
-    voxels_to_volume: Tensor | None = None  # [4, 4] where they have another frame than the volume
+    voxels_to_volume: np.ndarray | None = (
+        None  # [4, 4] where they have another frame than the volume
+    )
     location: Tensor | None = None  # [N, M, 2] of LiDAR points, as fractions of the images
     depth: Tensor | None = None  # [N, M] of these, 0 where not scored
     later: list[Later] = dataclasses.field(default_factory=list)
@@ -91,7 +93,7 @@ class Samples(Dataset):
         sample = Sample(index, batch)
         if "occupancy" in self.tasks and batch.voxels is not None:
             sample.labels = batch.voxels[0]
-            mask = sequence.voxel_mask(frame) if hasattr(sequence, "voxel_mask") else None
+            mask = sequence.voxel_mask(frame)
             if mask is not None:  # Occ3D: what a camera sees
                 mask = torch.from_numpy(mask)
                 sample.labels = torch.where(mask, sample.labels, metrics.UNKNOWN)
@@ -99,7 +101,7 @@ class Samples(Dataset):
                 sample.labels = torch.where(sample.labels == metrics.UNKNOWN, 1, sample.labels)
             if own:
                 sample.labels = metrics.pool_voxels(sample.labels, self.pool)
-            sample.voxels_to_volume = voxels_to_volume(sequence, frame)
+            sample.voxels_to_volume = sequence.voxels_to_volume(frame)
         if "depth" in self.tasks and not own:
             points = sequence.lidar(frame)
             if points is not None:

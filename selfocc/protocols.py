@@ -51,6 +51,7 @@ PROTOCOLS = ("published", "corrected", "own")
 EIGEN = (0.03594771, 0.40810811, 0.96405229, 0.99189189)  # left, top, right, bottom of the image
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 OPENOCCUPANCY_BOX = (-51.2, -51.2, -5.0, 51.2, 51.2, 3.0)
+Matrix = np.ndarray | Tensor
 POINTS = 1 << 18  # read at once, which limits memory
 
 
@@ -167,7 +168,7 @@ def read_voxels(
     rules: Rules,
     box: Box,
     shape: tuple[int, int, int],
-    voxels_to_volume: Tensor | None = None,
+    voxels_to_volume: Matrix | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """SDF [ny, nx, nz] in metres and, of a volume with classes, the likeliest one (int64).
 
@@ -197,7 +198,7 @@ def _read(
     box: Box,
     extent: Box,
     shape: tuple[int, int, int],
-    voxels_to_volume: Tensor | None,
+    voxels_to_volume: Matrix | None,
 ) -> tuple[Tensor, Tensor | None]:
     """What `read_voxels` returns, read at the protocol's point of each voxel of `extent`."""
     channels = [0, *range(volume.shape[1] - classes, volume.shape[1])]
@@ -212,14 +213,14 @@ def _read(
 
 
 def _read_centres(
-    volume: Tensor, box: Box, extent: Box, shape: tuple[int, int, int], matrix: Tensor | None
+    volume: Tensor, box: Box, extent: Box, shape: tuple[int, int, int], matrix: Matrix | None
 ) -> tuple[Tensor, Tensor | None]:
     """What `read_voxels` returns, read where `matrix` moves the centres of voxels of `extent`.
 
     volume [1, 1 + classes, H, W, Z]. The SDF is inf, which is free, beyond the volume's box.
     """
     x, y, z = (positions.to(volume) for positions in centres(extent, shape))
-    matrix = (torch.eye(4) if matrix is None else matrix).to(volume)
+    matrix = torch.as_tensor(np.eye(4) if matrix is None else matrix).to(volume)
     lo, hi = volume.new_tensor(box).view(2, 3)
     sdf, likeliest = [], []
     for rows in y.split(max(1, POINTS // (shape[1] * shape[2]))):
@@ -244,16 +245,16 @@ def centres(box: Box, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tens
     )
 
 
-def heights(box: Box, shape: tuple[int, int, int], voxels_to_volume: Tensor | None) -> Tensor:
+def heights(box: Box, shape: tuple[int, int, int], voxels_to_volume: Matrix | None) -> Tensor:
     """Metres [ny, nx, nz] of the centres of voxels along z of the volume frame."""
     x, y, z = centres(box, shape)
     if voxels_to_volume is None:
         return z.expand(shape)
-    along_x, along_y, along_z, shift = voxels_to_volume[2].float()
+    along_x, along_y, along_z, shift = torch.as_tensor(voxels_to_volume)[2].float()
     return x[:, None] * along_x + y[:, None, None] * along_y + z * along_z + shift
 
 
-def move_grid(grid: Tensor, box: Box, matrix: Tensor) -> Tensor:
+def move_grid(grid: Tensor, box: Box, matrix: Matrix) -> Tensor:
     """A grid [C, ny, nx, nz] over `box`, read where `matrix` [4, 4] moves its points; trilinear.
 
     Its points run from end to end of the box and beyond lies 0 (which is occupied), as published.
@@ -330,12 +331,11 @@ def novel_targets(sequence: Sequence, frame: int, rules: Rules) -> Iterator[tupl
                 if away[other] > 0.4:
                     yield float(away[other]), other
         return
-    skipped = getattr(sequence, "skipped", ())  # only KITTI odometry has any
     last, driven = frame, 0.0
     for other in range(frame + 1, sequence.frames):
         step = float(np.linalg.norm((positions[other] - positions[last])[list(rules.axes)]))
         driven += step
-        if step < 0.4 or other in skipped:
+        if step < 0.4 or other in sequence.skipped:
             continue
         metres = driven if rules.ends else float(sequence.path[other] - sequence.path[frame])
         if metres > 10:

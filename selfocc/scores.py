@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -83,7 +84,7 @@ class Scores:
             self.thresholds["constant prior, best threshold"] = curve.thresholds
 
     def occupancy(
-        self, volume: Tensor, labels: Tensor, voxels_to_volume: Tensor | None = None
+        self, volume: Tensor, labels: Tensor, voxels_to_volume: np.ndarray | None = None
     ) -> Record:
         """Scores of voxels, and of their classes where the volume has any.
 

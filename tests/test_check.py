@@ -12,7 +12,7 @@ from selfocc.datasets.check import Report, main, overlay
 from selfocc.datasets.epipolar import epipolar_offset, scan_agreement
 from selfocc.datasets.export_kitti_raw import export_kitti_raw
 from selfocc.datasets.kitti import kitti_sequences
-from selfocc.datasets.synthetic import SyntheticConfig, synthetic_sequences
+from selfocc.datasets.synthetic import SyntheticConfig, SyntheticSequence, synthetic_sequences
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 SIZE, FRAMES = (96, 192), 6
@@ -32,17 +32,14 @@ def exported(world, tmp_path_factory):
     return folder
 
 
-class Moved:
-    """A sequence whose cameras of odd frames are turned or moved by a matrix."""
+class Moved(SyntheticSequence):
+    """The world, whose cameras of odd frames are turned or moved by a matrix."""
 
-    def __init__(self, sequence, matrix):
-        self.sequence, self.matrix = sequence, matrix
-
-    def __getattr__(self, name):
-        return getattr(self.sequence, name)
+    def __init__(self, world, matrix):
+        vars(self).update(vars(world), matrix=matrix)
 
     def cameras(self, frame):
-        intrinsics, poses = self.sequence.cameras(frame)
+        intrinsics, poses = super().cameras(frame)
         return intrinsics, poses @ self.matrix if frame % 2 else poses
 
 
@@ -117,7 +114,7 @@ def test_rare_scans_are_not_overlooked(world):
         inputs, labelled = [3], []
 
         def lidar(self, frame):
-            return self.sequence.lidar(frame) if frame in self.inputs else None
+            return super().lidar(frame) if frame in self.inputs else None
 
         def depth(self, frame):
             return None
@@ -171,15 +168,13 @@ def test_the_preset_knows_its_data_set(exported, tmp_path, capsys):
 
 def test_resized_images_are_a_problem(world):
     class Resized(Moved):
-        labelled = ()
-
         def image(self, frame, camera):
-            return self.sequence.image(frame, camera)[::2, ::2]
+            return super().image(frame, camera)[::2, ::2]
 
         def depth(self, frame):
             return None
 
-        semantics = depth
+        semantics = voxels = depth
 
     report = Report("train", [Resized(world, np.eye(4))], DataConfig(crop=(48, 96)))
     for frame in (0, 1):

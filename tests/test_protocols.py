@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from selfocc import InputError, config, labels, metrics, presets, protocols
+from selfocc.batch import Sequence
 from selfocc.geometry import node_positions
 from selfocc.metrics import (
     DEPTH_ERRORS,
@@ -352,14 +353,12 @@ def test_depth_outside_the_window_is_not_scored():
 
 
 def drive(positions, inputs=None):
-    positions = np.array(positions, float)
-    steps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
-    return SimpleNamespace(
-        positions=positions,
-        path=np.concatenate([[0], np.cumsum(steps)]),
-        frames=len(positions),
-        inputs=inputs,
-    )
+    sequence = Sequence()
+    sequence.frames, sequence.inputs = len(positions), inputs
+    sequence.positions = np.array(positions, float)
+    steps = np.linalg.norm(np.diff(sequence.positions, axis=0), axis=1)
+    sequence.path = np.concatenate([[0], np.cumsum(steps)])
+    return sequence
 
 
 def test_novel_targets_of_kitti():

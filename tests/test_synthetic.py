@@ -63,7 +63,8 @@ def test_follows_the_protocol(scene):
     intrinsics, poses = scene.cameras(0)
     assert intrinsics.shape == (cameras, 3, 3) and poses.shape == (cameras, 4, 4)
     assert intrinsics.dtype == poses.dtype == scene.volume_to_world(0).dtype == np.float64
-    assert scene.images(0).shape == (cameras, h, w, 3) and scene.images(0).dtype == np.uint8
+    assert [image.shape for image in scene.images(0)] == [(h, w, 3)] * cameras
+    assert scene.image(0, 0).dtype == np.uint8
     assert scene.depth(0).shape == scene.semantics(0).shape == (cameras, h, w)
     assert (scene.semantics(0) == 0).tolist() == (scene.depth(0) == 0).tolist()
     assert scene.path.shape == (scene.frames,)
@@ -184,7 +185,7 @@ def test_lidar_agrees_with_depth(scene):
 
 def test_scenes_follow_from_their_seed(tmp_path):
     def images(split, seed, folder):
-        return synthetic_sequences(SMALL, split, 1, seed, tmp_path / folder)[0].images(1)
+        return synthetic_sequences(SMALL, split, 1, seed, tmp_path / folder)[0].image(1, 0)
 
     first = images("train", 5, "a")
     np.testing.assert_array_equal(first, images("train", 5, "b"))
@@ -250,14 +251,14 @@ def test_damaged_cache_is_rendered_again(tmp_path):
     def open_scene():
         return synthetic_sequences(SMALL, "train", 1, cache=tmp_path)[0]
 
-    want = open_scene().images(1)
+    want = open_scene().image(1, 0)
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
     torn, flipped = whole[: len(whole) // 2], bytearray(whole)
     flipped[len(whole) // 2] ^= 1
     for damage in (torn, bytes(flipped), b"", b"\x93NUMPY"):
         file.write_bytes(damage)
-        np.testing.assert_array_equal(open_scene().images(1), want)
+        np.testing.assert_array_equal(open_scene().image(1, 0), want)
         assert file.read_bytes() == whole
     assert [f.name for f in tmp_path.iterdir()] == [file.name]
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from selfocc import InputError, counted
+from selfocc.batch import Sequence
 from selfocc.datasets import kitti_files as files
 from selfocc.datasets.kitti_drive import (
     DIGITS,
@@ -35,6 +36,7 @@ from selfocc.datasets.kitti_drive import (
 from selfocc.files import as_named
 from selfocc.labels import PseudoLabels
 
+OTHER = {"l": "r", "r": "l"}
 HELD_OUT = 0.2  # of every drive, its end, where nobody says what is for validation
 
 
@@ -156,8 +158,8 @@ def _listed(
     return sequences
 
 
-class KittiRawSequence:
-    """One eye of a drive, `l` or `r`; the protocol of `datasets.video`.
+class KittiRawSequence(Sequence):
+    """One eye of a drive, `l` or `r`.
 
     `numbers` are the frames' numbers on disk. Raises InputError on whatever is malformed.
     """
@@ -168,8 +170,6 @@ class KittiRawSequence:
         self.drive, self.eye, self.numbers, self._labels = drive, eye, numbers, labels
         self.name = f"{drive.name}/{eye}"
         self.frames = len(numbers)
-        self.inputs: list[int] | None = None
-        self.labelled: list[int] = []
         self.intrinsics, camera_to_cam0 = drive.camera(eye)
         cam0_to_world = drive.poses(numbers)
         self._poses = cam0_to_world @ camera_to_cam0
@@ -187,7 +187,7 @@ class KittiRawSequence:
     def _survey(self) -> list[str]:
         """What is not there, and what its absence costs."""
         missing = []
-        other = "r" if self.eye == "l" else "l"
+        other = OTHER[self.eye]
         alone = set(self.numbers) - set(self.drive.numbers[other])
         if len(alone) == self.frames:
             missing.append(f"no {EYES[other]}: no stereo source, no stereo depth")
@@ -210,7 +210,6 @@ class KittiRawSequence:
         return f"{self.numbers[frame]:0{DIGITS}d}"
 
     def files(self, frame: int) -> list[Path]:
-        """All files of a frame that are read where they are there."""
         images = [self._image_path(eye, frame) for eye in EYES]
         truth = [] if self._truth is None else [self._truth / f"{self.frame_id(frame)}.png"]
         own = self._image_path(self.eye, frame)
@@ -218,28 +217,19 @@ class KittiRawSequence:
         return [*self.drive.files(self.numbers[frame]), *images, self._scan(frame), *truth, *labels]
 
     def cameras(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
-        """intrinsics [1, 3, 3] in pixels, camera_to_world [1, 4, 4], float64."""
         return self.intrinsics[None].copy(), self._poses[frame][None]
 
     def volume_to_world(self, frame: int) -> np.ndarray:
-        """[4, 4] float64."""
         return self._volume_to_world[frame]
 
-    def images(self, frame: int) -> np.ndarray:
-        """uint8 [1, h, w, 3] RGB."""
-        return self._image(self.eye, frame)[None]
-
     def image(self, frame: int, camera: int) -> np.ndarray:
-        """uint8 [h, w, 3] RGB of the only camera."""
         return self._image(self.eye, frame)
 
     def has_other_eye(self, frame: int) -> bool:
-        """Whether the other eye's image is on disk."""
-        return self._image_path("r" if self.eye == "l" else "l", frame).exists()
+        return self._image_path(OTHER[self.eye], frame).exists()
 
     def other_eye(self, frame: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """intrinsics, camera_to_world and image of the other eye."""
-        other = "r" if self.eye == "l" else "l"
+        other = OTHER[self.eye]
         self.drive.baseline()
         intrinsics, other_to_cam0 = self.drive.camera(other)
         cam0_to_here = np.linalg.inv(self.drive.camera(self.eye)[1])
@@ -247,7 +237,7 @@ class KittiRawSequence:
         return intrinsics[None].copy(), pose[None], self._image(other, frame)[None]
 
     def depth(self, frame: int) -> np.ndarray | None:
-        """The improved ground truth, float32 [1, h, w] metres, 0 where there is none; or None."""
+        """The improved ground truth."""
         if self._truth is None:
             return None
         path = self._truth / f"{self.frame_id(frame)}.png"
@@ -258,23 +248,16 @@ class KittiRawSequence:
         return depth[None]
 
     def semantics(self, frame: int) -> np.ndarray | None:
-        """Pseudo labels, uint8 [1, h, w]; None without --labels."""
+        """Pseudo labels; None without --labels."""
         if self._labels is None:
             return None
         return self._labels.read([self._image_path(self.eye, frame)], self._size[:2])
 
-    def voxels(self, frame: int) -> None:
-        """KITTI raw has no voxels."""
-
     def lidar(self, frame: int) -> np.ndarray | None:
-        """The scan of this frame, float32 [M, 3] in its volume frame; None where there is none."""
         return files.read_scan(self._scan(frame))
 
     def stereo_pair(self, frame: int) -> tuple[np.ndarray, np.ndarray, float, float] | None:
-        """Left and right uint8 [h, w, 3], focal length in pixels, baseline in metres.
-
-        None for the right eye and where an image is not on disk.
-        """
+        """None for the right eye, and where the right image is not on disk."""
         if self.eye == "r" or not self._image_path("r", frame).exists():
             return None
         left, right = (self._image(eye, frame) for eye in EYES)

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from selfocc import InputError
+from selfocc.batch import Sequence
 from selfocc.datasets import kitti_files
 from selfocc.datasets.nuscenes_tables import (
     CHANNELS,
@@ -261,8 +262,8 @@ def _synchronised(rows: np.ndarray, tables: _Tables, name: str) -> tuple[np.ndar
     return np.array(frames, np.int64).reshape(-1, len(CAMERAS)), np.array(is_key, bool)
 
 
-class NuScenesSequence:
-    """One scene; the protocol of `datasets.video`. Raises InputError on what is malformed.
+class NuScenesSequence(Sequence):
+    """One scene. Raises InputError on what is malformed.
 
     rows are those of the scene, `views` and `is_key` its frames as `_synchronised` has them.
     """
@@ -351,7 +352,6 @@ class NuScenesSequence:
         return token if frame in self.inputs else f"{token}-{self._views[frame, 0]['time']}"
 
     def files(self, frame: int) -> list[Path]:
-        """All files of a frame that are read where they are there."""
         images = [self.root / row["file"].decode() for row in self._views[frame]]
         scan = [self.root / self._scans[frame]] if frame in self._scans else []
         voxels = [self._voxels.files[frame]] if frame in self._voxels.files else []
@@ -359,24 +359,17 @@ class NuScenesSequence:
         return [*self._tables, *images, *scan, *voxels, *labels]
 
     def cameras(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
-        """intrinsics [6, 3, 3] in pixels, camera_to_world [6, 4, 4], float64."""
         return self._intrinsics[frame].copy(), self._camera_to_world[frame].copy()
 
     def volume_to_world(self, frame: int) -> np.ndarray:
-        """[4, 4] float64."""
         ego = self._ego_to_world[frame]
         return ego if self._volume_to_ego is None else ego @ self._volume_to_ego[frame]
 
     def image(self, frame: int, camera: int) -> np.ndarray:
-        """uint8 [h, w, 3] RGB."""
         path = self._path(frame, camera)
         image = kitti_files.read_image(path)
         self._check_size(path, image.shape[:2], frame, camera)
         return image
-
-    def images(self, frame: int) -> list[np.ndarray]:
-        """Those of the six cameras."""
-        return [self.image(frame, camera) for camera in range(len(CAMERAS))]
 
     def check_sizes(self, cameras: Iterable[int]) -> None:
         """Look at one image of each of these cameras. Raises InputError."""
@@ -395,14 +388,8 @@ class NuScenesSequence:
                 f"{path}: {got} pixels, but sample_data.json says {want}; copy it again"
             )
 
-    def depth(self, frame: int) -> None:
-        """nuScenes has no dense depth."""
-
-    def stereo_pair(self, frame: int) -> None:
-        """nuScenes has no stereo."""
-
     def semantics(self, frame: int) -> list[np.ndarray] | None:
-        """Pseudo labels of the six cameras, uint8 [h, w]; None without --labels."""
+        """Pseudo labels; None without --labels."""
         if self._labels is None:
             return None
         sizes = self._views["size"][frame].tolist()
@@ -412,7 +399,7 @@ class NuScenesSequence:
         ]
 
     def lidar(self, frame: int) -> np.ndarray | None:
-        """The scan of a key frame, float32 [M, 3] in its volume frame; None where there is none."""
+        """The scan of a key frame."""
         if frame not in self._scans:
             return None
         points = kitti_files.read_points(self.root / self._scans[frame], 5)
@@ -422,16 +409,15 @@ class NuScenesSequence:
         return (points @ mount[:3, :3].T + mount[:3, 3]).astype(np.float32)
 
     def voxels(self, frame: int) -> np.ndarray | None:
-        """Labels [ny, nx, nz] as nuscenes_voxels.py has them; None where there are none."""
         return self._voxels.labels(frame) if frame in self._voxels.files else None
 
     def voxel_mask(self, frame: int) -> np.ndarray | None:
-        """bool [ny, nx, nz]: what the cameras see; None where that is not known."""
+        """What the cameras see."""
         return self._voxels.mask(frame) if frame in self._voxels.files else None
 
-    def voxels_to_volume(self, frame: int) -> np.ndarray:
-        """[4, 4]: voxels are in the ego frame or the LiDAR's, whatever the volume's frame."""
+    def voxels_to_volume(self, frame: int) -> np.ndarray | None:
+        """Voxels are in the ego frame or the LiDAR's, whatever the volume's frame."""
         if self._voxels.frame == ("ego" if self._volume_to_ego is None else "lidar"):
-            return np.eye(4)
+            return None
         lidar_to_ego = self._lidar_to_ego[frame]
         return lidar_to_ego.copy() if self._volume_to_ego is None else np.linalg.inv(lidar_to_ego)

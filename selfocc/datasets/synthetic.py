@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from selfocc import InputError
+from selfocc.batch import Sequence
 from selfocc.datasets import cache as disk
 from selfocc.street.occupancy import View, occupancy, seen_from
 from selfocc.street.rigs import LIDAR_HEIGHT, make_rig
@@ -70,20 +71,17 @@ def synthetic_sequences(
     ]
 
 
-class SyntheticSequence:
-    """One drive; the protocol of `datasets.video`, and exact flow and signed distance beside it.
+class SyntheticSequence(Sequence):
+    """One drive, with exact truth.
 
     Whatever is rendered raises InputError if the cache folder cannot be written.
     """
 
     def __init__(self, config: SyntheticConfig, name: str, seed: int, cache: Path):
         self.config, self.name, self.seed, self.cache = config, name, seed, cache
-        self.missing: list[str] = []
-        self.inputs: list[int] | None = None
         self.frames = config.frames
         self.labelled = list(range(0, config.frames, LABEL_EVERY))
         self.rig = make_rig(config.rig, config.image_size)
-        self.camera_names = self.rig.names
         first = np.stack([self.cameras(frame)[1][0] for frame in range(self.frames)])
         self.positions = first[:, :3, 3]
         # As KITTI counts it: in the plane of x and z of the first camera.
@@ -105,16 +103,16 @@ class SyntheticSequence:
     def frame_id(self, frame: int) -> str:
         return f"{frame:06d}"
 
-    def files(self, frame: int) -> list[Path]:
-        """Nothing: the world is a function of settings."""
-        return []
+    @property
+    def camera_names(self) -> tuple[str, ...]:
+        return self.rig.names
 
     def true_volume_to_world(self, frame: int) -> np.ndarray:
-        """[4, 4] float64, without pose noise: where the frame was rendered."""
+        """[4, 4], without pose noise: where the frame was rendered."""
         return self.street.ego(frame) @ self.rig.volume_to_ego
 
     def volume_to_world(self, frame: int) -> np.ndarray:
-        """[4, 4] float64, as wrong as `pose_noise` makes it."""
+        """[4, 4], as wrong as `pose_noise` makes it."""
         pose = self.true_volume_to_world(frame)
         metres, degrees = self.config.pose_noise
         if metres or degrees:
@@ -123,31 +121,22 @@ class SyntheticSequence:
         return pose
 
     def cameras(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
-        """intrinsics [N, 3, 3] in pixels, camera_to_world [N, 4, 4], float64."""
         pose = self.volume_to_world(frame)
         return self.rig.intrinsics.copy(), pose @ self.rig.camera_to_volume
 
-    def images(self, frame: int) -> np.ndarray:
-        """uint8 [N, h, w, 3] RGB."""
-        return np.array(self._record["image"][frame])
-
     def image(self, frame: int, camera: int) -> np.ndarray:
-        """uint8 [h, w, 3] RGB."""
         return np.array(self._record["image"][frame, camera])
 
     def depth(self, frame: int) -> np.ndarray:
-        """float32 [N, h, w] exact z-depth in metres, 0 where the sky is."""
+        """Exact, 0 where the sky is."""
         return np.array(self._record["depth"][frame])
 
     def semantics(self, frame: int) -> np.ndarray:
-        """uint8 [N, h, w] class ids, as wrong as `label_noise` makes them."""
+        """As wrong as `label_noise` makes them."""
         return np.array(self._record["label"][frame])
 
-    def stereo_pair(self, frame: int) -> None:
-        """None: depth is exact, nothing needs matching."""
-
     def lidar(self, frame: int) -> np.ndarray:
-        """float32 [M, 3]: one turn of a LiDAR 1.73 m above the ground, in the volume frame."""
+        """One turn of a LiDAR 1.73 m above the ground."""
 
         def scan():
             return spin(self.street, self.street.at(frame), self._lidar_to_world(frame)).t
@@ -159,7 +148,7 @@ class SyntheticSequence:
         return (points + lidar_to_volume[:3, 3]).astype(np.float32)
 
     def voxels(self, frame: int) -> np.ndarray:
-        """uint8 [ny, nx, nz]: 0 free, 1.. class ids, 255 never seen along the path."""
+        """255 is what was never seen along the path."""
 
         def label():
             solids, pose = self.street.at(frame), self.true_volume_to_world(frame)
@@ -307,7 +296,7 @@ def _leave_interrupt_to_parent():
 
 
 def _render(sequence, voxels):
-    sequence.images(0)
+    sequence.image(0, 0)
     for frame in sequence.labelled if voxels else ():
         sequence.voxels(frame)
 

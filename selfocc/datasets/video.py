@@ -1,8 +1,8 @@
 """From sequences of posed frames to samples: which frame is rendered, and from which others.
 
-A data set is a list of sequences; `synthetic.py`, `kitti.py`, ... each define one kind. All that
-SelfOcc does with video (choosing frames as in spec 1.1, preparing images, expressing every camera
-in the volume frame of the input time stamp) is here, once.
+A data set is a list of `batch.Sequence`; `synthetic.py`, `kitti.py`, ... each define one kind. All
+that SelfOcc does with video (choosing frames as the published loaders do, preparing images,
+expressing every camera in the volume frame of the input time stamp) is here, once.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfocc import InputError, counted
-from selfocc.batch import Batch, Frames, Sequence, has_other_eye
+from selfocc.batch import Batch, Frames, Sequence
 from selfocc.config import DataConfig
 from selfocc.datasets.pixels import cropped, one_size, photometric_augmentation, resize, scaled
 from selfocc.stereo import stereo_depth
@@ -88,7 +88,7 @@ class VideoDataset(torch.utils.data.Dataset):
             return [frame for frame in frames if enough[frame]]
         for frame in np.flatnonzero(some & ~both):  # as `_draw_sources` has it
             both[frame] = config.one_sided or (
-                config.stereo_source and has_other_eye(sequence, int(frame))
+                config.stereo_source and sequence.has_other_eye(int(frame))
             )
 
         def rendered(frame: int) -> bool:
@@ -216,7 +216,7 @@ class VideoDataset(torch.utils.data.Dataset):
         else:
             sources = [int(side[0]) if len(side) else None for side in sides]
         some = any(source is not None for source in sources)
-        if self.config.stereo_source and some and has_other_eye(sequence, anchor):
+        if self.config.stereo_source and some and sequence.has_other_eye(anchor):
             other_eye = sequence.other_eye(anchor)
             replaced = None if rng.random() < 1 / 3 else int(rng.random() < 0.5)
             sources = [
