@@ -92,15 +92,8 @@ class Samples(Dataset):
         own = self.rules.protocol == "own"
         sample = Sample(index, batch)
         if "occupancy" in self.tasks and batch.voxels is not None:
-            sample.labels = batch.voxels[0]
             mask = sequence.voxel_mask(frame)
-            if mask is not None:  # Occ3D: what a camera sees
-                mask = torch.from_numpy(mask)
-                sample.labels = torch.where(mask, sample.labels, metrics.UNKNOWN)
-            if self.rules.crude:  # any class will do, as none is scored
-                sample.labels = torch.where(sample.labels == metrics.UNKNOWN, 1, sample.labels)
-            if own:
-                sample.labels = metrics.pool_voxels(sample.labels, self.pool)
+            sample.labels = protocols.scored_labels(batch.voxels[0], mask, self.rules, self.pool)
             sample.voxels_to_volume = sequence.voxels_to_volume(frame)
         if "depth" in self.tasks and not own:
             points = sequence.lidar(frame)
@@ -125,14 +118,14 @@ class Samples(Dataset):
     def _later_maps(self, index: int) -> Iterator[Later]:
         """Later frames with the truth of every pixel."""
         for distance, later in self.dataset.future(index):
-            for truth in truth_maps(collate([later])).values():
+            truth = next(iter(truth_maps(later).values()), None)  # [N, h, w] of a sample
+            if truth is not None:
                 height, width = truth.shape[-2:]
                 v, u = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
                 location = torch.stack([u / width, v / height], dim=-1).flatten(0, 1)
-                location = location.expand(truth.shape[1], -1, -1)
+                location = location.expand(len(truth), -1, -1)
                 cameras = later.target.camera_to_volume.numpy()
-                yield Later(distance, cameras, location.numpy(), truth[0].flatten(1).numpy())
-                break
+                yield Later(distance, cameras, location.numpy(), truth.flatten(1).numpy())
 
     def _later_scan(
         self, sequence: Sequence, frame: int, here: Frames, distance: float, other: int

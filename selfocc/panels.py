@@ -71,7 +71,7 @@ def _occupancy_rows(
     occupied = sdf.cpu() <= settings.threshold
     columns = [("predicted", occupied)]
     if labels is not None:
-        known = labels != 255
+        known = labels != metrics.UNKNOWN
         columns[0] = ("predicted, where known", occupied & known)
         columns.append(("truth", (labels > 0) & known))
     ahead = batch.target.camera_to_volume[0, 0, :3, 2].cpu().numpy()

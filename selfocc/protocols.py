@@ -45,7 +45,7 @@ from selfocc.batch import Sequence
 from selfocc.config import Config
 from selfocc.field import occupancy_grid
 from selfocc.geometry import Box, move_points
-from selfocc.metrics import GROUND, MIN_DEPTH
+from selfocc.metrics import GROUND, MIN_DEPTH, UNKNOWN, pool_voxels
 
 PROTOCOLS = ("published", "corrected", "own")
 EIGEN = (0.03594771, 0.40810811, 0.96405229, 0.99189189)  # left, top, right, bottom of the image
@@ -127,6 +127,18 @@ def choose(settings: Config, name: str | None = None) -> Rules:
 
 
 # voxels
+
+
+def scored_labels(labels: Tensor, mask: np.ndarray | None, rules: Rules, pool: int) -> Tensor:
+    """The labels [ny, nx, nz] of a frame as they are scored, unknown where they are not.
+
+    mask bool: what a camera sees (Occ3D). Own protocol: pooled by `pool`.
+    """
+    if mask is not None:
+        labels = torch.where(torch.from_numpy(mask), labels, UNKNOWN)
+    if rules.crude:  # any class will do, as none is scored
+        labels = torch.where(labels == UNKNOWN, 1, labels)
+    return pool_voxels(labels, pool) if rules.protocol == "own" else labels
 
 
 def crop_margins_kitti(prediction: Tensor, factor: int = 1) -> Tensor:

@@ -35,8 +35,8 @@ def exported(world, tmp_path_factory):
 class Moved(SyntheticSequence):
     """The world, whose cameras of odd frames are turned or moved by a matrix."""
 
-    def __init__(self, world, matrix):
-        vars(self).update(vars(world), matrix=matrix)
+    def __init__(self, world, matrix, **changes):
+        vars(self).update(vars(world), matrix=matrix, **changes)
 
     def cameras(self, frame):
         intrinsics, poses = super().cameras(frame)
@@ -111,15 +111,17 @@ def test_rare_scans_are_not_overlooked(world):
     """Of few frames read, one is a frame that is judged by a scan."""
 
     class Rare(Moved):
-        inputs, labelled = [3], []
-
         def lidar(self, frame):
             return super().lidar(frame) if frame in self.inputs else None
 
         def depth(self, frame):
             return None
 
-    report = Report("val", [Rare(world, np.eye(4))], DataConfig(crop=SIZE, pad=(96, 192)))
+    report = Report(
+        "val",
+        [Rare(world, np.eye(4), inputs=[3], labelled=[])],
+        DataConfig(crop=SIZE, pad=(96, 192)),
+    )
     report.check(1, pairs=0)
     assert report.found["lidar"] == 1 and "depth: judged against lidar" in report.needs()
 
@@ -174,9 +176,9 @@ def test_resized_images_are_a_problem(world):
         def depth(self, frame):
             return None
 
-        semantics = voxels = depth
+        semantics = depth
 
-    report = Report("train", [Resized(world, np.eye(4))], DataConfig(crop=(48, 96)))
+    report = Report("train", [Resized(world, np.eye(4), labelled=[])], DataConfig(crop=(48, 96)))
     for frame in (0, 1):
         report._read(report.sequences[0], frame)
     said = set(report.problems)
