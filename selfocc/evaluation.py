@@ -310,12 +310,7 @@ def validate(
 
 
 def gather_priors(
-    model: SelfOcc,
-    training: VideoDataset,
-    frames: int,
-    rules: Rules,
-    rank: int = 0,
-    world: int = 1,
+    model: SelfOcc, training: VideoDataset, frames: int, rules: Rules, rank: int = 0, world: int = 1
 ) -> Priors:
     """Priors from at most `frames` training frames (a data set opened with train=False).
 

@@ -55,12 +55,7 @@ def panel(model: SelfOcc, dataset: VideoDataset, index: int, device: torch.devic
 
 
 def _occupancy_rows(
-    model: SelfOcc,
-    volume: Tensor,
-    batch: Batch,
-    matrix: np.ndarray | None,
-    width: int,
-    size: int,
+    model: SelfOcc, volume: Tensor, batch: Batch, matrix: np.ndarray | None, width: int, size: int
 ) -> list[list[np.ndarray]]:
     """`matrix`: from the voxels' frame, which is drawn, to the volume's; None if it is the same."""
     settings = model.config.volume

@@ -43,6 +43,7 @@ from torch import Tensor
 from selfocc import InputError
 from selfocc.batch import Sequence
 from selfocc.config import Config
+from selfocc.datasets.nuscenes_voxels import OpenOccupancy
 from selfocc.field import occupancy_grid
 from selfocc.geometry import Box, move_points
 from selfocc.metrics import GROUND, MIN_DEPTH, UNKNOWN, pool_voxels
@@ -50,7 +51,6 @@ from selfocc.metrics import GROUND, MIN_DEPTH, UNKNOWN, pool_voxels
 PROTOCOLS = ("published", "corrected", "own")
 EIGEN = (0.03594771, 0.40810811, 0.96405229, 0.99189189)  # left, top, right, bottom of the image
 WHOLE = (0.0, 0.0, 1.0, 1.0)
-OPENOCCUPANCY_BOX = (-51.2, -51.2, -5.0, 51.2, 51.2, 3.0)
 Matrix = np.ndarray | Tensor
 POINTS = 1 << 18  # read at once, which limits memory
 
@@ -97,11 +97,7 @@ def choose(settings: Config, name: str | None = None) -> Rules:
     ground_axes = (0, 1, 2) if embedded else (0, 2)
     rules = {
         "kitti": Rules(
-            name,
-            dataset,
-            (-25.6, 0.0, -2.0, 25.6, 51.2, 4.4),
-            crop_margins_kitti,
-            axes=ground_axes,
+            name, dataset, (-25.6, 0.0, -2.0, 25.6, 51.2, 4.4), crop_margins_kitti, axes=ground_axes
         ),
         "kitti_raw": Rules(name, dataset, nearest=0.1, window=EIGEN, axes=ground_axes),
         "nuscenes": Rules(
@@ -116,7 +112,7 @@ def choose(settings: Config, name: str | None = None) -> Rules:
     }[dataset]
     if settings.data.dataset == "nuscenes" and settings.data.voxels == "openoccupancy":
         crop = crop_margins_openoccupancy
-        rules = replace(rules, box=OPENOCCUPANCY_BOX, crop=crop, openoccupancy=True)
+        rules = replace(rules, box=OpenOccupancy.box, crop=crop, openoccupancy=True)
     if name != "own":
         return rules
     crop = rules.crop if settings.volume.crop_margins else None

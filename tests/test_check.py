@@ -10,7 +10,7 @@ import pytest
 from selfocc.config import DataConfig
 from selfocc.datasets.check import Report, main, overlay
 from selfocc.datasets.epipolar import epipolar_offset, scan_agreement
-from selfocc.datasets.export_kitti_raw import export_kitti_raw
+from selfocc.datasets.export_kitti import export_kitti_raw
 from selfocc.datasets.kitti import kitti_sequences
 from selfocc.datasets.synthetic import SyntheticConfig, SyntheticSequence, synthetic_sequences
 
@@ -28,7 +28,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
-    export_kitti_raw([world], folder, progress=False)
+    export_kitti_raw([world], folder)
     return folder
 
 

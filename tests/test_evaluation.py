@@ -22,8 +22,7 @@ from selfocc import InputError, checkpoint, evaluation, metrics, protocols
 from selfocc.batch import collate
 from selfocc.config import DataConfig
 from selfocc.datasets import Folders, open_dataset, open_sequences
-from selfocc.datasets.export_kitti import export_kitti
-from selfocc.datasets.export_kitti_raw import export_kitti_raw
+from selfocc.datasets.export_kitti import export_kitti, export_kitti_raw
 from selfocc.datasets.export_nuscenes import export_nuscenes
 from selfocc.datasets.synthetic import SyntheticConfig, SyntheticSequence
 from selfocc.datasets.video import VideoDataset
@@ -133,7 +132,7 @@ def test_scores_of_other_files_are_not_taken_over(kind, tmp_path, cache, monkeyp
     folder, copy = tmp_path / "data", tmp_path / "copy"
     export = {"kitti": export_kitti, "kitti_raw": export_kitti_raw, "nuscenes": export_nuscenes}
     scene = SyntheticSequence(world, "synthetic-train-000", 0, cache)
-    export[kind]([scene], folder, progress=False)
+    export[kind]([scene], folder)
     shutil.copytree(folder, copy)
     settings = build("synthetic_surround" if kind == "nuscenes" else "synthetic", overrides())
     model = torch.nn.Module()
@@ -249,7 +248,7 @@ def files(semantic, cache, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SELFOCC_CACHE", str(cache))
         scenes = [s for split in ("val", "train") for s in open_sequences(data, split, Folders())]
-        export_kitti(scenes, folder / "data", progress=False)
+        export_kitti(scenes, folder / "data")
         for number, scene in enumerate(scenes):
             for frame in range(scene.frames):
                 place = f"dataset/sequences/{number:02d}/image_2/{scene.frame_id(frame)}.png"
@@ -374,7 +373,7 @@ def test_the_same_scores_through_nuscenes_files(cache, tmp_path, monkeypatch):
     scenes = [
         s for part in ("val", "train") for s in open_sequences(settings.data, part, Folders())
     ]
-    export_nuscenes(scenes, tmp_path / "data", progress=False)
+    export_nuscenes(scenes, tmp_path / "data")
     folders = tmp_path / "direct", tmp_path / "files"
     files = ("--dataset", "nuscenes", "--data", tmp_path / "data", "--label-map", "semantickitti20")
     for out, options in zip(folders, ((), files), strict=True):

@@ -13,7 +13,7 @@ import torch
 from selfocc import InputError
 from selfocc.datasets import Folders, kitti, open_dataset
 from selfocc.datasets.kitti import kitti_sequences
-from selfocc.datasets.kitti_files import RECTIFIED, UNRECTIFIED, check_camera, read_points
+from selfocc.datasets.reading import RECTIFIED, UNRECTIFIED, check_camera, read_points
 from selfocc.datasets.video import VideoDataset
 from selfocc.presets import build
 from selfocc.stereo import block_matching, stereo_depth

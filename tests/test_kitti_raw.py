@@ -11,10 +11,8 @@ import pytest
 import torch
 
 from selfocc import InputError
-from selfocc.datasets.export_kitti import BASELINE
-from selfocc.datasets.export_kitti_raw import export_kitti_raw
-from selfocc.datasets.kitti_drive import drives_on_disk, oxts_poses
-from selfocc.datasets.kitti_raw import kitti_raw_sequences
+from selfocc.datasets.export_kitti import BASELINE, export_kitti_raw
+from selfocc.datasets.kitti_raw import drives_on_disk, kitti_raw_sequences, oxts_poses
 from selfocc.datasets.synthetic import SyntheticConfig, synthetic_sequences
 from selfocc.datasets.video import VideoDataset, project_points
 from selfocc.labels import PseudoLabels
@@ -35,7 +33,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
-    export_kitti_raw([world], folder, progress=False)
+    export_kitti_raw([world], folder)
     return folder
 
 

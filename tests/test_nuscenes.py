@@ -36,7 +36,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("nuscenes")
-    export_nuscenes([world], folder, progress=False)
+    export_nuscenes([world], folder)
     return folder
 
 
@@ -297,15 +297,15 @@ def test_other_image_sizes_are_refused_at_the_start(root):
 
 def test_the_index_is_shared_and_follows_the_tables(root, tmp_path):
     folder = root / VERSION
-    first = np.array(open_index(folder, progress=False))  # no map of what is torn below
+    first = np.array(open_index(folder))  # no map of what is torn below
     (file,) = (tmp_path / "cache").glob("nuscenes-*.npy")
     stamp = file.stat().st_mtime_ns
-    assert np.array_equal(open_index(folder, progress=False), first)
+    assert np.array_equal(open_index(folder), first)
     assert file.stat().st_mtime_ns == stamp
     file.write_bytes(file.read_bytes()[:1000])  # a torn index is made again
-    assert np.array_equal(open_index(folder, progress=False), first)
+    assert np.array_equal(open_index(folder), first)
     os.utime(folder / "ego_pose.json", ns=(0, 0))
-    open_index(folder, progress=False)
+    open_index(folder)
     assert len(list((tmp_path / "cache").glob("nuscenes-*.npy"))) == 2
 
 

@@ -22,8 +22,8 @@ from selfocc.commandline import Parser, add_data_options, count, folders, run
 from selfocc.config import DataConfig
 from selfocc.datasets import Folders, open_sequences
 from selfocc.datasets.epipolar import epipolar_offset, scan_agreement
-from selfocc.datasets.kitti_files import check_camera
-from selfocc.datasets.video import VideoDataset, project_points
+from selfocc.datasets.reading import check_camera
+from selfocc.datasets.video import VideoDataset, scan_maps
 from selfocc.files import make_folder
 
 LONGEST_STEP = 5.0  # metres between consecutive frames, or six times the median
@@ -256,12 +256,8 @@ def overlay(sequence: Sequence, frame: int) -> list[np.ndarray] | None:
         return None
     images = sequence.images(frame)
     if points is not None:
-        intrinsics, camera_to_world = sequence.cameras(frame)
-        to_cameras = np.linalg.inv(camera_to_world) @ sequence.volume_to_world(frame)
-        depth = [
-            project_points(points, to_camera, k, image.shape[:2])
-            for to_camera, k, image in zip(to_cameras, intrinsics, images, strict=True)
-        ]
+        sizes = [image.shape[:2] for image in images]
+        depth = scan_maps(sequence, frame, points, sequence.cameras(frame)[0], sizes)
     shown = [pictures.spread(pictures.inverse_depth(z)) for z in depth]
     return [
         np.where(near[..., None] > 0, pictures.turbo(near), image)

@@ -18,12 +18,13 @@ import numpy as np
 
 from selfocc import InputError, counted
 from selfocc.batch import Sequence
-from selfocc.datasets.kitti_files import (
+from selfocc.datasets.reading import (
     VELO_TO_VOLUME,
     check_bytes,
     check_camera,
     check_size,
     numbered,
+    path_length,
     read_calibration,
     read_exactly,
     read_image,
@@ -116,8 +117,7 @@ class KittiSequence(Sequence):
         path = dataset / "poses" / f"{name}.txt"
         self._poses = rigid(self._read_poses(path), path)[self.numbers]
         self.positions = self._poses[:, :3, 3]
-        steps = np.linalg.norm(np.diff(self.positions[:, [0, 2]], axis=0), axis=1)
-        self.path = np.concatenate([[0.0], np.cumsum(steps)])  # metres driven, as in spec 1.1
+        self.path = path_length(self.positions[:, [0, 2]])  # in plan, as published
 
         self._size = read_image(self.folder / self.left / f"{self.frame_id(0)}.png").shape
         check_camera(self.folder / "calib.txt", self.intrinsics, self._size)

@@ -11,7 +11,6 @@ there, with the nearest in time of every other camera (spec 1.1). Only key frame
 """
 
 import functools
-import re
 from collections import defaultdict
 from collections.abc import Iterable
 from itertools import zip_longest
@@ -21,7 +20,7 @@ import numpy as np
 
 from selfocc import InputError
 from selfocc.batch import Sequence
-from selfocc.datasets import kitti_files
+from selfocc.datasets import reading
 from selfocc.datasets.nuscenes_tables import (
     CHANNELS,
     LIDAR,
@@ -79,7 +78,7 @@ def nuscenes_sequences(
     tables = _Tables(folder)
     names = [name for _, name in tables.scenes]
     if chosen:
-        ranges = dict(_parse(part) for part in chosen.split(","))
+        ranges = dict(reading.parse_range(part, "scene-0061") for part in chosen.split(","))
         unknown = set(ranges) - set(names)
         if unknown:
             raise InputError(f"{folder}: no {min(unknown)}; it has {names[0]} to {names[-1]}")
@@ -100,7 +99,8 @@ def nuscenes_sequences(
         if not (there | ~rows["key"] | (rows["channel"] == LIDAR)).all():
             tables.notes["scenes skipped"].append(f"images of {name} are missing")
             continue
-        views = _synchronised(rows[there], tables, name)
+        found = rows[there]
+        views = _synchronised(found, tables, name)
         if not len(views[0]):
             tables.notes["scenes skipped"].append(f"{name} has no key frame of all six cameras")
             continue
@@ -108,22 +108,12 @@ def nuscenes_sequences(
             raise InputError(
                 f"{folder}/scene.json: {name} is there with two tokens; mend the table"
             )
-        sequences.append(
-            NuScenesSequence(
-                root,
-                name,
-                token,
-                rows[there],
-                *views,
-                tables,
-                ranges[name],
-                volume_frame,
-                labels,
-                voxels,
-            )
+        sequence = NuScenesSequence(
+            root, name, token, found, *views, tables, ranges[name], volume_frame, labels, voxels
         )
         # the images of one rig, and of every other scene one: a look at each takes a while
-        sequences[-1].check_sizes(range(6) if len(sequences) == 1 else [len(sequences) % 6])
+        sequences.append(sequence)
+        sequence.check_sizes(range(6) if len(sequences) == 1 else [len(sequences) % 6])
     notes = [
         f"{what}: {len(places)} ({places[0]}{', ..' if len(places) > 1 else ''})"
         for what, places in tables.notes.items()
@@ -134,14 +124,6 @@ def nuscenes_sequences(
         raise InputError(f"{folder}: no scene can be used: {what}; look at --data and --version")
     sequences[0].missing[:0] = notes
     return sequences
-
-
-def _parse(text: str) -> tuple[str, range | None]:
-    match = re.fullmatch(r"\s*([\w-]+?)(?::(\d+)-(\d+))?\s*", text)
-    if not match:
-        raise InputError(f"cannot read {text!r}: expected scene-0061, or key frames scene-0061:0-9")
-    name, first, last = match.groups()
-    return name, None if first is None else range(int(first), int(last) + 1)
 
 
 class _Tables:
@@ -189,7 +171,7 @@ class _Tables:
             raise InputError(
                 f"{where}: camera_intrinsic of {self.mounts[mount]} is none; copy the table again"
             )
-        kitti_files.check_camera(where, k, (height, width))
+        reading.check_camera(where, k, (height, width))
 
 
 class _Present:
@@ -271,18 +253,7 @@ class NuScenesSequence(Sequence):
     camera_names = CAMERAS
 
     def __init__(
-        self,
-        root,
-        name,
-        token,
-        rows,
-        views,
-        is_key,
-        tables,
-        keys,
-        volume_frame,
-        labels,
-        voxels,
+        self, root, name, token, rows, views, is_key, tables, keys, volume_frame, labels, voxels
     ):
         self.root, self.name, self._labels = root, name, labels
         self._tables = [tables.folder / f"{table}.json" for table in NAMES]
@@ -304,8 +275,7 @@ class NuScenesSequence(Sequence):
         for mount, height, width in np.unique(kinds, axis=0).tolist():
             tables.check_camera(mount, height, width)
         self.positions = ego[:, 0, :3, 3]
-        steps = np.linalg.norm(np.diff(self.positions, axis=0), axis=1)
-        self.path = np.concatenate([[0.0], np.cumsum(steps)])
+        self.path = reading.path_length(self.positions)
 
         self._ego_to_world = ego[:, 0]  # at the time of CAM_FRONT where there is no scan
         self._lidar_to_ego = np.broadcast_to(NOMINAL_LIDAR_TO_EGO, ego[:, 0].shape).copy()
@@ -367,7 +337,7 @@ class NuScenesSequence(Sequence):
 
     def image(self, frame: int, camera: int) -> np.ndarray:
         path = self._path(frame, camera)
-        image = kitti_files.read_image(path)
+        image = reading.read_image(path)
         self._check_size(path, image.shape[:2], frame, camera)
         return image
 
@@ -375,7 +345,7 @@ class NuScenesSequence(Sequence):
         """Look at one image of each of these cameras. Raises InputError."""
         for camera in cameras:
             path = self._path(0, camera)
-            self._check_size(path, kitti_files.image_size(path), 0, camera)
+            self._check_size(path, reading.image_size(path), 0, camera)
 
     def _path(self, frame: int, camera: int) -> Path:
         return self.root / self._views[frame, camera]["file"].decode()
@@ -402,7 +372,7 @@ class NuScenesSequence(Sequence):
         """The scan of a key frame."""
         if frame not in self._scans:
             return None
-        points = kitti_files.read_points(self.root / self._scans[frame], 5)
+        points = reading.read_points(self.root / self._scans[frame], 5)
         if self._volume_to_ego is not None:
             return points.copy()
         mount = self._lidar_to_ego[frame]

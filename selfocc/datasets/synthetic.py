@@ -1,14 +1,12 @@
 """The embedded data set: drives through random analytic streets, with exact truth.
 
-    python -m selfocc.datasets.synthetic --export kitti DIR --scenes 2 --frames 30 --seed 0
-
-A scene is a function of (config, seed). What is rendered once is cached on disk by its content.
-`street.py` invents a scene out of `objects.py`, `world.py` is its geometry, `shading.py` its looks,
-`sensors.py` casts the rays, `occupancy.py` labels voxels, `rigs.py` mounts the cameras.
+A scene is a function of (config, seed). What is rendered once is cached on disk by its content. In
+selfocc/street, `scene.py` invents a street out of `objects.py`, `world.py` is its geometry,
+`shading.py` its looks, `sensors.py` casts the rays, `occupancy.py` labels voxels, and `rigs.py`
+mounts the cameras. export.py writes scenes as files of other data sets.
 """
 
 import signal
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -139,7 +137,11 @@ class SyntheticSequence(Sequence):
         """One turn of a LiDAR 1.73 m above the ground."""
 
         def scan():
-            return spin(self.street, self.street.at(frame), self._lidar_to_world(frame)).t
+            return spin(
+                self.street,
+                self.street.at(frame),
+                self.true_volume_to_world(frame) @ self.lidar_to_volume(),
+            ).t
 
         ranges = self._stored(("lidar", frame), np.dtype(np.float32), (BEAMS * STEPS,), scan)
         hit = np.isfinite(ranges)
@@ -159,34 +161,10 @@ class SyntheticSequence(Sequence):
         return np.array(stored)
 
     def signed_distance(self, frame: int, points: np.ndarray) -> np.ndarray:
-        """Metres [M] from points [M, 3] in the volume frame to the nearest surface at a frame.
-
-        Negative inside. Exact for solids, to first order in the curvature for the ground."""
+        """That of the street [M], at points [M, 3] in the volume frame."""
         pose = self.true_volume_to_world(frame)
         world = np.asarray(points) @ pose[:3, :3].T + pose[:3, 3]
-        solids = self.street.at(frame)
-        distance = self.street.ground.signed_distance(world)
-        for i in range(len(solids)):
-            distance = np.minimum(distance, solids.signed_distance(world, i))
-        return distance
-
-    def flow(self, frame: int, other: int) -> np.ndarray:
-        """float32 [N, h, w, 2]: how many pixels (right, down) what `frame` shows moves in `other`.
-
-        The sky is at infinity. NaN for what is behind the camera in `other`."""
-        now, then = self.street.at(frame), self.street.at(other)
-        height, width = self.config.image_size
-        v, u = np.mgrid[:height, :width].reshape(2, -1)
-        flow = []
-        for intrinsics, mounted in zip(self.rig.intrinsics, self.rig.camera_to_volume, strict=True):
-            here, there = (self.true_volume_to_world(f) @ mounted for f in (frame, other))
-            sight = look(self.street, now, intrinsics, here, self.config.image_size)
-            points = now.carried(then, sight.points(), sight.index)
-            local = (points - there[:3, 3]) @ there[:3, :3]
-            local = np.where(np.isinf(sight.t)[:, None], sight.directions @ there[:3, :3], local)
-            depth = np.where(local[:, 2:] > 0, local[:, 2:], np.nan)
-            flow.append((local @ intrinsics.T / depth)[:, :2] - np.stack([u, v], -1))
-        return np.stack(flow).reshape(-1, height, width, 2).astype(np.float32)
+        return self.street.signed_distance(frame, world)
 
     def render(self, frame: int, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Image uint8 [N, h, w, 3], z-depth float32 [N, h, w], labels uint8 [N, h, w]; not cached.
@@ -211,10 +189,9 @@ class SyntheticSequence(Sequence):
             labels = _spoil(labels, config.label_noise, self._random("labels", frame))
         return images, depths, labels
 
-    def cached(self, voxels: bool = False) -> bool:
-        """Whether the frames, and the voxels if asked for, are on disk."""
-        kept = [("frames",)] + [("voxels", frame) for frame in self.labelled if voxels]
-        return all(self._file(what).exists() for what in kept)
+    def cached(self) -> bool:
+        """Whether the frames are on disk."""
+        return self._file(("frames",)).exists()
 
     @cached_property
     def _record(self) -> np.ndarray:
@@ -248,16 +225,13 @@ class SyntheticSequence(Sequence):
         matrix[2, 3] = LIDAR_HEIGHT - self.rig.volume_to_ego[2, 3]
         return matrix
 
-    def _lidar_to_world(self, frame):
-        return self.true_volume_to_world(frame) @ self.lidar_to_volume()
-
     @lru_cache(128)  # noqa: B019 - on purpose one small store for all sequences, most recent views
     def view(self, frame: int) -> View:
         """What LiDAR and cameras see at a frame, or further along the path."""
-        poses = self.true_volume_to_world(frame) @ self.rig.camera_to_volume
+        pose, rig = self.true_volume_to_world(frame), self.rig
         return seen_from(
-            self.street, self.street.at(frame), self._lidar_to_world(frame), self.rig.intrinsics,
-            poses, self.config.image_size,
+            self.street, self.street.at(frame), pose @ self.lidar_to_volume(), rig.intrinsics,
+            pose @ rig.camera_to_volume, self.config.image_size,
         )  # fmt: skip
 
     def _views_near(self, frame):
@@ -270,24 +244,19 @@ class SyntheticSequence(Sequence):
         return [self.view(s) for s in [frame, *near]]
 
 
-def prerender(
-    sequences: list[SyntheticSequence],
-    workers: int = 2,
-    progress: bool = True,
-    voxels: bool = False,
-):
-    """Render what is not cached yet, with voxels if asked for, in `workers` processes."""
-    todo = [(sequence, voxels) for sequence in sequences if not sequence.cached(voxels)]
+def prerender(sequences: list[SyntheticSequence], workers: int = 2):
+    """Render what is not cached yet, in `workers` processes."""
+    todo = [sequence for sequence in sequences if not sequence.cached()]
     if not todo:
         return
-    disk.check_writable(todo[0][0].cache)
+    disk.check_writable(todo[0].cache)
     with (
         ProcessPoolExecutor(
             min(workers, len(todo)), initializer=_leave_interrupt_to_parent
         ) as pool,
-        tqdm(total=len(todo), desc="rendering", unit="scene", disable=not progress) as bar,
+        tqdm(total=len(todo), desc="rendering", unit="scene") as bar,
     ):
-        for _ in pool.map(_render, *zip(*todo, strict=True)):
+        for _ in pool.map(_render, todo):
             bar.update()
 
 
@@ -295,10 +264,8 @@ def _leave_interrupt_to_parent():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _render(sequence, voxels):
+def _render(sequence):
     sequence.image(0, 0)
-    for frame in sequence.labelled if voxels else ():
-        sequence.voxels(frame)
 
 
 def _small_motion(shift, rotation):
@@ -323,9 +290,3 @@ def _spoil(labels, share, rng):
     wrong = spread(rng.integers(1, 20, coarse))
     shifted = np.roll(labels, rng.integers(-1, 2, 2), (1, 2))
     return np.where(spread(rng.random(coarse) < share), wrong, shifted).astype(np.uint8)
-
-
-if __name__ == "__main__":
-    from selfocc.datasets.export import main
-
-    sys.exit(main())

@@ -276,10 +276,8 @@ class VideoDataset(torch.utils.data.Dataset):
                 return
             if self._distances(sequence, last)[other] >= step:
                 last = other
-                yield (
-                    float(distances[other]),
-                    self._sample(sequence, frame, other, [other, other], None),
-                )
+                sample = self._sample(sequence, frame, other, [other, other], None)
+                yield float(distances[other]), sample
 
     def _sample(self, sequence, frame, anchor, sources, rng) -> Batch:
         world_to_volume = np.linalg.inv(sequence.volume_to_world(frame))
@@ -289,23 +287,17 @@ class VideoDataset(torch.utils.data.Dataset):
         target = self._frames(sequence, image, anchor, world_to_volume)
         pairs = [self._frames(sequence, image, source, world_to_volume) for source in sources]
         depth = self._label_map(sequence.depth(anchor))
+        exact = self.train and depth is not None  # truth enough; scans are for judging
+        fields = dataclasses.fields(Frames)
         return Batch(
             name=[f"{sequence.name}/{sequence.frame_id(frame)}"],
             images=self._network_images(images, where, rng),
             intrinsics=torch.from_numpy(network_intrinsics),
             camera_to_volume=torch.from_numpy(world_to_volume @ camera_to_world),
             target=target,
-            sources=Frames(
-                *(
-                    torch.stack([getattr(p, f.name) for p in pairs])
-                    for f in dataclasses.fields(Frames)
-                )
-            ),
+            sources=Frames(*(torch.stack([getattr(p, f.name) for p in pairs]) for f in fields)),
             depth=depth,
-            # exact depth is truth enough while training; scans are for judging
-            lidar=None
-            if self.train and depth is not None
-            else self._lidar_map(sequence, anchor, target),
+            lidar=None if exact else self._lidar_map(sequence, anchor, target),
             semantics=self._label_map(sequence.semantics(anchor)),
         )
 
@@ -353,13 +345,8 @@ class VideoDataset(torch.utils.data.Dataset):
         points = sequence.lidar(frame)
         if points is None:
             return None
-        _, camera_to_world = sequence.cameras(frame)
-        volume_to_cameras = np.linalg.inv(camera_to_world) @ sequence.volume_to_world(frame)
-        size = target.images.shape[-2:]
-        maps = [
-            project_points(points, to_camera, k, size)
-            for to_camera, k in zip(volume_to_cameras, target.intrinsics.numpy(), strict=True)
-        ]
+        sizes = [target.images.shape[-2:]] * len(target.images)
+        maps = scan_maps(sequence, frame, points, target.intrinsics.numpy(), sizes)
         return torch.from_numpy(np.stack(maps))
 
 
@@ -381,6 +368,17 @@ def _seen(sequence: Sequence, image: Callable, source: Source):
         where = f"{sequence.name} frame {sequence.frame_id(source)}"
     images, intrinsics = one_size(images, intrinsics)
     return images, intrinsics, camera_to_world, where
+
+
+def scan_maps(sequence: Sequence, frame: int, points: np.ndarray, intrinsics, sizes):
+    """z-depth of the points of a scan in every camera of its frame, as `project_points`.
+
+    intrinsics [N, 3, 3] of images of sizes [h, w].
+    """
+    _, camera_to_world = sequence.cameras(frame)
+    to_cameras = np.linalg.inv(camera_to_world) @ sequence.volume_to_world(frame)
+    cameras = zip(to_cameras, intrinsics, sizes, strict=True)
+    return [project_points(points, *camera) for camera in cameras]
 
 
 def project_points(
