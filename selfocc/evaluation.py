@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from selfocc import InputError, config, distributed, metrics, protocols
@@ -151,11 +151,6 @@ def evenly(dataset: VideoDataset, frames: int | None) -> list[int]:
     return np.unique(np.linspace(0, len(dataset) - 1, count).round().astype(int)).tolist()
 
 
-def loader(dataset: Dataset, chosen: list[int], workers: int, world: int) -> DataLoader:
-    """Single samples in order, read ahead by workers. Raises InputError as `read_ahead`."""
-    return read_ahead(Subset(dataset, chosen), workers, world, batch_size=None)
-
-
 def score(
     model: SelfOcc, scores: Scores, sample: Sample, device: torch.device, tasks: Iterable[str]
 ) -> Record:
@@ -225,7 +220,7 @@ def evaluate(
     records = {} if journal is None else journal.records
     todo = [index for index in mine if index not in records]
     bar = tqdm(
-        loader(samples, todo, settings.optim.workers, world),
+        read_ahead(Subset(samples, todo), settings.optim.workers, world, batch_size=None),
         desc="evaluating",
         unit="frame",
         initial=len(mine) - len(todo),
@@ -324,8 +319,8 @@ def gather_priors(
     share = np.array_split(evenly(training, frames), world)[rank]
     runs = np.array_split(share, max(1, workers))
     in_turn = [int(i) for turn in zip_longest(*runs) for i in turn if i is not None]
-    batches = loader(samples, in_turn, workers, world)
-    for sample in tqdm(batches, desc="priors from training truth", disable=rank > 0):
+    read = read_ahead(Subset(samples, in_turn), workers, world, batch_size=None)
+    for sample in tqdm(read, desc="priors from training truth", disable=rank > 0):
         mine.add(sample.labels, sample.batch)
     priors.join(distributed.gather_dicts({rank: mine}).values())
     return priors

@@ -1,4 +1,4 @@
-"""What a prediction is worth, and the baselines it has to beat; the paper's section 4 and appendix.
+"""What a prediction is worth, and the baselines it has to beat.
 
 Voxels are [ny, nx, nz] over (y, x, z); labels are uint8, 0 free, 1.. class, 255 unknown and never
 scored. Depth is z-depth in metres, 0 in truth where there is none. A metric is two functions: one

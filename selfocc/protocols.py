@@ -1,12 +1,12 @@
-"""How each data set is judged (spec sections 12 and 13): what is scored, where, and how it is read.
+"""How each data set is judged (paper section 4): what is scored, where, and how it is read.
 
 Three protocols, named in every table:
 
 - `published`: what the published evaluation scripts compute, so that figures compare with papers.
 - `corrected`: the same without their errors. Voxels are read at their centres, not on points that
-  run from end to end of the box (quirk 23). The depth map is read where its rays are, not up to a
-  stride to the left of it and above (24). Metres ahead are those driven, not the sum over skipped
-  frames too (20). Scans are projected with the cameras of their own time stamp (21).
+  run from end to end of the box. The depth map is read where its rays are, not up to a stride to
+  the left of it and above. Metres ahead are those driven, not the sum over skipped frames too.
+  Scans are projected with the cameras of their own time stamp.
 - `own`: the embedded world's. The SDF of a voxel is the lowest at its centre and corners, as a
   voxel of the truth is occupied where any part of it is; pooled and cropped as the preset says.
   Depth maps are interpolated to the pixels of the image and compared with maps (exact, LiDAR or

@@ -233,15 +233,10 @@ def photometric_record(depth: Tensor, batch: Batch) -> Record:
 
     Empty where there is no other frame to warp, or none that sees what the target does.
     """
-    errors = _photometric_errors(depth, batch)
-    return {} if errors is None else {"photometric": torch.tensor([*errors, 1]).double()}
-
-
-def _photometric_errors(depth: Tensor, batch: Batch) -> tuple[float, float] | None:
     target, sources = batch.target, _other_frames(batch)
     height, width = depth.shape[-2:]
     if not sources.images.shape[1]:
-        return None
+        return {}
     v, u = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     pixels = torch.stack([u, v, torch.ones_like(u)]).to(depth).flatten(1)  # [3, h w]
     points = F.pad(pixels * depth.flatten(2)[:, :, None], (0, 0, 0, 1), value=1.0)
@@ -270,8 +265,9 @@ def _photometric_errors(depth: Tensor, batch: Batch) -> tuple[float, float] | No
     )
     seen = error.isfinite()
     if not seen.any():
-        return None
-    return error[seen].mean().item(), identity[seen].mean().item()
+        return {}
+    errors = error[seen].mean().item(), identity[seen].mean().item()
+    return {"photometric": torch.tensor([*errors, 1]).double()}
 
 
 def _other_frames(batch: Batch) -> Frames:

@@ -7,9 +7,9 @@
                         /voxels             .label (uint16), .invalid (bits) and .bin (bits, what
                                             the scan hits), 256x256x32 of 0.2 m
 
-World: cam0 of the first frame (x right, y down, z forward). Volume: p_vol = A p_velo (spec section
-1), x right, y forward, z up, origin at the velodyne. Only calibration, poses and the left images
-are needed; `missing` tells what else is absent or cannot be used, and what that costs.
+World: cam0 of the first frame (x right, y down, z forward). Volume: x right, y forward, z up, with
+its origin at the velodyne. Only calibration, poses and the left images are needed; `missing` tells
+what else is absent or cannot be used, and what that costs.
 """
 
 from pathlib import Path

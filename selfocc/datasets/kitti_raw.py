@@ -11,9 +11,9 @@
 A pose file has a 3x4 matrix a line, line k for frame k, that takes rectified camera 0 to a world,
 as in KITTI odometry; where the file's name contains `cam2` it takes camera 2. Files are looked for
 in the folder of --poses (DATE/DRIVE.txt or DRIVE*.txt), then in the drive; without them poses come
-from OXTS. Volume (spec section 1): p_vol = A p_velo, x right, y forward, z up, at the velodyne. A
-camera's projection is P_rect R_rect T_velo_to_cam with the fourth column of P_rect, so that
-camera i sits at -K^-1 p_4 of rectified camera 0.
+from OXTS. Volume: x right, y forward, z up, at the velodyne. A camera's projection is
+P_rect R_rect T_velo_to_cam with the fourth column of P_rect, so that camera i sits at -K^-1 p_4 of
+rectified camera 0.
 """
 
 import re

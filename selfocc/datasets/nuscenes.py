@@ -4,10 +4,10 @@
     samples, sweeps/CHANNEL/...         six cameras at 12 Hz, LIDAR_TOP of key frames (2 Hz)
     gts, nuScenes-Occupancy             voxels of Occ3D and of OpenOccupancy (nuscenes_voxels.py)
 
-World: nuScenes' global frame. Every sensor is placed by its own ego pose (spec section 1). Volume:
+World: nuScenes' global frame. Every sensor is placed by its own ego pose. Volume:
 the ego frame (x forward, y left, z up) at the time of LIDAR_TOP, or the LiDAR's own (x right, y
 forward). Frames are key frames and, between them, sweeps: those of the camera that has the fewest
-there, with the nearest in time of every other camera (spec 1.1). Only key frames are inputs.
+there, with the nearest in time of every other camera. Only key frames are inputs.
 """
 
 import functools

@@ -257,14 +257,7 @@ def make_index(folder: Path) -> np.ndarray:
     order = kept[np.lexsort((numbers[kept, 2], numbers[kept, 1], numbers[kept, 0]))]
     numbers, pose_of = numbers[order], pose_of[order]
     index = np.empty(len(order), dtype)
-    for field, column in (
-        ("scene", 0),
-        ("channel", 1),
-        ("time", 2),
-        ("sample", 3),
-        ("mount", 4),
-        ("key", 5),
-    ):
+    for column, field in enumerate(("scene", "channel", "time", "sample", "mount", "key")):
         index[field] = numbers[:, column]
     index["size"], index["token"], index["file"] = numbers[:, 6:], tokens[order], files[order]
     index["rotation"], index["translation"] = poses[pose_of, :4], poses[pose_of, 4:]

@@ -29,7 +29,7 @@ class Occ3D:
         self.files = {f: folder / t / "labels.npz" for f, t in tokens.items() if t in there}
 
     def labels(self, frame: int) -> np.ndarray:
-        """[200, 200, 16]; "others" (0) counts as free too (spec section 12). Raises InputError."""
+        """[200, 200, 16]; "others" (0) counts as free too, as published. Raises InputError."""
         labels = self._read(frame, "semantics")
         if labels.max() > self.free:
             raise InputError(f"{self.files[frame]}: class {labels.max()} is beyond {self.free}")

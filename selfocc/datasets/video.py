@@ -48,6 +48,7 @@ class VideoDataset(torch.utils.data.Dataset):
         self.sequences = sequences
         self.config = config
         self.train = train
+        self.target_crop = config.target_crop or config.crop
         self.index, left_out = [], []
         for s, sequence in enumerate(sequences):
             frames = self._candidates(sequence)
@@ -226,10 +227,10 @@ class VideoDataset(torch.utils.data.Dataset):
         return None if any(source is None for source in sources) else sources
 
     def _draw_for_each_camera(self, sequence, anchor, candidates, rng) -> list[int] | None:
-        """A frame for every camera, most likely one half a metre away (spec 1.1)."""
+        """A frame for every camera, most likely one half a metre away."""
         if not len(candidates):
             return None
-        distance = self._distances(sequence, anchor)[candidates]
+        distance = self._distance(sequence, anchor, candidates)
         logits = -((distance - COMPOSITE_DISTANCE) ** 2) / (2 * COMPOSITE_SPREAD**2)
         likely = np.exp(logits - logits.max())
         cameras = len(sequence.cameras(anchor)[0])
@@ -242,10 +243,6 @@ class VideoDataset(torch.utils.data.Dataset):
             return np.linalg.norm(ways, axis=-1)
         return np.abs(sequence.path[other] - sequence.path[frame])
 
-    def _distances(self, sequence: Sequence, frame: int) -> np.ndarray:
-        """Metres [frames] from a frame to every other."""
-        return self._distance(sequence, frame, slice(None))
-
     def _either_side(
         self, sequence: Sequence, frame: int, window: tuple[float, float]
     ) -> list[np.ndarray]:
@@ -253,7 +250,7 @@ class VideoDataset(torch.utils.data.Dataset):
 
         The search ends at the first frame beyond the window: a loop that comes back is not near.
         """
-        distance = self._distances(sequence, frame)
+        distance = self._distance(sequence, frame, slice(None))
         sides = []
         for side, first, step in (
             (distance[:frame][::-1], frame - 1, -1),
@@ -269,12 +266,12 @@ class VideoDataset(torch.utils.data.Dataset):
     ) -> Iterator[tuple[float, Batch]]:
         """Later frames as targets, at least `step` metres apart: (metres ahead, sample)."""
         sequence, frame = self.locate(index)
-        distances = self._distances(sequence, frame)
+        distances = self._distance(sequence, frame, slice(None))
         last = frame
         for other in range(frame + 1, sequence.frames):
             if distances[other] > maximum:
                 return
-            if self._distances(sequence, last)[other] >= step:
+            if self._distance(sequence, last, other) >= step:
                 last = other
                 sample = self._sample(sequence, frame, other, [other, other], None)
                 yield float(distances[other]), sample
@@ -301,14 +298,11 @@ class VideoDataset(torch.utils.data.Dataset):
             semantics=self._label_map(sequence.semantics(anchor)),
         )
 
-    def _target_crop(self) -> tuple[int, int]:
-        return self.config.target_crop or self.config.crop
-
     def _frames(self, sequence, image, source: Source, world_to_volume: np.ndarray) -> Frames:
         images, intrinsics, camera_to_world, where = _seen(sequence, image, source)
         scale = self.config.target_scale
         return Frames(
-            resize(cropped(images, self._target_crop(), where) / 255, scale),
+            resize(cropped(images, self.target_crop, where) / 255, scale),
             torch.from_numpy(scaled(intrinsics, scale)),
             torch.from_numpy(world_to_volume @ camera_to_world),
         )
@@ -333,7 +327,7 @@ class VideoDataset(torch.utils.data.Dataset):
             return None
         least = np.array([label.shape for label in labels]).min(0)
         scale = self.config.target_scale
-        pixels = [(np.arange(int(n * scale)) + 0.5) / scale for n in self._target_crop()]
+        pixels = [(np.arange(int(n * scale)) + 0.5) / scale for n in self.target_crop]
         maps = []
         for label in labels:
             ratios = label.shape / least
