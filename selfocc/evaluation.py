@@ -72,9 +72,7 @@ class Sample:
     index: int
     batch: Batch  # of one
     labels: Tensor | None = None  # [ny, nx, nz] uint8
-    voxels_to_volume: np.ndarray | None = (
-        None  # [4, 4] where they have another frame than the volume
-    )
+    voxels_to_volume: np.ndarray | None = None  # as the sequence has it
     location: Tensor | None = None  # [N, M, 2] of LiDAR points, as fractions of the images
     depth: Tensor | None = None  # [N, M] of these, 0 where not scored
     later: list[Later] = dataclasses.field(default_factory=list)

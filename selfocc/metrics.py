@@ -84,23 +84,22 @@ def above_ground(labels: Tensor, voxel_size: float, ground: tuple[int, ...] = GR
     return (level - fill_nearest(height, known)[..., None]) * voxel_size > ABOVE + 1e-6
 
 
-def threshold_counts(
-    field: Tensor, labels: Tensor, thresholds: Tensor, mask: Tensor | None = None
-) -> Tensor:
-    """How many free and occupied voxels have k thresholds below their value: int64 [2, T + 1].
+def threshold_counts(field: Tensor, labels: Tensor, above: Tensor, thresholds: Tensor) -> Tensor:
+    """How many free and occupied voxels have k thresholds below their value: int64 [2, 2, T + 1].
 
-    field [ny, nx, nz]: SDF in metres, or any score that is low where occupied; thresholds [T]
-    ascending; mask bool: what is scored, where labels are known.
+    First all known voxels, then those in the mask `above`. field [ny, nx, nz]: SDF in metres, or
+    any score that is low where occupied; thresholds [T] ascending.
     """
-    scored = labels != UNKNOWN if mask is None else (labels != UNKNOWN) & mask
-    rank = torch.searchsorted(thresholds, field[scored].to(thresholds.dtype))
-    bins = len(thresholds) + 1
-    return torch.bincount((labels[scored] > 0) * bins + rank, minlength=2 * bins).view(2, bins)
+    known = labels != UNKNOWN
+    rank = torch.searchsorted(thresholds, field[known].to(thresholds.dtype))
+    kind, bins = 2 * above[known] + (labels[known] > 0), len(thresholds) + 1
+    below, high = torch.bincount(kind * bins + rank, minlength=4 * bins).view(2, 2, bins)
+    return torch.stack([below + high, high])
 
 
 def best_threshold(counts: Tensor, thresholds: Tensor) -> dict[str, float]:
     """The threshold of best IoU when `field <= threshold` is occupied, the first of equals; its
-    IoU, precision and recall."""
+    IoU, precision and recall. counts [2, T + 1]: one of `threshold_counts`."""
     total, curve = int(counts[1].sum()), []
     for threshold, false, found in zip(
         thresholds, *counts.cumsum(dim=1)[:, :-1].tolist(), strict=True

@@ -121,10 +121,8 @@ class Scores:
             truth = labels
             if method == UNKNOWN_FREE:
                 truth = torch.where(labels == metrics.UNKNOWN, 0, labels)
-            record[f"occupancy/{method}"] = torch.stack([
-                metrics.threshold_counts(fields[method], truth, thresholds, mask)
-                for mask in (None, above)
-            ])  # fmt: skip
+            counts = metrics.threshold_counts(fields[method], truth, above, thresholds)
+            record[f"occupancy/{method}"] = counts
         if likeliest is not None:
             predicted = self.voxel_class[likeliest.cpu()]
             predicted = torch.where(sdf <= self.settings.threshold, predicted, 0)

@@ -96,13 +96,17 @@ def test_the_best_threshold_equals_direct_counting():
         for _ in range(2)
     ]
     frames[0][0][0, 0, 0] = thresholds[4]  # a value on a threshold counts as occupied
-    counts = sum(threshold_counts(sdf, labels, thresholds, mask) for sdf, labels, mask in frames)
-    whole = sum(threshold_counts(sdf, labels, thresholds) for sdf, labels, _ in frames)
-    assert whole.sum() > counts.sum() > 0
+    whole, above = sum(threshold_counts(*frame, thresholds) for frame in frames)
     sdf, labels, mask = (torch.cat(parts) for parts in zip(*frames, strict=True))
-    scored, ious = mask & (labels != 255), []
+    known = labels != 255
+    check_best(whole, thresholds, sdf[known], labels[known])
+    check_best(above, thresholds, sdf[known & mask], labels[known & mask])
+
+
+def check_best(counts, thresholds, sdf, labels):
+    ious = []
     for i, threshold in enumerate(thresholds):
-        found, occupied = (sdf <= threshold)[scored], (labels > 0)[scored]
+        found, occupied = sdf <= threshold, labels > 0
         both, either = (found & occupied).sum().item(), (found | occupied).sum().item()
         one = torch.stack([counts[:, : i + 1].sum(1), counts[:, i + 1 :].sum(1)], 1)
         assert best_threshold(one, thresholds[i : i + 1]) == {
@@ -117,7 +121,8 @@ def test_the_best_threshold_equals_direct_counting():
 def test_nothing_scored_is_zero_not_an_error():
     labels = torch.full((2, 2, 2), 255, dtype=torch.uint8)
     threshold = torch.tensor([0.0])
-    best = best_threshold(threshold_counts(torch.zeros(2, 2, 2), labels, threshold), threshold)
+    counts, _ = threshold_counts(torch.zeros(2, 2, 2), labels, labels > 0, threshold)
+    best = best_threshold(counts, threshold)
     assert (best["iou"], best["precision"], best["recall"]) == (0, 0, 0)
     scores = class_scores(confusion_counts(torch.ones_like(labels), labels, 20))
     assert scores["miou"] == 0 and scores["miou_published"] == 1
@@ -162,7 +167,7 @@ def test_the_prior_finds_what_is_common():
     probability = prior_probability(sum(map(voxel_counts, labels)))
     assert probability[0, 0, 0] == 1 and probability[0, 1, 1] == 1 and probability[1, 1, 1] == 0
     assert probability[1, 0, 0] == pytest.approx(1 / 3)
-    counts = threshold_counts(-probability, labels[1], PRIOR_THRESHOLDS)
+    counts, _ = threshold_counts(-probability, labels[1], labels[1] > 0, PRIOR_THRESHOLDS)
     best = best_threshold(counts, PRIOR_THRESHOLDS)
     assert best["iou"] == 1 and -best["threshold"] > 1 / 3
 

@@ -40,8 +40,9 @@ def percent(value):
 
 def counted(occupied, truth, mask=None):
     """Counts of what is occupied, bool [ny, nx, nz]."""
-    sdf = torch.where(occupied, -1.0, 1.0)
-    return metrics.threshold_counts(sdf, truth, torch.zeros(1), mask)
+    sdf, all_or_masked = torch.where(occupied, -1.0, 1.0), 0 if mask is None else 1
+    mask = torch.zeros_like(occupied) if mask is None else mask
+    return metrics.threshold_counts(sdf, truth, mask, torch.zeros(1))[all_or_masked]
 
 
 def scored(counts):
