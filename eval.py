@@ -164,7 +164,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             for line in [*taken, *dataset.notes]:
                 print(f"note: {line}")
 
-        damaged = [line for s in dataset.sequences for line in getattr(s, "damaged", ())]
+        damaged = [line for s in dataset.sequences for line in s.damaged]
         if damaged and "occupancy" in tasks:
             raise InputError(f"{damaged[0]}, or score without --task occupancy")
         rules = protocols.choose(settings, arguments.protocol)

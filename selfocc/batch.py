@@ -1,42 +1,61 @@
 """What travels: posed frames out of a data set, batches into the model, views out of it."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-class Sequence(Protocol):
-    """Posed frames of N cameras. Matrices are float64, lengths metres, colours 8-bit RGB."""
+class Sequence:
+    """Posed frames of N cameras: what a data set offers, and what it may lack.
+
+    Matrices are float64, lengths metres, colours 8-bit RGB. A data set overrides what it has; of
+    the rest there is none.
+    """
 
     name: str
     frames: int
-    inputs: list[int] | None  # frames that may be the network's input; None: all
     path: np.ndarray  # [frames] length of the path driven until each frame
-    positions: np.ndarray  # float64 [frames, 3] where the rig is in the world
-    labelled: list[int]  # frames that have voxel labels
-    missing: list[str]  # what this sequence lacks and which metrics that costs
+    positions: np.ndarray  # [frames, 3] where the rig is in the world
+    inputs: list[int] | None = None  # frames that may be the network's input; None: all
+    labelled: Collection[int] = ()  # frames that have voxel labels
+    skipped: Collection[int] = ()  # frames that the published evaluation leaves out
+    missing: Collection[str] = ()  # what this sequence lacks and which metrics that costs
+    damaged: Collection[str] = ()  # what is wrong with labels that are there
 
-    def frame_id(self, frame: int) -> str: ...
-    def files(self, frame: int) -> list[Path]:
-        """All files of a frame that are read where they are there."""
+    def frame_id(self, frame: int) -> str:
+        raise NotImplementedError
 
     def cameras(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
-        """intrinsics [N, 3, 3] in pixels, camera_to_world [N, 4, 4]."""
+        """intrinsics [N, 3, 3] in pixels, camera_to_world [N, 4, 4]; copies."""
+        raise NotImplementedError
 
     def volume_to_world(self, frame: int) -> np.ndarray:
         """[4, 4]."""
+        raise NotImplementedError
 
     def image(self, frame: int, camera: int) -> np.ndarray:
         """uint8 [h, w, 3]; cameras may differ in size."""
+        raise NotImplementedError
 
-    def depth(self, frame: int) -> np.ndarray | None:
-        """Dense z-depth, float32 [N, h, w], 0 where there is none; None where it is not known."""
+    def images(self, frame: int) -> list[np.ndarray]:
+        """Those of all cameras."""
+        return [self.image(frame, camera) for camera in range(len(self.cameras(frame)[0]))]
+
+    @property
+    def camera_names(self) -> Iterable[str]:
+        return [f"camera {camera}" for camera in range(len(self.cameras(0)[0]))]
+
+    def files(self, frame: int) -> list[Path]:
+        """All files of a frame that are read where they are there."""
+        return []
+
+    def depth(self, frame: int) -> Iterable[np.ndarray] | None:
+        """z-depth of every camera, float32 [h, w], 0 where there is none."""
 
     def lidar(self, frame: int) -> np.ndarray | None:
         """float32 [M, 3] in the volume frame of this frame."""
@@ -45,33 +64,27 @@ class Sequence(Protocol):
         """Class ids of every camera, uint8 [h, w]."""
 
     def voxels(self, frame: int) -> np.ndarray | None:
-        """Labels, uint8 [ny, nx, nz]; 0 is free, 255 unknown."""
+        """Labels, uint8 [ny, nx, nz] over (y, x, z); 0 is free, 255 unknown."""
+
+    def voxel_mask(self, frame: int) -> np.ndarray | None:
+        """bool [ny, nx, nz]: which labels are scored; None: all."""
+
+    def voxels_to_volume(self, frame: int) -> np.ndarray | None:
+        """[4, 4] where labels have another frame than the volume."""
+
+    def voxel_scan(self, frame: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Which voxels the scan of this frame hits, bool [ny, nx, nz]: according to a file beside
+        the labels, and to the scan itself."""
 
     def stereo_pair(self, frame: int) -> tuple[np.ndarray, np.ndarray, float, float] | None:
         """Left and right image uint8 [h, w, 3], focal length in pixels, baseline in metres."""
 
-    # Sequences of stereo pairs also have these two, for data.stereo_source:
-    # has_other_eye(frame) -> bool: whether the other camera's image of that time is on disk
-    # other_eye(frame): its intrinsics [N, 3, 3], camera_to_world [N, 4, 4] and images uint8
-    # [N, h, w, 3]
+    def has_other_eye(self, frame: int) -> bool:
+        """Whether the image of the other camera of a stereo pair is on disk."""
+        return False
 
-
-def has_other_eye(sequence: Sequence, frame: int) -> bool:
-    """Whether a frame has an image of the other camera of a stereo pair."""
-    return hasattr(sequence, "has_other_eye") and sequence.has_other_eye(frame)
-
-
-def voxels_to_volume(sequence: Sequence, frame: int) -> Tensor | None:
-    """[4, 4] float64 where the voxels of a sequence have another frame than its volume."""
-    if not hasattr(sequence, "voxels_to_volume"):
-        return None
-    matrix = torch.from_numpy(sequence.voxels_to_volume(frame))
-    return None if torch.equal(matrix, torch.eye(4, dtype=matrix.dtype)) else matrix
-
-
-def camera_names(sequence: Sequence, count: int) -> list[str]:
-    """What a sequence calls its cameras, or else their numbers."""
-    return list(getattr(sequence, "camera_names", (f"camera {k}" for k in range(count))))
+    def other_eye(self, frame: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]] | None:
+        """Of that camera: intrinsics [N, 3, 3], camera_to_world [N, 4, 4], images."""
 
 
 @dataclass

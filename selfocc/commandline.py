@@ -14,8 +14,7 @@ from typing import NoReturn, get_args
 import torch
 
 from selfocc import InputError, distributed
-from selfocc.config import Config, Dataset
-from selfocc.datasets import Folders
+from selfocc.config import Config, Dataset, Folders
 from selfocc.labels import TABLES
 from selfocc.settings import kinds
 

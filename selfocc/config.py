@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil, prod
+from pathlib import Path
 from typing import Annotated, Literal
 
 from selfocc import InputError
@@ -70,6 +71,16 @@ class DataConfig(Section, name="data"):
         """Cameras of a frame."""
         ring = self.dataset == "synthetic" and self.rig == "surround"
         return 6 if self.dataset == "nuscenes" or ring else 1
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where the files of a data set are; None for what it does not need."""
+
+    data: Path | None = None  # the data set as it was downloaded
+    labels: Path | None = None  # 2-D pseudo labels, laid out as the images are
+    splits: Path | None = None  # KITTI raw: split files
+    poses: Path | None = None  # KITTI raw: one pose file a drive
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from selfocc import InputError, config, distributed, metrics, protocols
-from selfocc.batch import Batch, Frames, Sequence, View, collate, voxels_to_volume
+from selfocc.batch import Batch, Frames, Sequence, View, collate
 from selfocc.datasets.loader import read_ahead
 from selfocc.datasets.video import VideoDataset
 from selfocc.geometry import image_projection
@@ -72,7 +72,7 @@ class Sample:
     index: int
     batch: Batch  # of one
     labels: Tensor | None = None  # [ny, nx, nz] uint8
-    voxels_to_volume: Tensor | None = None  # [4, 4] where they have another frame than the volume
+    voxels_to_volume: np.ndarray | None = None  # as the sequence has it
     location: Tensor | None = None  # [N, M, 2] of LiDAR points, as fractions of the images
     depth: Tensor | None = None  # [N, M] of these, 0 where not scored
     later: list[Later] = dataclasses.field(default_factory=list)
@@ -90,16 +90,9 @@ class Samples(Dataset):
         own = self.rules.protocol == "own"
         sample = Sample(index, batch)
         if "occupancy" in self.tasks and batch.voxels is not None:
-            sample.labels = batch.voxels[0]
-            mask = sequence.voxel_mask(frame) if hasattr(sequence, "voxel_mask") else None
-            if mask is not None:  # Occ3D: what a camera sees
-                mask = torch.from_numpy(mask)
-                sample.labels = torch.where(mask, sample.labels, metrics.UNKNOWN)
-            if self.rules.crude:  # any class will do, as none is scored
-                sample.labels = torch.where(sample.labels == metrics.UNKNOWN, 1, sample.labels)
-            if own:
-                sample.labels = metrics.pool_voxels(sample.labels, self.pool)
-            sample.voxels_to_volume = voxels_to_volume(sequence, frame)
+            mask = sequence.voxel_mask(frame)
+            sample.labels = protocols.scored_labels(batch.voxels[0], mask, self.rules, self.pool)
+            sample.voxels_to_volume = sequence.voxels_to_volume(frame)
         if "depth" in self.tasks and not own:
             points = sequence.lidar(frame)
             if points is not None:
@@ -123,14 +116,14 @@ class Samples(Dataset):
     def _later_maps(self, index: int) -> Iterator[Later]:
         """Later frames with the truth of every pixel."""
         for distance, later in self.dataset.future(index):
-            for truth in truth_maps(collate([later])).values():
+            truth = next(iter(truth_maps(later).values()), None)  # [N, h, w] of a sample
+            if truth is not None:
                 height, width = truth.shape[-2:]
                 v, u = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
                 location = torch.stack([u / width, v / height], dim=-1).flatten(0, 1)
-                location = location.expand(truth.shape[1], -1, -1)
+                location = location.expand(len(truth), -1, -1)
                 cameras = later.target.camera_to_volume.numpy()
-                yield Later(distance, cameras, location.numpy(), truth[0].flatten(1).numpy())
-                break
+                yield Later(distance, cameras, location.numpy(), truth.flatten(1).numpy())
 
     def _later_scan(
         self, sequence: Sequence, frame: int, here: Frames, distance: float, other: int
@@ -154,11 +147,6 @@ def evenly(dataset: VideoDataset, frames: int | None) -> list[int]:
     """Indices of at most `frames` samples, evenly spread; None is all."""
     count = len(dataset) if frames is None else min(frames, len(dataset))
     return np.unique(np.linspace(0, len(dataset) - 1, count).round().astype(int)).tolist()
-
-
-def loader(dataset: Dataset, chosen: list[int], workers: int, world: int) -> DataLoader:
-    """Single samples in order, read ahead by workers. Raises InputError as `read_ahead`."""
-    return read_ahead(Subset(dataset, chosen), workers, world, batch_size=None)
 
 
 def score(
@@ -230,7 +218,7 @@ def evaluate(
     records = {} if journal is None else journal.records
     todo = [index for index in mine if index not in records]
     bar = tqdm(
-        loader(samples, todo, settings.optim.workers, world),
+        read_ahead(Subset(samples, todo), settings.optim.workers, world, batch_size=None),
         desc="evaluating",
         unit="frame",
         initial=len(mine) - len(todo),
@@ -315,12 +303,7 @@ def validate(
 
 
 def gather_priors(
-    model: SelfOcc,
-    training: VideoDataset,
-    frames: int,
-    rules: Rules,
-    rank: int = 0,
-    world: int = 1,
+    model: SelfOcc, training: VideoDataset, frames: int, rules: Rules, rank: int = 0, world: int = 1
 ) -> Priors:
     """Priors from at most `frames` training frames (a data set opened with train=False).
 
@@ -334,8 +317,8 @@ def gather_priors(
     share = np.array_split(evenly(training, frames), world)[rank]
     runs = np.array_split(share, max(1, workers))
     in_turn = [int(i) for turn in zip_longest(*runs) for i in turn if i is not None]
-    batches = loader(samples, in_turn, workers, world)
-    for sample in tqdm(batches, desc="priors from training truth", disable=rank > 0):
+    read = read_ahead(Subset(samples, in_turn), workers, world, batch_size=None)
+    for sample in tqdm(read, desc="priors from training truth", disable=rank > 0):
         mine.add(sample.labels, sample.batch)
     priors.join(distributed.gather_dicts({rank: mine}).values())
     return priors

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from selfocc import InputError, distributed, files
 
-Record = dict[str, Tensor]  # what a metric knows of a frame (its `state`), by name
+Record = dict[str, Tensor]  # the counts of a frame by name, see scores.py
 
 
 class Journal:
@@ -80,7 +80,7 @@ class Journal:
 
 
 def _line(frame: int, record: Record) -> str:
-    scores = {name: state.tolist() for name, state in record.items()}
+    scores = {name: counts.tolist() for name, counts in record.items()}
     return json.dumps({"frame": frame, "scores": scores}) + "\n"
 
 

@@ -1,9 +1,8 @@
-"""What a prediction is worth (spec section 12), and the baselines it has to beat.
+"""What a prediction is worth, and the baselines it has to beat.
 
 Voxels are [ny, nx, nz] over (y, x, z); labels are uint8, 0 free, 1.. class, 255 unknown and never
-scored. Depth is z-depth in metres, 0 in truth where there is none. Every metric accumulates frames
-with `update` and reports with `results`; what it knows of them is one tensor, `state`, and the
-state of many frames is the sum of theirs. Arguments are tensors on the CPU or numpy arrays.
+scored. Depth is z-depth in metres, 0 in truth where there is none. A metric is two functions: one
+counts a frame, the other makes scores of the sum of the counts of many. Tensors are on the CPU.
 """
 
 import math
@@ -13,18 +12,11 @@ from torch import Tensor
 
 UNKNOWN = 255
 GROUND = (9, 10, 11, 12, 17)  # SemanticKITTI: road, parking, sidewalk, other-ground, terrain
+ABOVE = 0.3  # metres above the ground from which on occupancy gets hard
 
 
 def _ratio(numerator, denominator) -> float:
     return float(numerator) / float(denominator) if denominator else 0.0
-
-
-def _scores(tp, fp, fn) -> dict[str, float]:
-    return {
-        "iou": _ratio(tp, tp + fp + fn),
-        "precision": _ratio(tp, tp + fp),
-        "recall": _ratio(tp, tp + fn),
-    }
 
 
 # voxels
@@ -37,7 +29,6 @@ def pool_voxels(labels: Tensor, factor: int) -> Tensor:
     equals); free if none is and at least half are known; else unknown. Raises ValueError where
     `factor` does not divide the shape.
     """
-    labels = torch.as_tensor(labels)
     if factor == 1:
         return labels
     if any(n % factor for n in labels.shape):
@@ -78,106 +69,73 @@ def fill_nearest(values: Tensor, known: Tensor) -> Tensor:
     return torch.where(seed >= 0, filled, values)
 
 
-def above_ground(
-    labels: Tensor, voxel_size: float, margin: float = 0.3, ground: tuple[int, ...] = GROUND
-) -> Tensor:
-    """Which voxels [ny, nx, nz] lie more than `margin` metres above the ground, centre to centre.
+def above_ground(labels: Tensor, voxel_size: float, ground: tuple[int, ...] = GROUND) -> Tensor:
+    """Which voxels [ny, nx, nz] lie more than ABOVE metres above the ground, centre to centre.
 
     The ground of a column is its highest voxel of a class in `ground`, or that of the nearest
     column that has one. Labels without any ground say nothing about height: no voxel is above it.
     """
-    labels = torch.as_tensor(labels)
     grounded = torch.isin(labels, torch.tensor(ground, dtype=labels.dtype))
     level = torch.arange(labels.shape[2])
     height = torch.where(grounded, level, -1).amax(dim=2)
     known = height >= 0
     if not known.any():
         return torch.zeros_like(grounded)
-    return (level - fill_nearest(height, known)[..., None]) * voxel_size > margin + 1e-6
+    return (level - fill_nearest(height, known)[..., None]) * voxel_size > ABOVE + 1e-6
 
 
-class OccupancyMetrics:
-    """IoU, precision and recall of occupied voxels, pooled over all frames."""
+def threshold_counts(field: Tensor, labels: Tensor, above: Tensor, thresholds: Tensor) -> Tensor:
+    """How many free and occupied voxels have k thresholds below their value: int64 [2, 2, T + 1].
 
-    def __init__(self):
-        self.state = torch.zeros(3, dtype=torch.int64)  # true and false positives, false negatives
-
-    def update(self, prediction: Tensor, labels: Tensor, mask: Tensor | None = None) -> None:
-        """prediction bool, labels uint8, mask bool (scored where true): [ny, nx, nz]."""
-        prediction, labels = torch.as_tensor(prediction).bool(), torch.as_tensor(labels)
-        scored = labels != UNKNOWN if mask is None else (labels != UNKNOWN) & mask
-        occupied = (labels > 0) & scored
-        found, false = prediction & occupied, prediction & scored & ~occupied
-        self.state = self.state + torch.stack(
-            [found.sum(), false.sum(), (~prediction & occupied).sum()]
-        )
-
-    def results(self) -> dict[str, float]:
-        return _scores(*self.state.tolist())
+    First all known voxels, then those in the mask `above`. field [ny, nx, nz]: SDF in metres, or
+    any score that is low where occupied; thresholds [T] ascending.
+    """
+    known = labels != UNKNOWN
+    rank = torch.searchsorted(thresholds, field[known].to(thresholds.dtype))
+    kind, bins = 2 * above[known] + (labels[known] > 0), len(thresholds) + 1
+    below, high = torch.bincount(kind * bins + rank, minlength=4 * bins).view(2, 2, bins)
+    return torch.stack([below + high, high])
 
 
-class ThresholdCurve:
-    """IoU, precision and recall of `field <= threshold` for many ascending thresholds at once."""
-
-    def __init__(self, thresholds: Tensor):
-        self.thresholds = torch.as_tensor(thresholds)
-        # how many free and occupied voxels have how many thresholds below their value
-        self.state = torch.zeros(2, len(self.thresholds) + 1, dtype=torch.int64)
-
-    def update(self, field: Tensor, labels: Tensor, mask: Tensor | None = None) -> None:
-        """field [ny, nx, nz] float: SDF in metres, or any score that is low where occupied."""
-        field, labels = torch.as_tensor(field), torch.as_tensor(labels)
-        scored = labels != UNKNOWN if mask is None else (labels != UNKNOWN) & mask
-        rank = torch.searchsorted(self.thresholds, field[scored].to(self.thresholds.dtype))
-        bins = self.state.shape[1]
-        self.state = self.state + torch.bincount(
-            (labels[scored] > 0) * bins + rank, minlength=2 * bins
-        ).view(2, bins)
-
-    def results(self) -> dict:
-        """Lists over the thresholds, and the `best` of them by IoU."""
-        predicted = self.state.cumsum(dim=1)[:, :-1]
-        total = int(self.state[1].sum())
-        curve = [
-            {"threshold": float(t), **_scores(tp, fp, total - tp)}
-            for t, fp, tp in zip(self.thresholds, *predicted.tolist(), strict=True)
-        ]
-        best = max(curve, key=lambda point: point["iou"])
-        return {"best": best, **{key: [point[key] for point in curve] for key in curve[0]}}
+def best_threshold(counts: Tensor, thresholds: Tensor) -> dict[str, float]:
+    """The threshold of best IoU when `field <= threshold` is occupied, the first of equals; its
+    IoU, precision and recall. counts [2, T + 1]: one of `threshold_counts`."""
+    total, curve = int(counts[1].sum()), []
+    for threshold, false, found in zip(
+        thresholds, *counts.cumsum(dim=1)[:, :-1].tolist(), strict=True
+    ):
+        curve.append({
+            "iou": _ratio(found, total + false),
+            "precision": _ratio(found, found + false),
+            "recall": _ratio(found, total),
+            "threshold": float(threshold),
+        })  # fmt: skip
+    return max(curve, key=lambda point: point["iou"])
 
 
-class SemanticMetrics:
-    """IoU of each class over known voxels, pooled over all frames; class 0 is free."""
+def confusion_counts(prediction: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Known voxels by class, int64 [truth, prediction]; prediction: class ids, 0 where free."""
+    known = labels != UNKNOWN
+    pairs = labels[known].long() * classes + prediction[known].long()
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
-    def __init__(self, classes: int = 20):
-        self.state = torch.zeros(classes, classes, dtype=torch.int64)  # [truth, prediction]
 
-    def update(self, prediction: Tensor, labels: Tensor) -> None:
-        """prediction: class ids, 0 where free; labels uint8: [ny, nx, nz]."""
-        prediction, labels = torch.as_tensor(prediction), torch.as_tensor(labels)
-        known = labels != UNKNOWN
-        n = len(self.state)
-        pairs = labels[known].long() * n + prediction[known].long()
-        self.state = self.state + torch.bincount(pairs, minlength=n * n).view(n, n)
+def class_scores(confusion: Tensor) -> dict:
+    """`iou` of every class, and its mean over classes 1.. by three customs.
 
-    def results(self) -> dict:
-        """`iou` of every class, and its mean over classes 1.. by three customs.
-
-        miou: classes that occur in the truth; miou_ssc: all, 0 where a class never occurs
-            (SemanticKITTI);
-        miou_published: all, 1 where a class never occurs in the truth (spec section 13, item 22).
-        """
-        correct, seen = self.state.diagonal(), self.state.sum(dim=1)
-        positive = self.state.sum(dim=0)
-        iou = [_ratio(*counts) for counts in zip(correct, seen + positive - correct, strict=True)]
-        present = (seen[1:] > 0).tolist()
-        occurring = [value for value, here in zip(iou[1:], present, strict=True) if here]
-        return {
-            "iou": iou,
-            "miou": _ratio(sum(occurring), len(occurring)),
-            "miou_ssc": _ratio(sum(iou[1:]), len(present)),
-            "miou_published": _ratio(sum(occurring) + present.count(False), len(present)),
-        }
+    miou: classes that occur in the truth; miou_ssc: all, 0 where a class never occurs
+        (SemanticKITTI); miou_published: all, 1 where a class never occurs in the truth.
+    """
+    correct, seen, positive = confusion.diagonal(), confusion.sum(dim=1), confusion.sum(dim=0)
+    iou = [_ratio(*counts) for counts in zip(correct, seen + positive - correct, strict=True)]
+    present = (seen[1:] > 0).tolist()
+    occurring = [value for value, here in zip(iou[1:], present, strict=True) if here]
+    return {
+        "iou": iou,
+        "miou": _ratio(sum(occurring), len(occurring)),
+        "miou_ssc": _ratio(sum(iou[1:]), len(present)),
+        "miou_published": _ratio(sum(occurring) + present.count(False), len(present)),
+    }
 
 
 # depth
@@ -187,7 +145,7 @@ MIN_DEPTH, MAX_DEPTH = 1e-3, 80.0
 
 
 def depth_errors(predicted: Tensor, truth: Tensor) -> Tensor:
-    """The seven errors of DEPTH_ERRORS over pairs of positive depths [M]; float64 [7]."""
+    """DEPTH_ERRORS over pairs of positive depths [M]; float64 [7]."""
     predicted, truth = predicted.double(), truth.double()
     ratio = torch.maximum(predicted / truth, truth / predicted)
     difference = predicted - truth
@@ -200,115 +158,87 @@ def depth_errors(predicted: Tensor, truth: Tensor) -> Tensor:
     ])  # fmt: skip
 
 
-class DepthMetrics:
-    """Depth errors of each camera, averaged over frames: as predicted, and scaled by medians."""
+def depth_sums(predicted: Tensor, truth: Tensor) -> Tensor:
+    """Of a frame, [N, ...] each: float64 [2, N, 9], as predicted and scaled by medians.
 
-    def __init__(self, maximum: float = MAX_DEPTH):
-        self.maximum = maximum
-        # [2 scalings, N cameras, sums of errors and scale, and frames with truth]
-        self.state: Tensor | int = 0
+    The nine are DEPTH_ERRORS, the scale, and 1; all 0 for a camera without truth. Scored where
+    MIN_DEPTH < truth < MAX_DEPTH.
+    """
+    sums = torch.zeros(2, len(truth), len(DEPTH_ERRORS) + 2, dtype=torch.float64)
+    for camera, mask in enumerate((truth > MIN_DEPTH) & (truth < MAX_DEPTH)):
+        if mask.any():
+            p, t = predicted[camera][mask], truth[camera][mask]
+            for i, scale in enumerate((1.0, float(t.median() / p.median()))):
+                errors = depth_errors((p * scale).clamp(MIN_DEPTH, MAX_DEPTH), t)
+                sums[i, camera] = torch.cat([errors, errors.new_tensor([scale, 1])])
+    return sums
 
-    def update(self, predicted: Tensor, truth: Tensor) -> None:
-        """predicted, truth: [N, ...] of one frame; scored where MIN_DEPTH < truth < maximum."""
-        predicted, truth = torch.as_tensor(predicted), torch.as_tensor(truth)
-        state = torch.zeros(2, len(truth), len(DEPTH_ERRORS) + 2, dtype=torch.float64)
-        for camera, mask in enumerate((truth > MIN_DEPTH) & (truth < self.maximum)):
-            if mask.any():
-                p, t = predicted[camera][mask], truth[camera][mask]
-                for i, scale in enumerate((1.0, float(t.median() / p.median()))):
-                    errors = depth_errors((p * scale).clamp(MIN_DEPTH, self.maximum), t)
-                    state[i, camera] = torch.cat([errors, errors.new_tensor([scale, 1])])
-        self.state = self.state + state
 
-    def per_camera(self) -> Tensor:
-        """float64 [2, N, 8]: raw and median; DEPTH_ERRORS and the scale; NaN without truth."""
-        return self.state[..., :-1] / self.state[..., -1:]
+def depth_means(sums: Tensor) -> Tensor:
+    """Of every camera, over frames: [2, N, 8] of DEPTH_ERRORS and scale; NaN without truth."""
+    return sums[..., :-1] / sums[..., -1:]
 
-    def results(self) -> dict[str, dict[str, float]]:
-        """{"raw" | "median": {error: mean over cameras}}, or {} if there was no truth."""
-        if not torch.as_tensor(self.state).any():
-            return {}
-        means = self.per_camera().nanmean(dim=1).tolist()
-        names = (*DEPTH_ERRORS, "scale")
-        return {
-            kind: dict(zip(names, row, strict=True))
-            for kind, row in zip(("raw", "median"), means, strict=True)
-        }
+
+def depth_scores(sums: Tensor) -> list[dict[str, float]]:
+    """As predicted, and scaled by medians: {error: mean over cameras}; [] if there was no truth."""
+    if not sums.any():
+        return []
+    names = (*DEPTH_ERRORS, "scale")
+    rows = depth_means(sums).nanmean(dim=1).tolist()
+    return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 # baselines
 
 
-class ConstantPrior:
-    """The best guess without looking: how often each voxel was occupied in training."""
-
-    def __init__(self):
-        self.occupied = self.known = 0
-
-    def add(self, labels: Tensor) -> None:
-        """labels [ny, nx, nz] of a training frame."""
-        known = torch.as_tensor(labels) != UNKNOWN
-        self.known = self.known + known.int()
-        self.occupied = self.occupied + (known & (torch.as_tensor(labels) > 0)).int()
-
-    def probability(self) -> Tensor:
-        """Mean occupancy [ny, nx, nz] in 0..1; 0 where training never saw."""
-        return self.occupied / self.known.clamp_min(1)
-
-    @staticmethod
-    def curve() -> ThresholdCurve:
-        """For update(-probability, labels): occupied where the probability >= -threshold."""
-        return ThresholdCurve(-torch.arange(100, 0, -1) / 100)
+PRIOR_THRESHOLDS = -torch.arange(100, 0, -1) / 100  # of minus the probability
 
 
-class MedianDepth:
-    """The best depth without looking: the median over training of each pixel of each camera."""
-
-    def __init__(self):
-        self.shape = (0, 0, 0)
-        self.known: list[tuple[Tensor, Tensor]] = []  # pixels and their depths; LiDAR has few
-
-    def add(self, depth: Tensor) -> None:
-        """depth [N, h, w] of a training frame, 0 where there is none."""
-        depth = torch.as_tensor(depth).float()
-        self.shape = depth.shape
-        pixels = (depth.flatten() > 0).nonzero()[:, 0]
-        self.known.append((pixels, depth.flatten()[pixels]))
-
-    def depth(self) -> Tensor:
-        """[N, h, w]; pixels that never had truth take the nearest one that had."""
-        pixels, depths = (torch.cat(parts) for parts in zip(*self.known, strict=True))
-        depths, order = depths.sort()
-        pixels, order = pixels[order].sort(stable=True)  # by depth within every pixel
-        count = pixels.bincount(minlength=math.prod(self.shape))
-        middle = count.cumsum(0) - count + (count - 1) // 2  # of an even number the lower one
-        median = torch.zeros(len(count))
-        median[count > 0] = depths[order][middle[count > 0]]
-        return fill_nearest(median.view(self.shape), (count > 0).view(self.shape))
+def voxel_counts(labels: Tensor) -> Tensor:
+    """Of a training frame: which voxels are known, and which occupied; int32 [2, ny, nx, nz]."""
+    known = labels != UNKNOWN
+    return torch.stack([known, known & (labels > 0)]).int()
 
 
-def flat_ground_sdf(points_z: Tensor, height: float) -> Tensor:
-    """Signed distance of points at these heights (metres) to the plane z = height."""
-    return points_z - height
+def prior_probability(counts: Tensor) -> Tensor:
+    """The best guess without looking: how often each voxel [ny, nx, nz] was occupied where it was
+    known in training; 0 where it never was."""
+    known, occupied = counts
+    return occupied / known.clamp_min(1)
+
+
+def known_depths(depth: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a training frame [N, h, w]: the pixels (as flattened) that have depth, and it."""
+    pixels = (depth.flatten() > 0).nonzero()[:, 0]
+    return pixels, depth.flatten()[pixels].float()
+
+
+def median_depth(known: list[tuple[Tensor, Tensor]], shape: tuple[int, int, int]) -> Tensor:
+    """The best depth without looking: the median of the training frames in each pixel [N, h, w].
+
+    known: `known_depths` of each. Pixels that never had truth take the nearest one that had.
+    """
+    pixels, depths = (torch.cat(parts) for parts in zip(*known, strict=True))
+    depths, order = depths.sort()
+    pixels, order = pixels[order].sort(stable=True)  # by depth within every pixel
+    count = pixels.bincount(minlength=math.prod(shape))
+    middle = count.cumsum(0) - count + (count - 1) // 2  # of an even number the lower one
+    median = torch.zeros(len(count))
+    median[count > 0] = depths[order][middle[count > 0]]
+    return fill_nearest(median.view(shape), (count > 0).view(shape))
 
 
 def flat_ground_depth(
-    intrinsics: Tensor,
-    camera_to_volume: Tensor,
-    size: tuple[int, int],
-    ground_z: float,
-    maximum: float = MAX_DEPTH,
+    intrinsics: Tensor, camera_to_volume: Tensor, size: tuple[int, int], ground_z: float
 ) -> Tensor:
-    """z-depth [N, h, w] of the plane z = ground_z, `maximum` where it is farther or never met.
+    """z-depth [N, h, w] of the plane z = ground_z, MAX_DEPTH where it is farther or never met.
 
-    intrinsics [N, 3, 3], camera_to_volume [N, 4, 4], size (h, w).
+    intrinsics [N, 3, 3], camera_to_volume [N, 4, 4], float64; size (h, w).
     """
-    intrinsics = torch.as_tensor(intrinsics).double()
-    matrix = torch.as_tensor(camera_to_volume).double()
     v, u = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
     pixels = torch.stack([u, v, torch.ones_like(u)], dim=-1).double()
     # rise of the volume's z for one metre of z-depth
-    to_rise = torch.einsum("ni,nij->nj", matrix[:, 2, :3], torch.linalg.inv(intrinsics))
+    to_rise = torch.einsum("ni,nij->nj", camera_to_volume[:, 2, :3], torch.linalg.inv(intrinsics))
     rise = torch.einsum("hwj,nj->nhw", pixels, to_rise)
-    depth = (ground_z - matrix[:, 2, 3, None, None]) / rise
-    return torch.where(depth > 0, depth, maximum).clamp(max=maximum).float()
+    depth = (ground_z - camera_to_volume[:, 2, 3, None, None]) / rise
+    return torch.where(depth > 0, depth, MAX_DEPTH).clamp(max=MAX_DEPTH).float()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from selfocc import metrics, pictures, protocols
-from selfocc.batch import Batch, camera_names, collate, voxels_to_volume
+from selfocc.batch import Batch, collate
 from selfocc.datasets.video import VideoDataset
 from selfocc.geometry import Box
 from selfocc.model import SelfOcc
@@ -32,7 +32,7 @@ def panel(model: SelfOcc, dataset: VideoDataset, index: int, device: torch.devic
     width = int(np.clip(len(images[:3]) * images.shape[-1], *COLUMN))
     size = pictures.text_size(2 * width)
     sequence, frame = dataset.locate(index)
-    names = camera_names(sequence, len(images))
+    names = list(sequence.camera_names)
     places = pictures.rig_rows(batch.target.camera_to_volume[0].cpu().numpy())
 
     def cell(maps: list[np.ndarray], text: str, ticks: dict | None = None) -> np.ndarray:
@@ -49,14 +49,13 @@ def panel(model: SelfOcc, dataset: VideoDataset, index: int, device: torch.devic
         errors = [pictures.error_picture(*pair) for pair in zip(depth[0], truth[0], strict=True)]
         text = f"relative error against {name}; dark: unknown"
         rows[1].append(cell(errors, text, pictures.ERROR_TICKS))
-    matrix = voxels_to_volume(sequence, frame)
-    rows += _occupancy_rows(model, volume, batch, matrix, width, size)
+    rows += _occupancy_rows(model, volume, batch, sequence.voxels_to_volume(frame), width, size)
     model.train(training)
     return pictures.tile(rows, 2 * width + pictures.GAP)
 
 
 def _occupancy_rows(
-    model: SelfOcc, volume: Tensor, batch: Batch, matrix: Tensor | None, width: int, size: int
+    model: SelfOcc, volume: Tensor, batch: Batch, matrix: np.ndarray | None, width: int, size: int
 ) -> list[list[np.ndarray]]:
     """`matrix`: from the voxels' frame, which is drawn, to the volume's; None if it is the same."""
     settings = model.config.volume
@@ -67,12 +66,12 @@ def _occupancy_rows(
     occupied = sdf.cpu() <= settings.threshold
     columns = [("predicted", occupied)]
     if labels is not None:
-        known = labels != 255
+        known = labels != metrics.UNKNOWN
         columns[0] = ("predicted, where known", occupied & known)
         columns.append(("truth", (labels > 0) & known))
     ahead = batch.target.camera_to_volume[0, 0, :3, 2].cpu().numpy()
     if matrix is not None:
-        ahead = matrix[:3, :3].numpy().T @ ahead
+        ahead = matrix[:3, :3].T @ ahead
     drawn = -(-width // -(-width // COLUMN[0]))  # a whole number of pixels each
     rows = []
     for view, ticks in (("behind", None), ("above", pictures.height_ticks(box))):

@@ -1,12 +1,12 @@
-"""How each data set is judged (spec sections 12 and 13): what is scored, where, and how it is read.
+"""How each data set is judged (paper section 4): what is scored, where, and how it is read.
 
 Three protocols, named in every table:
 
 - `published`: what the published evaluation scripts compute, so that figures compare with papers.
 - `corrected`: the same without their errors. Voxels are read at their centres, not on points that
-  run from end to end of the box (quirk 23). The depth map is read where its rays are, not up to a
-  stride to the left of it and above (24). Metres ahead are those driven, not the sum over skipped
-  frames too (20). Scans are projected with the cameras of their own time stamp (21).
+  run from end to end of the box. The depth map is read where its rays are, not up to a stride to
+  the left of it and above. Metres ahead are those driven, not the sum over skipped frames too.
+  Scans are projected with the cameras of their own time stamp.
 - `own`: the embedded world's. The SDF of a voxel is the lowest at its centre and corners, as a
   voxel of the truth is occupied where any part of it is; pooled and cropped as the preset says.
   Depth maps are interpolated to the pixels of the image and compared with maps (exact, LiDAR or
@@ -43,14 +43,15 @@ from torch import Tensor
 from selfocc import InputError
 from selfocc.batch import Sequence
 from selfocc.config import Config
+from selfocc.datasets.nuscenes_voxels import OpenOccupancy
 from selfocc.field import occupancy_grid
 from selfocc.geometry import Box, move_points
-from selfocc.metrics import GROUND, MIN_DEPTH
+from selfocc.metrics import GROUND, MIN_DEPTH, UNKNOWN, pool_voxels
 
 PROTOCOLS = ("published", "corrected", "own")
 EIGEN = (0.03594771, 0.40810811, 0.96405229, 0.99189189)  # left, top, right, bottom of the image
 WHOLE = (0.0, 0.0, 1.0, 1.0)
-OPENOCCUPANCY_BOX = (-51.2, -51.2, -5.0, 51.2, 51.2, 3.0)
+Matrix = np.ndarray | Tensor
 POINTS = 1 << 18  # read at once, which limits memory
 
 
@@ -96,11 +97,7 @@ def choose(settings: Config, name: str | None = None) -> Rules:
     ground_axes = (0, 1, 2) if embedded else (0, 2)
     rules = {
         "kitti": Rules(
-            name,
-            dataset,
-            (-25.6, 0.0, -2.0, 25.6, 51.2, 4.4),
-            crop_margins_kitti,
-            axes=ground_axes,
+            name, dataset, (-25.6, 0.0, -2.0, 25.6, 51.2, 4.4), crop_margins_kitti, axes=ground_axes
         ),
         "kitti_raw": Rules(name, dataset, nearest=0.1, window=EIGEN, axes=ground_axes),
         "nuscenes": Rules(
@@ -115,7 +112,7 @@ def choose(settings: Config, name: str | None = None) -> Rules:
     }[dataset]
     if settings.data.dataset == "nuscenes" and settings.data.voxels == "openoccupancy":
         crop = crop_margins_openoccupancy
-        rules = replace(rules, box=OPENOCCUPANCY_BOX, crop=crop, openoccupancy=True)
+        rules = replace(rules, box=OpenOccupancy.box, crop=crop, openoccupancy=True)
     if name != "own":
         return rules
     crop = rules.crop if settings.volume.crop_margins else None
@@ -126,6 +123,18 @@ def choose(settings: Config, name: str | None = None) -> Rules:
 
 
 # voxels
+
+
+def scored_labels(labels: Tensor, mask: np.ndarray | None, rules: Rules, pool: int) -> Tensor:
+    """The labels [ny, nx, nz] of a frame as they are scored, unknown where they are not.
+
+    mask bool: what a camera sees (Occ3D). Own protocol: pooled by `pool`.
+    """
+    if mask is not None:
+        labels = torch.where(torch.from_numpy(mask), labels, UNKNOWN)
+    if rules.crude:  # any class will do, as none is scored
+        labels = torch.where(labels == UNKNOWN, 1, labels)
+    return pool_voxels(labels, pool) if rules.protocol == "own" else labels
 
 
 def crop_margins_kitti(prediction: Tensor, factor: int = 1) -> Tensor:
@@ -167,7 +176,7 @@ def read_voxels(
     rules: Rules,
     box: Box,
     shape: tuple[int, int, int],
-    voxels_to_volume: Tensor | None = None,
+    voxels_to_volume: Matrix | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """SDF [ny, nx, nz] in metres and, of a volume with classes, the likeliest one (int64).
 
@@ -197,7 +206,7 @@ def _read(
     box: Box,
     extent: Box,
     shape: tuple[int, int, int],
-    voxels_to_volume: Tensor | None,
+    voxels_to_volume: Matrix | None,
 ) -> tuple[Tensor, Tensor | None]:
     """What `read_voxels` returns, read at the protocol's point of each voxel of `extent`."""
     channels = [0, *range(volume.shape[1] - classes, volume.shape[1])]
@@ -212,14 +221,14 @@ def _read(
 
 
 def _read_centres(
-    volume: Tensor, box: Box, extent: Box, shape: tuple[int, int, int], matrix: Tensor | None
+    volume: Tensor, box: Box, extent: Box, shape: tuple[int, int, int], matrix: Matrix | None
 ) -> tuple[Tensor, Tensor | None]:
     """What `read_voxels` returns, read where `matrix` moves the centres of voxels of `extent`.
 
     volume [1, 1 + classes, H, W, Z]. The SDF is inf, which is free, beyond the volume's box.
     """
     x, y, z = (positions.to(volume) for positions in centres(extent, shape))
-    matrix = (torch.eye(4) if matrix is None else matrix).to(volume)
+    matrix = torch.as_tensor(np.eye(4) if matrix is None else matrix).to(volume)
     lo, hi = volume.new_tensor(box).view(2, 3)
     sdf, likeliest = [], []
     for rows in y.split(max(1, POINTS // (shape[1] * shape[2]))):
@@ -244,16 +253,16 @@ def centres(box: Box, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tens
     )
 
 
-def heights(box: Box, shape: tuple[int, int, int], voxels_to_volume: Tensor | None) -> Tensor:
+def heights(box: Box, shape: tuple[int, int, int], voxels_to_volume: Matrix | None) -> Tensor:
     """Metres [ny, nx, nz] of the centres of voxels along z of the volume frame."""
     x, y, z = centres(box, shape)
     if voxels_to_volume is None:
         return z.expand(shape)
-    along_x, along_y, along_z, shift = voxels_to_volume[2].float()
+    along_x, along_y, along_z, shift = torch.as_tensor(voxels_to_volume)[2].float()
     return x[:, None] * along_x + y[:, None, None] * along_y + z * along_z + shift
 
 
-def move_grid(grid: Tensor, box: Box, matrix: Tensor) -> Tensor:
+def move_grid(grid: Tensor, box: Box, matrix: Matrix) -> Tensor:
     """A grid [C, ny, nx, nz] over `box`, read where `matrix` [4, 4] moves its points; trilinear.
 
     Its points run from end to end of the box and beyond lies 0 (which is occupied), as published.
@@ -330,12 +339,11 @@ def novel_targets(sequence: Sequence, frame: int, rules: Rules) -> Iterator[tupl
                 if away[other] > 0.4:
                     yield float(away[other]), other
         return
-    skipped = getattr(sequence, "skipped", ())  # only KITTI odometry has any
     last, driven = frame, 0.0
     for other in range(frame + 1, sequence.frames):
         step = float(np.linalg.norm((positions[other] - positions[last])[list(rules.axes)]))
         driven += step
-        if step < 0.4 or other in skipped:
+        if step < 0.4 or other in sequence.skipped:
             continue
         metres = driven if rules.ends else float(sequence.path[other] - sequence.path[frame])
         if metres > 10:

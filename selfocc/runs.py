@@ -6,8 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from selfocc import InputError, config, files
-from selfocc.config import Config
-from selfocc.datasets import Folders
+from selfocc.config import Config, Folders
 
 FILE_NAME = "run.json"
 

@@ -1,13 +1,16 @@
 """What the frames of an evaluation score: a record for each, and tables of them all.
 
-A record holds the states of the metrics (see metrics.py) after one frame, so that the table of many
-frames is made of the sum of their records, whatever process scored which frame.
+A record holds the counts of one frame (see metrics.py), so that the table of many frames is made of
+the sum of their records, whatever process scored which frame. They are named `occupancy/METHOD`,
+`semantics`, `depth/TRUTH/METHOD`, `novel/METRES` and `photometric`.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,37 +27,44 @@ from selfocc.protocols import Rules
 Table = dict[str, dict[str, float]]  # method (or class) -> metric -> value
 SWEEP = torch.linspace(-1, 1, 81)  # thresholds among which the best is looked for, metres
 UNKNOWN_FREE = "SelfOcc, unknown counts as free"
+DEPTH_METHODS = ("SelfOcc", "flat ground", "median prior")
+DEPTH_TRUTHS = ("exact", "lidar", "stereo")
+NOVEL = range(1, 11)  # metres away, at most
 
 
 def truth_maps(batch: Batch) -> dict[str, Tensor]:
     """The depth truths of a batch by name, each [B, N, h, w] with 0 where there is none."""
-    maps = {"exact": batch.depth, "lidar": batch.lidar, "stereo": batch.stereo}
-    return {name: truth for name, truth in maps.items() if truth is not None}
+    maps = zip(DEPTH_TRUTHS, (batch.depth, batch.lidar, batch.stereo), strict=True)
+    return {name: truth for name, truth in maps if truth is not None}
 
 
 class Priors:
     """What can be guessed without looking at the image, learnt from training truth."""
 
     def __init__(self):
-        self.occupancy = metrics.ConstantPrior()
-        self.depth: dict[str, metrics.MedianDepth] = {}
+        self.voxels: Tensor | None = None  # `voxel_counts` of all frames
+        self.depth: dict[str, list[tuple[Tensor, Tensor]]] = {}  # `known_depths` of each, by truth
+        self.size = (0, 0, 0)  # of the maps [N, h, w]
 
     def add(self, labels: Tensor | None, batch: Batch) -> None:
         """labels [ny, nx, nz] as they are scored, and the depth truths of a single sample."""
         if labels is not None:
-            self.occupancy.add(labels)
+            self._add_voxels(metrics.voxel_counts(labels))
         for name, truth in truth_maps(batch).items():
-            self.depth.setdefault(name, metrics.MedianDepth()).add(truth[0])
+            self.depth.setdefault(name, []).append(metrics.known_depths(truth[0]))
+            self.size = tuple(truth.shape[1:])
 
     def join(self, others: Iterable["Priors"]) -> None:
         """Add what other processes have learnt."""
         for other in others:
-            self.occupancy.known = self.occupancy.known + other.occupancy.known
-            self.occupancy.occupied = self.occupancy.occupied + other.occupancy.occupied
-            for name, prior in other.depth.items():
-                mine = self.depth.setdefault(name, metrics.MedianDepth())
-                mine.shape = prior.shape
-                mine.known += prior.known
+            if other.voxels is not None:
+                self._add_voxels(other.voxels)
+            for name, known in other.depth.items():
+                self.depth.setdefault(name, []).extend(known)
+                self.size = other.size
+
+    def _add_voxels(self, counts: Tensor) -> None:
+        self.voxels = counts if self.voxels is None else self.voxels + counts
 
 
 class Scores:
@@ -76,14 +86,16 @@ class Scores:
         self.thresholds["flat ground, best threshold"] = SWEEP
         self.depth_priors, self.occupancy_prior = {}, None
         if priors is not None:
-            self.depth_priors = {name: prior.depth() for name, prior in priors.depth.items()}
-        if priors is not None and isinstance(priors.occupancy.known, Tensor):
-            self.occupancy_prior = -priors.occupancy.probability()
-            curve = metrics.ConstantPrior.curve()
-            self.thresholds["constant prior, best threshold"] = curve.thresholds
+            self.depth_priors = {
+                name: metrics.median_depth(known, priors.size)
+                for name, known in priors.depth.items()
+            }
+        if priors is not None and priors.voxels is not None:
+            self.occupancy_prior = -metrics.prior_probability(priors.voxels)
+            self.thresholds["constant prior, best threshold"] = metrics.PRIOR_THRESHOLDS
 
     def occupancy(
-        self, volume: Tensor, labels: Tensor, voxels_to_volume: Tensor | None = None
+        self, volume: Tensor, labels: Tensor, voxels_to_volume: np.ndarray | None = None
     ) -> Record:
         """Scores of voxels, and of their classes where the volume has any.
 
@@ -96,28 +108,25 @@ class Scores:
         )
         sdf, edge = sdf.cpu(), (box[5] - box[2]) / shape[2]
         z = protocols.heights(box, shape, voxels_to_volume)
-        flat = metrics.flat_ground_sdf(z, self.settings.ground)
+        flat = z - self.settings.ground
         if rules.crop is not None:
             sdf, flat = rules.crop(sdf), rules.crop(flat)
         fields = dict.fromkeys(self.thresholds, sdf)
         fields["flat ground, best threshold"] = flat
         if self.occupancy_prior is not None:
             fields["constant prior, best threshold"] = self.occupancy_prior
-        above = metrics.above_ground(labels, edge, ground=rules.ground)
+        above = metrics.above_ground(labels, edge, rules.ground)
         record = {}
         for method, thresholds in self.thresholds.items():
-            whole, high = metrics.ThresholdCurve(thresholds), metrics.ThresholdCurve(thresholds)
             truth = labels
             if method == UNKNOWN_FREE:
                 truth = torch.where(labels == metrics.UNKNOWN, 0, labels)
-            whole.update(fields[method], truth)
-            high.update(fields[method], truth, above)
-            record[f"occupancy/{method}"] = torch.stack([whole.state, high.state])
+            counts = metrics.threshold_counts(fields[method], truth, above, thresholds)
+            record[f"occupancy/{method}"] = counts
         if likeliest is not None:
-            semantic = metrics.SemanticMetrics(len(self.names))
             predicted = self.voxel_class[likeliest.cpu()]
-            semantic.update(torch.where(sdf <= self.settings.threshold, predicted, 0), labels)
-            record["semantics"] = semantic.state
+            predicted = torch.where(sdf <= self.settings.threshold, predicted, 0)
+            record["semantics"] = metrics.confusion_counts(predicted, labels, len(self.names))
         return record
 
     def depth_maps(self, depth: Tensor, batch: Batch) -> Record:
@@ -130,9 +139,8 @@ class Scores:
             if name in self.depth_priors:
                 predictions["median prior"] = self.depth_priors[name]
             for method, prediction in predictions.items():
-                metric = metrics.DepthMetrics()
-                metric.update(prediction, truth[0].cpu())
-                record[f"depth/{name}/{method}"] = metric.state
+                sums = metrics.depth_sums(prediction, truth[0].cpu())
+                record[f"depth/{name}/{method}"] = sums
         return record
 
     def depth_points(self, grid: Tensor, target: Frames, location: Tensor, truth: Tensor) -> Record:
@@ -146,17 +154,13 @@ class Scores:
             readings["median prior"] = (self.depth_priors["lidar"], False)
         record = {}
         for method, (depth, displaced) in readings.items():
-            metric = metrics.DepthMetrics()
-            metric.update(protocols.read_depth(depth, location, displaced), truth)
-            record[f"depth/lidar/{method}"] = metric.state
+            reading = protocols.read_depth(depth, location, displaced)
+            record[f"depth/lidar/{method}"] = metrics.depth_sums(reading, truth)
         return record
 
     def _flat_depth(self, target: Frames, size: tuple[int, int]) -> Tensor:
         return metrics.flat_ground_depth(
-            target.intrinsics[0].cpu(),
-            target.camera_to_volume[0].cpu(),
-            size,
-            self.settings.ground,
+            target.intrinsics[0].cpu(), target.camera_to_volume[0].cpu(), size, self.settings.ground
         )
 
     def tables(self, records: Iterable[Record]) -> dict[str, Table]:
@@ -165,22 +169,22 @@ class Scores:
         tables: dict[str, Table] = {}
         for method, thresholds in self.thresholds.items():
             if f"occupancy/{method}" in totals:
-                row = _occupancy_row(thresholds, totals[f"occupancy/{method}"])
+                row = _occupancy_row(totals[f"occupancy/{method}"], thresholds)
                 tables.setdefault("occupancy", {})[method] = row
         if "semantics" in totals:
             tables["semantics"] = self._semantic_table(totals["semantics"])
-        for name, state in totals.items():
-            if name.startswith("depth/"):
-                _, truth, method = name.split("/")
-                for scaling, row in _depth_rows(state).items():
-                    table = tables.setdefault(f"depth, {truth}", {})
-                    table[method if scaling == "raw" else f"{method}, median scaled"] = row
-        novel = {int(name[6:]): state for name, state in totals.items() if name[:6] == "novel/"}
-        rows = {f"{k - 1} to {k} m away": _depth_rows(novel[k]) for k in sorted(novel)}
+        for truth, method in itertools.product(DEPTH_TRUTHS, DEPTH_METHODS):
+            if f"depth/{truth}/{method}" in totals:
+                rows = metrics.depth_scores(totals[f"depth/{truth}/{method}"])
+                for scaling, row in zip(("", ", median scaled"), rows, strict=False):
+                    tables.setdefault(f"depth, {truth}", {})[method + scaling] = row
+        names = {f"novel/{k}": f"{k - 1} to {k} m away" for k in NOVEL}
+        novel = {name: sums for name, sums in totals.items() if name in names}
+        rows = {names[k]: metrics.depth_scores(novel[k]) for k in names if k in novel}
         if novel:
-            rows["all"] = _depth_rows(sum(novel.values()))
+            rows["all"] = metrics.depth_scores(sum(novel.values()))
         if any(rows.values()):
-            tables["novel depth"] = {name: row["raw"] for name, row in rows.items() if row}
+            tables["novel depth"] = {name: row[0] for name, row in rows.items() if row}
         if "photometric" in totals:
             warped, identity, frames = totals["photometric"].tolist()
             tables["photometric"] = {
@@ -190,9 +194,7 @@ class Scores:
         return tables
 
     def _semantic_table(self, confusion: Tensor) -> Table:
-        metric = metrics.SemanticMetrics(len(self.names))
-        metric.state = confusion
-        results = metric.results()
+        results = metrics.class_scores(confusion)
         table = {"mIoU": {"iou": results["miou"]}}
         if self.rules.protocol != "own":
             table = {
@@ -207,40 +209,21 @@ class Scores:
 
 def novel_record(distance: float, predicted: Tensor, truth: Tensor) -> Record:
     """Depth [N, ...] seen from `distance` metres away; bucket k holds distances in (k - 1, k]."""
-    metric = metrics.DepthMetrics()
-    metric.update(predicted, truth)
-    return {f"novel/{math.ceil(distance)}": metric.state}
+    return {f"novel/{math.ceil(distance)}": metrics.depth_sums(predicted, truth)}
 
 
 def merge(records: Iterable[Record]) -> Record:
     """The sum of records."""
     total: Record = {}
     for record in records:
-        for name, state in record.items():
-            total[name] = total[name] + state if name in total else state
+        for name, counts in record.items():
+            total[name] = total[name] + counts if name in total else counts
     return total
 
 
-def _depth_rows(state: Tensor) -> dict[str, dict[str, float]]:
-    metric = metrics.DepthMetrics()
-    metric.state = state
-    return metric.results()
-
-
-def _occupancy_row(thresholds: Tensor, state: Tensor) -> dict[str, float]:
-    best = []
-    for part in state:
-        curve = metrics.ThresholdCurve(thresholds)
-        curve.state = part
-        best.append(curve.results()["best"])
-    return {
-        "iou": best[0]["iou"],
-        "precision": best[0]["precision"],
-        "recall": best[0]["recall"],
-        "threshold": best[0]["threshold"],
-        "iou_above": best[1]["iou"],
-        "threshold_above": best[1]["threshold"],
-    }
+def _occupancy_row(counts: Tensor, thresholds: Tensor) -> dict[str, float]:
+    whole, above = (metrics.best_threshold(part, thresholds) for part in counts)
+    return whole | {"iou_above": above["iou"], "threshold_above": above["threshold"]}
 
 
 def photometric_record(depth: Tensor, batch: Batch) -> Record:
@@ -248,15 +231,10 @@ def photometric_record(depth: Tensor, batch: Batch) -> Record:
 
     Empty where there is no other frame to warp, or none that sees what the target does.
     """
-    errors = _photometric_errors(depth, batch)
-    return {} if errors is None else {"photometric": torch.tensor([*errors, 1]).double()}
-
-
-def _photometric_errors(depth: Tensor, batch: Batch) -> tuple[float, float] | None:
     target, sources = batch.target, _other_frames(batch)
     height, width = depth.shape[-2:]
     if not sources.images.shape[1]:
-        return None
+        return {}
     v, u = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     pixels = torch.stack([u, v, torch.ones_like(u)]).to(depth).flatten(1)  # [3, h w]
     points = F.pad(pixels * depth.flatten(2)[:, :, None], (0, 0, 0, 1), value=1.0)
@@ -285,8 +263,9 @@ def _photometric_errors(depth: Tensor, batch: Batch) -> tuple[float, float] | No
     )
     seen = error.isfinite()
     if not seen.any():
-        return None
-    return error[seen].mean().item(), identity[seen].mean().item()
+        return {}
+    errors = error[seen].mean().item(), identity[seen].mean().item()
+    return {"photometric": torch.tensor([*errors, 1]).double()}
 
 
 def _other_frames(batch: Batch) -> Frames:

@@ -11,6 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Odd (rows, columns) over which the cost is averaged; the better one counts at each pixel. The flat
+# window suits the road, whose disparity changes with every row, the upright one poles and walls.
+WINDOWS = ((5, 17), (11, 9))
+UNIQUENESS = 0.12  # by how much, relative, the second-best disparity must be worse than the best
+TEXTURE = 1.5  # least mean horizontal gradient in a window of 5 x 5, grey levels a pixel
+SUPPORT = 0.5  # least share of a window of 9 x 9 that is certain too and of the same surface
+
 
 def stereo_depth(
     pair: tuple[np.ndarray, np.ndarray, float, float], nearest: float = 4.0
@@ -30,38 +37,22 @@ def _grey(image: np.ndarray) -> Tensor:
     return torch.from_numpy(image).float() @ torch.tensor([0.299, 0.587, 0.114])
 
 
-def block_matching(
-    left: Tensor,
-    right: Tensor,
-    max_disparity: int,
-    windows: tuple[tuple[int, int], ...] = ((5, 17), (11, 9)),
-    uniqueness: float = 0.12,
-    texture: float = 1.5,
-    support: float = 0.5,
-) -> Tensor:
+def block_matching(left: Tensor, right: Tensor, max_disparity: int) -> Tensor:
     """Disparity of the left image, float32 [h, w] pixels, 0 where it is not certain.
 
     left, right: float [h, w] grey in 0..255. Disparities 1..max_disparity are searched.
-    windows: odd (rows, columns) over which the cost is averaged; the better one counts at each
-        pixel. The flat window suits the road, whose disparity changes with every row, the upright
-        one poles and walls.
-    uniqueness: by how much (relative) the second-best disparity, neighbours aside, must be worse
-        than the best.
-    texture: least mean absolute horizontal gradient in a window of 5 x 5, grey levels a pixel.
-    support: least share of the pixels of a 9 x 9 window that are certain too and follow the same
-        surface.
     """
-    cost, cost_right = _matching_cost(left, right, max_disparity, windows)
+    cost, cost_right = _matching_cost(left, right, max_disparity)
     best, index = cost.min(dim=0)
     disparity = _subpixel(cost, best, index)
 
     valid = (index > 0) & (index < max_disparity)
     valid &= _agrees_with_right(index, cost_right)
-    valid &= _second_best(cost, index) > best * (1 + uniqueness)
+    valid &= _second_best(cost, index) > best * (1 + UNIQUENESS)
     gradient = F.pad((left[:, 2:] - left[:, :-2]).abs() / 2, (1, 1))
-    valid &= _box(gradient, (5, 5)) > texture
+    valid &= _box(gradient, (5, 5)) > TEXTURE
     disparity = disparity * valid
-    return disparity * (_support(disparity) >= support)
+    return disparity * (_support(disparity) >= SUPPORT)
 
 
 def _census(image: Tensor) -> Tensor:
@@ -96,9 +87,7 @@ def _box(image: Tensor, window: tuple[int, int]) -> Tensor:
     return total / (rows * cols)
 
 
-def _matching_cost(
-    left: Tensor, right: Tensor, max_disparity: int, windows: tuple[tuple[int, int], ...]
-) -> tuple[Tensor, Tensor]:
+def _matching_cost(left: Tensor, right: Tensor, max_disparity: int) -> tuple[Tensor, Tensor]:
     """Mean Hamming distances [max_disparity + 1, h, w]; the right image's best disparity [h, w]."""
     left, right = _census(left), _census(right)
     h, w = left.shape
@@ -106,9 +95,9 @@ def _matching_cost(
     cost = torch.full((max_disparity + 1, h, w), outside)
     best_right = torch.full((h, w), outside)
     index_right = torch.zeros(h, w, dtype=torch.long)
-    for d in range(min(max_disparity + 1, w - max(cols for _, cols in windows))):
+    for d in range(min(max_disparity + 1, w - max(cols for _, cols in WINDOWS))):
         bits = _count_bits(left[:, d:] ^ right[:, : w - d]).float()
-        value = torch.stack([_box(bits, window) for window in windows]).amin(dim=0)
+        value = torch.stack([_box(bits, window) for window in WINDOWS]).amin(dim=0)
         cost[d, :, d:] = value
         better = value < best_right[:, : w - d]
         best_right[:, : w - d] = torch.where(better, value, best_right[:, : w - d])

@@ -10,9 +10,9 @@ import pytest
 from selfocc.config import DataConfig
 from selfocc.datasets.check import Report, main, overlay
 from selfocc.datasets.epipolar import epipolar_offset, scan_agreement
-from selfocc.datasets.export_kitti_raw import export_kitti_raw
+from selfocc.datasets.export_kitti import export_kitti_raw
 from selfocc.datasets.kitti import kitti_sequences
-from selfocc.datasets.synthetic import SyntheticConfig, synthetic_sequences
+from selfocc.datasets.synthetic import SyntheticConfig, SyntheticSequence, synthetic_sequences
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 SIZE, FRAMES = (96, 192), 6
@@ -28,21 +28,18 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
-    export_kitti_raw([world], folder, progress=False)
+    export_kitti_raw([world], folder)
     return folder
 
 
-class Moved:
-    """A sequence whose cameras of odd frames are turned or moved by a matrix."""
+class Moved(SyntheticSequence):
+    """The world, whose cameras of odd frames are turned or moved by a matrix."""
 
-    def __init__(self, sequence, matrix):
-        self.sequence, self.matrix = sequence, matrix
-
-    def __getattr__(self, name):
-        return getattr(self.sequence, name)
+    def __init__(self, world, matrix, **changes):
+        vars(self).update(vars(world), matrix=matrix, **changes)
 
     def cameras(self, frame):
-        intrinsics, poses = self.sequence.cameras(frame)
+        intrinsics, poses = super().cameras(frame)
         return intrinsics, poses @ self.matrix if frame % 2 else poses
 
 
@@ -114,15 +111,17 @@ def test_rare_scans_are_not_overlooked(world):
     """Of few frames read, one is a frame that is judged by a scan."""
 
     class Rare(Moved):
-        inputs, labelled = [3], []
-
         def lidar(self, frame):
-            return self.sequence.lidar(frame) if frame in self.inputs else None
+            return super().lidar(frame) if frame in self.inputs else None
 
         def depth(self, frame):
             return None
 
-    report = Report("val", [Rare(world, np.eye(4))], DataConfig(crop=SIZE, pad=(96, 192)))
+    report = Report(
+        "val",
+        [Rare(world, np.eye(4), inputs=[3], labelled=[])],
+        DataConfig(crop=SIZE, pad=(96, 192)),
+    )
     report.check(1, pairs=0)
     assert report.found["lidar"] == 1 and "depth: judged against lidar" in report.needs()
 
@@ -171,17 +170,15 @@ def test_the_preset_knows_its_data_set(exported, tmp_path, capsys):
 
 def test_resized_images_are_a_problem(world):
     class Resized(Moved):
-        labelled = ()
-
         def image(self, frame, camera):
-            return self.sequence.image(frame, camera)[::2, ::2]
+            return super().image(frame, camera)[::2, ::2]
 
         def depth(self, frame):
             return None
 
         semantics = depth
 
-    report = Report("train", [Resized(world, np.eye(4))], DataConfig(crop=(48, 96)))
+    report = Report("train", [Resized(world, np.eye(4), labelled=[])], DataConfig(crop=(48, 96)))
     for frame in (0, 1):
         report._read(report.sequences[0], frame)
     said = set(report.problems)

@@ -170,8 +170,8 @@ def test_killed_process_of_prerender(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(synthetic, "_render", kill_process)
     world = synthetic.SyntheticConfig(frames=2, image_size=(8, 16))
     sequences = synthetic.synthetic_sequences(world, "train", 1, cache=tmp_path)
-    assert run(lambda: synthetic.prerender(sequences, progress=False)) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    assert run(lambda: synthetic.prerender(sequences)) == 2
+    *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith("error: a process that reads or renders ahead was ended")
 
 
@@ -289,7 +289,7 @@ def test_a_folder_that_takes_no_files_is_found_at_once(tmp_path, monkeypatch):
 def test_export_tries_its_folder_before_rendering(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(synthetic.SyntheticSequence, "render", None)
-    assert export.main(["--export", "kitti", str(tmp_path / "file" / "x"), "--frames", "2"]) == 2
+    assert export.main(["kitti", str(tmp_path / "file" / "x"), "--frames", "2"]) == 2
     assert "Not a directory" in capsys.readouterr().err
 
 
@@ -316,7 +316,7 @@ def test_tables_are_indexed_without_file_locks(monkeypatch, tmp_path):
         (tmp_path / f"{name}.json").write_text("[]")
     monkeypatch.setattr(nuscenes_tables, "fcntl", None)
     monkeypatch.setenv("SELFOCC_CACHE", str(tmp_path / "cache"))
-    assert len(nuscenes_tables.open_index(tmp_path, progress=False)) == 0
+    assert len(nuscenes_tables.open_index(tmp_path)) == 0
 
 
 @pytest.mark.parametrize("system", ["macOS", "Windows"])

@@ -22,8 +22,7 @@ from selfocc import InputError, checkpoint, evaluation, metrics, protocols
 from selfocc.batch import collate
 from selfocc.config import DataConfig
 from selfocc.datasets import Folders, open_dataset, open_sequences
-from selfocc.datasets.export_kitti import export_kitti
-from selfocc.datasets.export_kitti_raw import export_kitti_raw
+from selfocc.datasets.export_kitti import export_kitti, export_kitti_raw
 from selfocc.datasets.export_nuscenes import export_nuscenes
 from selfocc.datasets.synthetic import SyntheticConfig, SyntheticSequence
 from selfocc.datasets.video import VideoDataset
@@ -41,14 +40,23 @@ SEMANTIC = {"optim__steps": "2", "loss__weight_semantic": "0.1", "volume__thresh
 COMMON = ("--prior-frames", "2", "--pictures", "0", "--task", "all")
 
 
+def here(script, *words, cache):
+    """Run a script in this process, which has imported all it needs; returns the exit code."""
+    settings = [w for o in overrides(**SEMANTIC) for w in ("--set", o)]
+    words = [*map(str, words), *(settings if script is train_script else ())]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SELFOCC_CACHE", str(cache))
+        code = script.main(words)
+    torch.set_flush_denormal(False)
+    return code
+
+
 @pytest.fixture(scope="module")
 def semantic(cache, tmp_path_factory):
     """The run folder of two steps with the semantic loss, evaluated by one process."""
     out = tmp_path_factory.mktemp("runs") / "semantic"
-    done = run("train.py", "--out", out, cache=cache, **SEMANTIC)
-    assert done.returncode == 0, done.stderr
-    done = run("eval.py", "--ckpt", out, *COMMON, cache=cache)
-    assert done.returncode == 0, done.stderr
+    assert here(train_script, "--out", out, cache=cache) == 0
+    assert here(eval_script, "--ckpt", out, *COMMON, cache=cache) == 0
     return out
 
 
@@ -97,8 +105,7 @@ def test_a_killed_evaluation_goes_on(semantic, cache, tmp_path):
     assert not (tmp_path / "metrics.json").exists()
     begun = file.read_text().splitlines()
     file.write_text(file.read_text() + '{"frame": 10, "sco')  # torn, as a full disk leaves it
-    done = run(*command[1:], "--resume", cache=cache)
-    assert done.returncode == 0, done.stderr
+    assert here(eval_script, *command[2:], "--resume", cache=cache) == 0
     assert file.read_text().splitlines()[: len(begun)] == begun
     assert results(tmp_path) == results(semantic / "eval")
 
@@ -133,7 +140,7 @@ def test_scores_of_other_files_are_not_taken_over(kind, tmp_path, cache, monkeyp
     folder, copy = tmp_path / "data", tmp_path / "copy"
     export = {"kitti": export_kitti, "kitti_raw": export_kitti_raw, "nuscenes": export_nuscenes}
     scene = SyntheticSequence(world, "synthetic-train-000", 0, cache)
-    export[kind]([scene], folder, progress=False)
+    export[kind]([scene], folder)
     shutil.copytree(folder, copy)
     settings = build("synthetic_surround" if kind == "nuscenes" else "synthetic", overrides())
     model = torch.nn.Module()
@@ -249,7 +256,7 @@ def files(semantic, cache, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SELFOCC_CACHE", str(cache))
         scenes = [s for split in ("val", "train") for s in open_sequences(data, split, Folders())]
-        export_kitti(scenes, folder / "data", progress=False)
+        export_kitti(scenes, folder / "data")
         for number, scene in enumerate(scenes):
             for frame in range(scene.frames):
                 place = f"dataset/sequences/{number:02d}/image_2/{scene.frame_id(frame)}.png"
@@ -283,12 +290,11 @@ def test_photometric_error_only_where_sources_see_the_target(cache):
 
 
 @pytest.mark.parametrize("protocol", ["published", "corrected"])
-def test_the_same_scores_through_files(protocol, semantic, files, cache, tmp_path, monkeypatch):
-    monkeypatch.setenv("SELFOCC_CACHE", str(cache))
+def test_the_same_scores_through_files(protocol, semantic, files, cache, tmp_path):
     folders = tmp_path / "direct", tmp_path / "files"
     for out, options in zip(folders, ((), kitti_options(files)), strict=True):
         options = (*options, "--protocol", protocol, "--frames", 1, "--out", out, *COMMON)
-        assert eval_script.main(["--ckpt", str(semantic), *map(str, options)]) == 0
+        assert here(eval_script, "--ckpt", semantic, *options, cache=cache) == 0
     ours, theirs = (confusion(folder) for folder in folders)
     assert ours[1:, 1:].sum() > 1000 and (ours - theirs).abs().sum() < 1e-4 * ours.sum()
     ours, theirs = (results(folder) for folder in folders)
@@ -302,10 +308,9 @@ def test_the_same_scores_through_files(protocol, semantic, files, cache, tmp_pat
     assert ours["protocol"] == theirs["protocol"] == protocol
 
 
-def test_training_with_label_files(semantic, files, cache, tmp_path, monkeypatch, capsys):
+def test_training_with_label_files(semantic, files, cache, tmp_path, capsys):
     options = ("--preset", "synthetic", *kitti_options(files), "--labels", files / "labels")
-    done = run("train.py", *options, "--out", tmp_path / "a", cache=cache, **SEMANTIC)
-    assert done.returncode == 0, done.stderr
+    assert here(train_script, *options, "--out", tmp_path / "a", cache=cache) == 0
     lines = [(out / "metrics.jsonl").read_text().splitlines() for out in (semantic, tmp_path / "a")]
     ours, theirs = (json.loads(line[0]) for line in lines)
     assert theirs["semantic"] == pytest.approx(ours["semantic"], rel=1e-3)
@@ -314,9 +319,7 @@ def test_training_with_label_files(semantic, files, cache, tmp_path, monkeypatch
         (("--labels", tmp_path / "labels"), "no such label map; write one for every image"),
         ((), "needs 2-D labels"),
     ):
-        settings = [w for o in overrides(**SEMANTIC) for w in ("--set", o)]
-        words = (*options[:-2], *labels, "--out", tmp_path / "b", *settings)
-        assert train_script.main([str(word) for word in words]) == 2
+        assert here(train_script, *options[:-2], *labels, "--out", tmp_path / "b", cache=cache) == 2
         last = capsys.readouterr().err.splitlines()[-1]
         assert last.startswith("error: ") and said in last
 
@@ -374,7 +377,7 @@ def test_the_same_scores_through_nuscenes_files(cache, tmp_path, monkeypatch):
     scenes = [
         s for part in ("val", "train") for s in open_sequences(settings.data, part, Folders())
     ]
-    export_nuscenes(scenes, tmp_path / "data", progress=False)
+    export_nuscenes(scenes, tmp_path / "data")
     folders = tmp_path / "direct", tmp_path / "files"
     files = ("--dataset", "nuscenes", "--data", tmp_path / "data", "--label-map", "semantickitti20")
     for out, options in zip(folders, ((), files), strict=True):

@@ -14,7 +14,7 @@ def test_kitti_export_gives_the_same_metrics(finished, cache, tmp_path, monkeypa
     monkeypatch.setenv("SELFOCC_CACHE", str(cache))
     data = checkpoint.load(finished).config.data
     scenes = [s for split in ("val", "train") for s in open_sequences(data, split, Folders())]
-    export_kitti(scenes, tmp_path, progress=False)
+    export_kitti(scenes, tmp_path)
     kitti = ("--dataset", "kitti", "--data", str(tmp_path), "--val", "00", "--train", "01")
     tables = {}
     for name, options in (("synthetic", ()), ("kitti", kitti)):

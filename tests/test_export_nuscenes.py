@@ -36,7 +36,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("nuscenes")
-    export_nuscenes([world], folder, progress=False)
+    export_nuscenes([world], folder)
     return folder
 
 
@@ -190,7 +190,7 @@ def test_official_names(folder):
 def test_what_does_not_fit_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("SELFOCC_CACHE", str(tmp_path))
     common = ["--scenes", "1", "--frames", "1", "--size", "8", "16"]
-    assert main(["--export", "nuscenes", str(tmp_path / "a"), "--split", "test", *common]) == 2
+    assert main(["nuscenes", str(tmp_path / "a"), "--split", "test", *common]) == 2
     assert "splits train and val" in capsys.readouterr().err
-    assert main(["--export", "openoccupancy", str(tmp_path / "a"), *common]) == 2
-    assert "known: kitti, kitti_raw, nuscenes" in capsys.readouterr().err
+    assert main(["openoccupancy", str(tmp_path / "a"), *common]) == 2
+    assert "invalid choice: 'openoccupancy'" in capsys.readouterr().err

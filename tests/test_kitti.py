@@ -13,7 +13,7 @@ import torch
 from selfocc import InputError
 from selfocc.datasets import Folders, kitti, open_dataset
 from selfocc.datasets.kitti import kitti_sequences
-from selfocc.datasets.kitti_files import RECTIFIED, UNRECTIFIED, check_camera, read_points
+from selfocc.datasets.reading import RECTIFIED, UNRECTIFIED, check_camera, read_points
 from selfocc.datasets.video import VideoDataset
 from selfocc.presets import build
 from selfocc.stereo import block_matching, stereo_depth
@@ -84,11 +84,11 @@ def test_reads_a_complete_sequence(root):
     assert (sequence.name, sequence.frames, sequence.missing) == ("03", FRAMES, [])
     assert sequence.labelled == [0, 5] and sequence.frame_id(5) == "000005"
     on_disk = iio.imread(root / "dataset/sequences/03/image_2/000004.png")
-    assert np.array_equal(sequence.images(4), on_disk[None])
+    assert np.array_equal(sequence.image(4, 0), on_disk)
     assert np.allclose(sequence.positions, [pose(f)[:3, 3] for f in range(FRAMES)])
     assert sequence.path[-1] == pytest.approx(5 * np.hypot(0.1, 1.5))  # over the ground: x and z
     assert sequence.depth(0) is None and sequence.semantics(0) is None
-    assert np.array_equal(pickle.loads(pickle.dumps(sequence)).images(4), on_disk[None])
+    assert np.array_equal(pickle.loads(pickle.dumps(sequence)).image(4, 0), on_disk)
 
 
 @pytest.mark.parametrize("below", ["", "dataset", "dataset/sequences", "dataset/sequences/03"])
@@ -97,7 +97,7 @@ def test_finds_the_data_from_above_and_below(root, below):
 
 
 def test_cameras_follow_the_published_matrices(root):
-    """lidar2img and temImg2lidar of spec section 1, built from the sequence's own matrices."""
+    """The published loader's lidar2img and temImg2lidar, built from the sequence's own matrices."""
     sequence = only(root)
     cam0_to_cam2, intrinsics = np.eye(4), np.eye(4)
     cam0_to_cam2[0, 3] = 0.06
@@ -168,7 +168,7 @@ def test_tells_what_an_excerpt_lacks_and_goes_on(root):
         "no velodyne",
         "no voxels",
     ]
-    assert np.array_equal(sequence.images(0), np.repeat(grey[None, ..., None], 3, axis=3))
+    assert np.array_equal(sequence.image(0, 0), np.repeat(grey[..., None], 3, axis=2))
     assert sequence.labelled == [] and sequence.voxels(0) is None and sequence.lidar(0) is None
     assert sequence.stereo_pair(0) is None
     camera = np.linalg.inv(sequence.volume_to_world(0)) @ sequence.cameras(0)[1][0]
@@ -436,15 +436,6 @@ def test_damaged_truth_stops_scoring_not_training(part, split, root, capsys):
         VideoDataset.every_frame(only(root), config.data)[5]
 
 
-def test_the_right_eye_is_offered_as_a_source(root):
-    sequence = only(root)
-    intrinsics, pose, images = sequence.other_eye(3)
-    assert np.array_equal(images[0], sequence.stereo_pair(3)[1])
-    between = np.linalg.inv(sequence.cameras(3)[1][0]) @ pose[0]
-    assert np.allclose(between[:3, 3], [BASELINE, 0, 0])
-    assert np.allclose(between[:3, :3], np.eye(3)) and np.allclose(intrinsics, sequence.intrinsics)
-
-
 # scans: a file does not say how many floats a point has
 
 
@@ -559,7 +550,7 @@ def real():
 
 
 def test_real_excerpt(real):
-    assert real.frames == 51 and real.images(50).shape == (1, 370, 1226, 3)
+    assert real.frames == 51 and real.image(50, 0).shape == (370, 1226, 3)
     assert real.path[-1] == pytest.approx(59.8, abs=0.1)
     assert not real.labelled and len(real.missing) == 4
     assert real.stereo_pair(40)[3] == pytest.approx(0.5372, abs=1e-4)
@@ -583,11 +574,11 @@ def test_real_stereo_sees_the_road_and_agrees_with_the_next_frame(real):
         q = (scale * points @ to_next[:3, :3].T + to_next[:3, 3]) @ real.intrinsics.T
         x, y = np.rint(q[:, :2] / q[:, 2:]).astype(int).T
         inside = (x >= 0) & (x < 1226) & (y >= 0) & (y < 370) & (q[:, 2] > 0)
-        now, after = (real.images(f)[0, ..., 0].astype(float) for f in (45, 46))
+        now, after = (real.image(f, 0)[..., 0].astype(float) for f in (45, 46))
         return np.abs(now[v, u][inside] - after[y[inside], x[inside]]).mean()
 
     still = np.abs(
-        np.subtract(*(real.images(f)[0, ..., 0].astype(float)[found] for f in (45, 46)))
+        np.subtract(*(real.image(f, 0)[..., 0].astype(float)[found] for f in (45, 46)))
     ).mean()
     assert error(1.0) < 0.4 * still
     assert error(1.0) < min(error(0.9), error(1.1))

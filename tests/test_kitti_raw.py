@@ -11,10 +11,8 @@ import pytest
 import torch
 
 from selfocc import InputError
-from selfocc.datasets.export_kitti import BASELINE
-from selfocc.datasets.export_kitti_raw import export_kitti_raw
-from selfocc.datasets.kitti_drive import drives_on_disk, oxts_poses
-from selfocc.datasets.kitti_raw import kitti_raw_sequences
+from selfocc.datasets.export_kitti import BASELINE, export_kitti_raw
+from selfocc.datasets.kitti_raw import drives_on_disk, kitti_raw_sequences, oxts_poses
 from selfocc.datasets.synthetic import SyntheticConfig, synthetic_sequences
 from selfocc.datasets.video import VideoDataset, project_points
 from selfocc.labels import PseudoLabels
@@ -35,7 +33,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
-    export_kitti_raw([world], folder, progress=False)
+    export_kitti_raw([world], folder)
     return folder
 
 
@@ -111,7 +109,7 @@ def test_the_other_eye_often_is_a_source(exported):
     for seed in range(60):
         sample = train[2, seed]
         _, frame = train.locate(2)
-        other = torch.from_numpy(right.images(frame)).permute(0, 3, 1, 2) / 255
+        other = torch.from_numpy(right.image(frame, 0)[None]).permute(0, 3, 1, 2) / 255
         for k in range(2):
             is_other = torch.allclose(sample.sources.images[k], other)
             counts[k, int(is_other)] += 1
@@ -171,7 +169,7 @@ def test_each_eye_offers_the_other(exported):
     assert right.stereo_pair(1) is None
 
 
-def test_projection_is_that_of_the_spec(exported):
+def test_projection_is_that_of_the_published_loader(exported):
     """lidar2img = P_rect R_rect T_velo_to_cam A^-1, with the fourth column of P_rect."""
 
     def matrix(path, key, shape):
@@ -336,7 +334,7 @@ def test_jpeg_images_and_what_an_excerpt_lacks(root):
     shutil.rmtree(folder / "image_03")
     shutil.rmtree(folder / "velodyne_points")
     (left,) = eyes(root)
-    assert left.images(0).shape == (1, *SIZE, 3)
+    assert left.image(0, 0).shape == (*SIZE, 3)
     assert not left.has_other_eye(0)
     assert left.stereo_pair(0) is left.lidar(0) is left.depth(0) is None
     lacks = [line.split(":")[0] for line in left.missing]
@@ -506,7 +504,7 @@ def real():
 
 
 def test_real_excerpt(real):
-    assert real.frames == 48 and real.images(47).shape == (1, 375, 1242, 3)
+    assert real.frames == 48 and real.image(47, 0).shape == (375, 1242, 3)
     assert real.path[-1] == pytest.approx(7.03, abs=0.01)
     assert [f for f in range(48) if real.judged(f)] == list(range(0, 48, 4))
     # the camera is ahead of the velodyne, below it, 6 cm to the left of camera 0, and level
@@ -522,7 +520,7 @@ def test_real_scan_fits_the_next_frames(real):
     points = real.lidar(frame) @ to_camera[:3, :3].T + to_camera[:3, 3]
     points = points[points[:, 2] > 2]
     motion = np.linalg.inv(real.cameras(later)[1][0]) @ real.cameras(frame)[1][0]
-    now, then = (real.images(f)[0].astype(float).mean(-1) for f in (frame, later))
+    now, then = (real.image(f, 0).astype(float).mean(-1) for f in (frame, later))
 
     def pixels(points):
         return np.rint(points @ real.intrinsics[:2].T / points[:, 2:]).astype(int)

@@ -13,7 +13,7 @@ from selfocc import InputError, panels, pictures, presets
 from selfocc.config import DataConfig
 from selfocc.datasets import check
 from selfocc.datasets.check import overlay
-from selfocc.datasets.synthetic import SyntheticConfig, synthetic_sequences
+from selfocc.datasets.synthetic import SyntheticConfig, SyntheticSequence, synthetic_sequences
 from selfocc.datasets.video import VideoDataset
 from selfocc.model import SelfOcc
 from selfocc.street.rigs import make_rig
@@ -184,20 +184,17 @@ def tiny_model(rig, colors=1):
     return SelfOcc(presets.build("synthetic_surround", overrides)).eval()
 
 
-class Sometimes:
-    """A sequence whose truth is known in the first frame only, as between nuScenes' key frames."""
+class Sometimes(SyntheticSequence):
+    """The world, known in the first frame only, as nuScenes between its key frames."""
 
-    def __init__(self, sequence):
-        self.sequence = sequence
-
-    def __getattr__(self, name):
-        return getattr(self.sequence, name)
+    def __init__(self, world):
+        vars(self).update(vars(world))
 
     def depth(self, frame):
-        return None if frame else self.sequence.depth(frame)
+        return None if frame else super().depth(frame)
 
     def voxels(self, frame):
-        y, x, z = self.sequence.rig.grid
+        y, x, z = self.rig.grid
         return None if frame else np.broadcast_to(np.arange(z) < 4, (y, x, z)).astype(np.uint8)
 
     def lidar(self, frame):
@@ -255,7 +252,7 @@ def test_the_check_picture_shows_cameras_of_any_size_by_name(cache, monkeypatch)
     sequence = synthetic_sequences(world, "val", 1, cache=cache)[0]
     images = [np.pad(image, [(0, 8 * k), (0, 8 * k), (0, 0)]) for k, image in
               enumerate(sequence.images(0))]  # fmt: skip
-    monkeypatch.setattr(check, "images_of", lambda *_: images)
+    monkeypatch.setattr(sequence, "images", lambda _: images)
     assert [p.shape for p in overlay(sequence, 0)] == [image.shape for image in images]
     captions = []
     written = pictures.caption

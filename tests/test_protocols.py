@@ -11,13 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from selfocc import InputError, config, labels, metrics, presets, protocols
+from selfocc.batch import Sequence
 from selfocc.geometry import node_positions
-from selfocc.metrics import (
-    DEPTH_ERRORS,
-    DepthMetrics,
-    OccupancyMetrics,
-    SemanticMetrics,
-)
+from selfocc.metrics import DEPTH_ERRORS
 from selfocc.scores import Scores
 
 GOLDENS = Path(__file__).parent / "data" / "metrics"
@@ -42,6 +38,17 @@ def percent(value):
     return pytest.approx(value / 100, rel=2e-7)
 
 
+def counted(occupied, truth, mask=None):
+    """Counts of what is occupied, bool [ny, nx, nz]."""
+    sdf, all_or_masked = torch.where(occupied, -1.0, 1.0), 0 if mask is None else 1
+    mask = torch.zeros_like(occupied) if mask is None else mask
+    return metrics.threshold_counts(sdf, truth, mask, torch.zeros(1))[all_or_masked]
+
+
+def scored(counts):
+    return metrics.best_threshold(counts, torch.zeros(1))
+
+
 # recorded numbers
 
 
@@ -53,47 +60,48 @@ def kitti_frames():
 
 
 def test_kitti_occupancy_equals_the_published(published):
-    occupancy, unknown_as_free = OccupancyMetrics(), OccupancyMetrics()
+    occupancy = unknown_as_free = 0
     for truth, frame in kitti_frames():
         occupied = protocols.crop_margins_kitti(frame["sdf"] <= 0)
         assert torch.equal(occupied, frame["pred_occ_post"].bool())
         assert torch.equal(protocols.crop_margins_kitti(frame["sdf"]) <= 0, occupied)
-        occupancy.update(occupied, truth)
-        unknown_as_free.update(occupied, torch.where(truth == 255, 0, truth))
+        occupancy += counted(occupied, truth)
+        unknown_as_free += counted(occupied, torch.where(truth == 255, 0, truth))
     want, counts = published["kitti"]["SSCMetrics2"], published["kitti"]["SSCMetrics2_counts"]
-    assert occupancy.state.tolist() == [counts[key] for key in ("tp", "fp", "fn")]
+    (fp, _), (tp, fn) = occupancy.tolist()
+    assert [tp, fp, fn] == [counts[key] for key in ("tp", "fp", "fn")]
     for key in ("iou", "precision", "recall"):
-        assert occupancy.results()[key] == pytest.approx(want[key], rel=1e-7)
+        assert scored(occupancy)[key] == pytest.approx(want[key], rel=1e-7)
     counts = published["kitti"]["IoU_counts"]
-    tp, fp, fn = unknown_as_free.state.tolist()
+    (fp, _), (tp, fn) = unknown_as_free.tolist()
     assert [[tp], [tp + fp], [tp + fn]] == [counts[k] for k in ("correct", "positive", "seen")]
-    assert unknown_as_free.results()["iou"] == percent(published["kitti"]["IoU_class_percent"])
+    assert scored(unknown_as_free)["iou"] == percent(published["kitti"]["IoU_class_percent"])
 
 
 def test_kitti_semantics_equal_the_published(published):
-    metric = SemanticMetrics(20)
+    confusion = 0
     for truth, frame in kitti_frames():
         classes = torch.where(frame["sdf"] <= 0, frame["pred_sem"], 0)
         classes = protocols.crop_margins_kitti(classes)
         assert torch.equal(classes, frame["pred_miou"])
-        metric.update(classes, truth)
-    want, results = published["kitti"], metric.results()
-    correct = metric.state.diagonal()
+        confusion += metrics.confusion_counts(classes, truth, 20)
+    want, results = published["kitti"], metrics.class_scores(confusion)
+    correct = confusion.diagonal()
     assert correct.tolist() == want["SSCMetrics20_tps"]
-    assert (metric.state.sum(dim=0) - correct).tolist() == want["SSCMetrics20_fps"]
-    assert (metric.state.sum(dim=1) - correct).tolist() == want["SSCMetrics20_fns"]
+    assert (confusion.sum(dim=0) - correct).tolist() == want["SSCMetrics20_fps"]
+    assert (confusion.sum(dim=1) - correct).tolist() == want["SSCMetrics20_fns"]
     assert results["iou"] == pytest.approx(want["SSCMetrics20"]["iou_ssc"], rel=1e-6)
     assert results["miou_ssc"] == pytest.approx(want["SSCMetrics20"]["iou_ssc_mean"], rel=1e-6)
-    check_mean_iou(metric, want["MeanIoU"])
+    check_mean_iou(confusion, want["MeanIoU"])
 
 
-def check_mean_iou(metric, want):
+def check_mean_iou(confusion, want):
     """Counts of every class, and their mean with 1 for classes never seen."""
-    seen, positive = metric.state.sum(dim=1), metric.state.sum(dim=0)
-    counts = zip(seen, positive, metric.state.diagonal(), strict=True)
+    seen, positive = confusion.sum(dim=1), confusion.sum(dim=0)
+    counts = zip(seen, positive, confusion.diagonal(), strict=True)
     ours = [{"seen": s, "positive": p, "correct": c} for s, p, c in counts][1:]
     assert ours == want["counts"]
-    assert metric.results()["miou_published"] == percent(want["mIoU_percent"])
+    assert metrics.class_scores(confusion)["miou_published"] == percent(want["mIoU_percent"])
 
 
 @pytest.fixture(scope="module")
@@ -130,32 +138,30 @@ def test_occ3d_equals_the_published(pose, nuscenes, published):
         assert torch.equal((sdf <= 0).transpose(0, 1), recorded["shifted.pred_occ"].bool())
         assert torch.equal(classes.transpose(0, 1), recorded["shifted.pred_miou"])
     want = published[f"nuscenes_{pose}"]
-    for scored, key in ((mask, "iou"), (torch.ones_like(mask), "iou_nomask")):
-        occupancy = OccupancyMetrics()
-        occupancy.update(sdf <= 0, truth, scored)
-        tp, fp, fn = occupancy.state.tolist()
+    for counts, key in (
+        (counted(sdf <= 0, truth, mask), "iou"), (counted(sdf <= 0, truth), "iou_nomask"),
+    ):  # fmt: skip
+        (fp, _), (tp, fn) = counts.tolist()
         assert want[key]["counts"] == [{"seen": tp + fn, "correct": tp, "positive": tp + fp}]
-        assert occupancy.results()["iou"] == percent(want[key]["mIoU_percent"])
-    semantic = SemanticMetrics(17)
-    semantic.update(classes, torch.where(mask, truth, 255))
-    check_mean_iou(semantic, want["miou"])
+        assert scored(counts)["iou"] == percent(want[key]["mIoU_percent"])
+    confusion = metrics.confusion_counts(classes, torch.where(mask, truth, 255), 17)
+    check_mean_iou(confusion, want["miou"])
 
 
 def test_depth_equals_the_published(published):
-    data, metric = load("depth.npz"), DepthMetrics()
+    data, sums = load("depth.npz"), 0
     for frame in ("frame0", "frame1"):
         predicted, location, truth, mask = (
             data[f"{frame}.{key}"] for key in ("pred", "loc", "gt", "mask")
         )
         read = protocols.read_depth(predicted, location, displaced=True)
-        metric.update(read, torch.where(mask, truth, 0))
+        sums += metrics.depth_sums(read, torch.where(mask, truth, 0))
     want = published["depth"]
     for i, name in enumerate((*DEPTH_ERRORS, "scaling")):
-        ours = metric.per_camera()[..., i]
+        ours = metrics.depth_means(sums)[..., i]
         theirs = torch.tensor(want["per_type_cam"][name]).double()
         assert torch.allclose(ours, theirs, rtol=1e-6, atol=0), name  # theirs is float32
-    for i, kind in enumerate(("raw", "median")):
-        results = metric.results()[kind]
+    for i, results in enumerate(metrics.depth_scores(sums)):
         for ours, theirs in (*zip(DEPTH_ERRORS, DEPTH_ERRORS), ("scale", "scaling")):  # noqa: B905
             assert results[ours] == pytest.approx(want["all_cams"][theirs][i], rel=1e-6)
 
@@ -282,11 +288,11 @@ def test_a_moved_street_does_not_score(move):
     truth[10:240, 20:230, 5] = 9
     truth[10:240, 60, 6:20] = 13
     truth[30:52, 100:110, 6:13] = 1
-    occupancy = OccupancyMetrics()
-    occupancy.update(protocols.crop_margins_kitti(move(truth)) > 0, truth)
-    exact = OccupancyMetrics()
-    exact.update(protocols.crop_margins_kitti(truth) > 0, truth)
-    assert exact.results()["iou"] == 1 and occupancy.results()["iou"] < 0.98
+    moved, exact = (
+        scored(counted(protocols.crop_margins_kitti(labels) > 0, truth))["iou"]
+        for labels in (move(truth), truth)
+    )
+    assert exact == 1 and moved < 0.98
 
 
 @pytest.mark.parametrize("protocol", ["published", "corrected"])
@@ -327,9 +333,8 @@ def test_true_depth_is_perfect_where_its_rays_are(protocol):
     truth = plane_depth(location[..., 0] * size[1], location[..., 1] * size[0], size)
 
     def abs_rel(depth, protocol=protocol):
-        metric = DepthMetrics()
-        metric.update(protocols.read_depth(depth, location, protocol == "published"), truth)
-        return [metric.results()[kind]["abs_rel"] for kind in ("raw", "median")]
+        reading = protocols.read_depth(depth, location, protocol == "published")
+        return [row["abs_rel"] for row in metrics.depth_scores(metrics.depth_sums(reading, truth))]
 
     assert max(abs_rel(grid)) < 1e-6
     other = "corrected" if protocol == "published" else "published"
@@ -352,18 +357,16 @@ def test_depth_outside_the_window_is_not_scored():
 
 
 def drive(positions, inputs=None):
-    positions = np.array(positions, float)
-    steps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
-    return SimpleNamespace(
-        positions=positions,
-        path=np.concatenate([[0], np.cumsum(steps)]),
-        frames=len(positions),
-        inputs=inputs,
-    )
+    sequence = Sequence()
+    sequence.frames, sequence.inputs = len(positions), inputs
+    sequence.positions = np.array(positions, float)
+    steps = np.linalg.norm(np.diff(sequence.positions, axis=0), axis=1)
+    sequence.path = np.concatenate([[0], np.cumsum(steps)])
+    return sequence
 
 
 def test_novel_targets_of_kitti():
-    """Slow, so that frames are skipped: published distances then grow too fast (quirk 20)."""
+    """Slow, so that frames are skipped: published distances then grow too fast."""
     sequence = drive([[0, 0, 0.15 * k] for k in range(7)] + [[0, 5, 2.0], [0, 0, 12.0]])
     published = list(protocols.novel_targets(sequence, 0, rules("kitti")))
     # 0.15 + 0.30 + 0.45, then the same again, then 1.1; heights do not count; 12 m is too far

@@ -5,16 +5,16 @@ import pytest
 import torch
 
 from selfocc import InputError
-from selfocc.batch import collate
+from selfocc.batch import Sequence, collate
 from selfocc.config import DataConfig
 from selfocc.datasets.pixels import _shift_hsv, photometric_augmentation, resize
 from selfocc.datasets.video import VideoDataset, project_points
 
 
-class Drive:
+class Drive(Sequence):
     """A car that drives straight ahead, one metre a frame; an image's grey is its frame number."""
 
-    name, missing, inputs = "drive", [], None
+    name = "drive"
 
     def __init__(self, frames=30, labelled=()):
         self.frames, self.labelled = frames, list(labelled)
@@ -44,14 +44,8 @@ class Drive:
     def lidar(self, frame):
         return np.array([[0, 10.0, 0], [0, 20.0, 0], [0, -5.0, 0]], np.float32)
 
-    def semantics(self, frame):
-        return None
-
     def voxels(self, frame):
         return np.zeros((4, 4, 2), np.uint8) if frame in self.labelled else None
-
-    def stereo_pair(self, frame):
-        return None
 
 
 def _camera_to_volume():

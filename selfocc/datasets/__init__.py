@@ -1,32 +1,21 @@
 """Data sets: one file each, all read through `video.VideoDataset`."""
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
-from pathlib import Path
 
 from tqdm import tqdm
 
 from selfocc import InputError
 from selfocc.batch import Sequence
-from selfocc.config import Config, DataConfig
+from selfocc.config import Config, DataConfig, Folders
 from selfocc.datasets.kitti import TRAIN_SEQUENCES, VAL_SEQUENCES, kitti_sequences
-from selfocc.datasets.kitti_files import parse_range
 from selfocc.datasets.kitti_raw import kitti_raw_sequences
 from selfocc.datasets.nuscenes import nuscenes_sequences
+from selfocc.datasets.reading import parse_range
+from selfocc.datasets.synthetic import SyntheticConfig, prerender, synthetic_sequences
 from selfocc.datasets.video import VideoDataset
 from selfocc.labels import pseudo_labels
-
-
-@dataclass(frozen=True)
-class Folders:
-    """Where the files of a data set are; None for what it does not need."""
-
-    data: Path | None = None  # the data set as it was downloaded
-    labels: Path | None = None  # 2-D pseudo labels, laid out as the images are
-    splits: Path | None = None  # KITTI raw: split files
-    poses: Path | None = None  # KITTI raw: one pose file a drive
-
 
 # what is read of each data set, and what --data names
 READ = {
@@ -88,9 +77,6 @@ def open_sequences(config: DataConfig, split: str, folders: Folders) -> list[Seq
                 "another with --dataset, or leave it out"
             )
     if name == "synthetic":
-        # here, so that `python -m selfocc.datasets.synthetic` does not import itself twice
-        from selfocc.datasets.synthetic import SyntheticConfig, prerender, synthetic_sequences
-
         world = SyntheticConfig(rig=config.rig, image_size=config.crop, frames=config.frames)
         scenes = config.scenes if split == "train" else config.scenes_val
         sequences = synthetic_sequences(world, split, scenes)

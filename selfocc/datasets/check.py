@@ -4,7 +4,7 @@
 
 Counts what is there, reads files and names those that are damaged, judges poses and calibration,
 draws LiDAR onto the images, and says what each task needs that is not there. Knows data sets only
-as `datasets.video.Sequence`. Exit code 2 where something has to be mended.
+as `batch.Sequence`. Exit code 2 where something has to be mended.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ import numpy as np
 from tqdm import tqdm
 
 from selfocc import InputError, counted, pictures, presets
-from selfocc.batch import Sequence, camera_names
+from selfocc.batch import Sequence
 from selfocc.commandline import Parser, add_data_options, count, folders, run
 from selfocc.config import DataConfig
 from selfocc.datasets import Folders, open_sequences
-from selfocc.datasets.epipolar import epipolar_offset, images_of, scan_agreement
-from selfocc.datasets.kitti_files import check_camera
-from selfocc.datasets.video import VideoDataset, project_points
+from selfocc.datasets.epipolar import epipolar_offset, scan_agreement
+from selfocc.datasets.reading import check_camera
+from selfocc.datasets.video import VideoDataset, scan_maps
 from selfocc.files import make_folder
 
 LONGEST_STEP = 5.0  # metres between consecutive frames, or six times the median
@@ -45,7 +45,7 @@ class Report:
 
     def __init__(self, split: str, sequences: list[Sequence], data: DataConfig):
         self.split, self.sequences, self.data = split, sequences, data
-        self.problems = [line for s in sequences for line in getattr(s, "damaged", ())]
+        self.problems = [line for s in sequences for line in s.damaged]
         self.notes = list(dict.fromkeys(line for s in sequences for line in s.missing))
         self.places = [(s, f) for s in sequences for f in range(s.frames)]
         self.found: Counter[str] = Counter()
@@ -78,12 +78,12 @@ class Report:
             return None
 
     def _read(self, sequence: Sequence, frame: int) -> None:
-        parts = {"images": self._try(lambda: images_of(sequence, frame))}
+        parts = {"images": self._try(lambda: sequence.images(frame))}
         for name in PARTS[1:]:
             if name != "voxels" or frame in sequence.labelled:
                 parts[name] = self._try(lambda n=name: getattr(sequence, n)(frame))
         self.found.update(name for name, part in parts.items() if part is not None)
-        if parts.get("voxels") is not None and hasattr(sequence, "voxel_scan"):
+        if parts.get("voxels") is not None:
             scans = self._try(lambda: sequence.voxel_scan(frame))
             if scans is not None:
                 self.overlaps.append([_overlap(*scans, shift) for shift in SHIFTS])
@@ -254,14 +254,10 @@ def overlay(sequence: Sequence, frame: int) -> list[np.ndarray] | None:
     points, depth = sequence.lidar(frame), sequence.depth(frame)
     if points is None and depth is None:
         return None
-    images = list(images_of(sequence, frame))
+    images = sequence.images(frame)
     if points is not None:
-        intrinsics, camera_to_world = sequence.cameras(frame)
-        to_cameras = np.linalg.inv(camera_to_world) @ sequence.volume_to_world(frame)
-        depth = [
-            project_points(points, to_camera, k, image.shape[:2])
-            for to_camera, k, image in zip(to_cameras, intrinsics, images, strict=True)
-        ]
+        sizes = [image.shape[:2] for image in images]
+        depth = scan_maps(sequence, frame, points, sequence.cameras(frame)[0], sizes)
     shown = [pictures.spread(pictures.inverse_depth(z)) for z in depth]
     return [
         np.where(near[..., None] > 0, pictures.turbo(near), image)
@@ -275,7 +271,7 @@ def _side_by_side(maps: list[np.ndarray], sequence: Sequence, frame: int) -> np.
     rows = pictures.rig_rows(camera_to_volume)
     columns = max(len(row) for row in rows)
     width = columns * (max(p.shape[1] for p in maps) + pictures.GAP) - pictures.GAP
-    size, names = pictures.text_size(width), camera_names(sequence, len(maps))
+    size, names = pictures.text_size(width), list(sequence.camera_names)
     whole = pictures.rig(maps, rows, names, width, size)
     source = "depth" if sequence.lidar(frame) is None else "LiDAR"
     text = f"{source} of {sequence.name} {sequence.frame_id(frame)}"

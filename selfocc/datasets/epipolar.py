@@ -17,11 +17,6 @@ PATCHES = 200
 NEAREST, FARTHEST, DEPTHS = 2.0, 200.0, 48  # metres of z-depth searched, evenly in inverse depth
 
 
-def images_of(sequence: Sequence, frame: int) -> list[np.ndarray]:
-    """uint8 [h, w, 3] of every camera."""
-    return [sequence.image(frame, camera) for camera in range(len(sequence.cameras(frame)[0]))]
-
-
 def epipolar_offset(sequence: Sequence, frame: int, other: int) -> float | None:
     """How many pixels off their epipolar lines in `other` patches of `frame` match best; median.
 
@@ -31,7 +26,7 @@ def epipolar_offset(sequence: Sequence, frame: int, other: int) -> float | None:
     """
     offsets = []
     matrices = _relative(sequence, frame, other)
-    images = zip(images_of(sequence, frame), images_of(sequence, other), strict=True)
+    images = zip(sequence.images(frame), sequence.images(other), strict=True)
     for (here, there), (matrix, k_here, k_there) in zip(images, matrices, strict=True):
         here, there = _grey(here), _grey(there)
         corners = _corners(here)
@@ -49,7 +44,7 @@ def scan_agreement(sequence: Sequence, frame: int, other: int) -> tuple[float, f
     points = sequence.lidar(frame).astype(np.float64)
     _, camera_to_world = sequence.cameras(frame)
     to_cameras = np.linalg.inv(camera_to_world) @ sequence.volume_to_world(frame)
-    images = zip(images_of(sequence, frame), images_of(sequence, other), strict=True)
+    images = zip(sequence.images(frame), sequence.images(other), strict=True)
     moved, still = [], []
     for (here, there), to_camera, (matrix, k_here, k_there) in zip(
         images, to_cameras, _relative(sequence, frame, other), strict=True

@@ -1,11 +1,14 @@
-"""The command line of `python -m selfocc.datasets.synthetic`: the embedded world as files."""
+"""Write scenes of the embedded world to disk as another data set, with exact truth.
 
+python -m selfocc.datasets.export kitti DIR --scenes 2 --frames 30
+"""
+
+import sys
 from functools import partial
+from pathlib import Path
 
-from selfocc import InputError
-from selfocc.commandline import Parser, count, path, run
-from selfocc.datasets.export_kitti import export_kitti
-from selfocc.datasets.export_kitti_raw import export_kitti_raw
+from selfocc.commandline import Parser, count, run
+from selfocc.datasets.export_kitti import export_kitti, export_kitti_raw
 from selfocc.datasets.export_nuscenes import export_nuscenes
 from selfocc.datasets.synthetic import SPLITS, SyntheticConfig, synthetic_sequences
 from selfocc.files import owned
@@ -18,18 +21,15 @@ FORMATS = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Write what the arguments ask for; returns the exit code."""
-    return run(lambda: _main(arguments))
+def main(words: list[str] | None = None) -> int:
+    """The command line (or `words` instead of it); returns the exit code."""
+    return run(lambda: _main(words))
 
 
-def _main(arguments):
-    parser = Parser(
-        prog="python -m selfocc.datasets.synthetic",
-        description="Writes scenes of the embedded world to disk as another data set.",
-    )
-    parser.add_argument("--export", nargs=2, metavar=("FORMAT", "DIR"), required=True,
-                        help=f"{', '.join(FORMATS)}, and the folder to write to")  # fmt: skip
+def _main(words):
+    parser = Parser(prog="python -m selfocc.datasets.export", description=__doc__)
+    parser.add_argument("format", choices=FORMATS)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="to write to")
     some = partial(count, least=1)
     parser.add_argument("--scenes", type=some, default=2, help="of each split; default: 2")
     parser.add_argument(
@@ -43,16 +43,17 @@ def _main(arguments):
     )
     parser.add_argument("--size", type=some, nargs=2, metavar=("HEIGHT", "WIDTH"),
                         help="of the images; default: as the small presets have them")  # fmt: skip
-    chosen = parser.parse_args(arguments)
-    form, folder = chosen.export
-    if form not in FORMATS:
-        raise InputError(f"--export {form}: unknown format; known: {', '.join(FORMATS)}")
-    export, rig, size = FORMATS[form]
+    chosen = parser.parse_args(words)
+    export, rig, size = FORMATS[chosen.format]
     config = SyntheticConfig(rig=rig, image_size=tuple(chosen.size or size), frames=chosen.frames)
     sequences = [
         sequence
         for split in dict.fromkeys(chosen.split)
         for sequence in synthetic_sequences(config, split, chosen.scenes, chosen.seed)
     ]
-    with owned(path(folder)) as owner:
+    with owned(chosen.folder) as owner:
         export(sequences, owner)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

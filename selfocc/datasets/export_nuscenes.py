@@ -1,6 +1,6 @@
 """Scenes of the embedded world in the layout of nuScenes with labels of Occ3D and OpenOccupancy.
 
-    VERSION/*.json                                    the official tables; no annotated boxes
+    v1.0-trainval/*.json                              the official tables; no annotated boxes
     samples, sweeps/CHANNEL/LOG__CHANNEL__MICROSECONDS.png|pcd.bin
     gts/scene-XXXX/SAMPLE_TOKEN/labels.npz            semantics, mask_lidar, mask_camera
     nuScenes-Occupancy/scene_SCENE_TOKEN/occupancy/LIDAR_TOP_TOKEN.npy
@@ -23,20 +23,17 @@ import numpy as np
 from tqdm import tqdm
 
 from selfocc import InputError
-from selfocc.datasets.export_kitti import REFLECTANCE, png
+from selfocc.datasets.nuscenes_tables import CHANNELS
 from selfocc.datasets.nuscenes_voxels import OpenOccupancy
 from selfocc.datasets.synthetic import SyntheticSequence
 from selfocc.files import write_file
 from selfocc.labels import OCC3D, TABLES
-from selfocc.protocols import OPENOCCUPANCY_BOX, centres
+from selfocc.pictures import write_picture
 from selfocc.street.occupancy import UNKNOWN, View, seen_cells
 from selfocc.street.rigs import Rig
-from selfocc.street.sensors import BEAMS, ELEVATIONS
+from selfocc.street.sensors import BEAMS, ELEVATIONS, REFLECTANCE
 
-CAMERAS = (
-    "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT",
-)  # fmt: skip
-LIDAR = "LIDAR_TOP"
+*CAMERAS, LIDAR = CHANNELS
 PERIOD = 100_000  # microseconds between frames
 START = 1_600_000_000_000_000  # microseconds, of the first frame of the first scene
 EGO_TO_GLOBAL = np.array([600.0, 1600.0, 0.0])  # metres, where nuScenes' maps have their streets
@@ -55,12 +52,7 @@ OCC3D_CLASS[: len(TABLES["semantickitti20"])] = [
 LIDAR_TO_EGO = np.array([[0.0, 1, 0], [-1, 0, 0], [0, 0, 1]])
 
 
-def export_nuscenes(
-    sequences: list[SyntheticSequence],
-    folder: Path,
-    progress: bool = True,
-    version: str = "v1.0-trainval",
-):
+def export_nuscenes(sequences: list[SyntheticSequence], folder: Path):
     """Write the scenes of split train and val under names of the official splits.
 
     Raises InputError for another rig than `surround`, for too many scenes, or if it cannot write.
@@ -69,19 +61,18 @@ def export_nuscenes(
         "attribute", "calibrated_sensor", "category", "ego_pose", "instance", "log", "map",
         "sample", "sample_annotation", "sample_data", "scene", "sensor", "visibility",
     )}  # fmt: skip
-    for channel in (*CAMERAS, LIDAR):
+    for channel in CHANNELS:
         modality = "lidar" if channel == LIDAR else "camera"
-        tables["sensor"].append(
-            {"token": _token(channel), "channel": channel, "modality": modality}
-        )
+        row = {"token": _token(channel), "channel": channel, "modality": modality}
+        tables["sensor"].append(row)
     for number, (sequence, name) in enumerate(zip(sequences, _names(sequences), strict=True)):
         if len(sequence.rig.intrinsics) != len(CAMERAS):
             raise InputError(
                 f"{sequence.name}: nuScenes has six cameras; export the rig `surround`"
             )
-        _Scene(sequence, name, START + number * 1_000_000_000, folder, tables).write(progress)
+        _Scene(sequence, name, START + number * 1_000_000_000, folder, tables).write()
     for name, rows in tables.items():
-        write_file(folder / version / f"{name}.json", json.dumps(rows, indent=0).encode())
+        write_file(folder / "v1.0-trainval" / f"{name}.json", json.dumps(rows, indent=0).encode())
 
 
 def _names(sequences):
@@ -111,7 +102,7 @@ class _Scene:
     def token(self, *what):
         return _token(self.name, *what)
 
-    def write(self, progress):
+    def write(self):
         samples = [self.token("sample", frame) for frame in self.keys]
         self.tables["log"].append({
             "token": self.token("log"), "logfile": self.log, "vehicle": "n000",
@@ -132,13 +123,15 @@ class _Scene:
                 "scene_token": self.token("scene"),
             })  # fmt: skip
             self._write_labels(frame, samples[i])
-        for frame in tqdm(range(self.keys[-1] + 1), desc=self.name, disable=not progress):
+        for frame in tqdm(range(self.keys[-1] + 1), desc=self.name):
             sample = samples[np.searchsorted(self.keys, frame)]
             images, classes = self.sequence.images(frame), self.sequence.semantics(frame)
             for camera, image, ids in zip(CAMERAS, images, classes, strict=True):
-                place = self._write_data(frame, sample, camera, png(image), image.shape[:2])
-                write_file(self.folder / "labels" / place, png(ids))
-            self._write_data(frame, sample, LIDAR, self._scan(frame), (0, 0))
+                place = self._add_data(frame, sample, camera, image.shape[:2])
+                write_picture(self.folder / place, image)
+                write_picture(self.folder / "labels" / place, ids)
+            place = self._add_data(frame, sample, LIDAR, (0, 0))
+            write_file(self.folder / place, self._scan(frame))
 
     def _mount_sensors(self):
         rig = self.sequence.rig
@@ -147,7 +140,7 @@ class _Scene:
         lidar_to_ego[:3, :3] = LIDAR_TO_EGO
         mounted = [(m, k.tolist()) for m, k in zip(camera_to_ego, rig.intrinsics, strict=True)]
         for channel, (matrix, intrinsics) in zip(
-            (*CAMERAS, LIDAR), [*mounted, (lidar_to_ego, [])], strict=True
+            CHANNELS, [*mounted, (lidar_to_ego, [])], strict=True
         ):
             self.tables["calibrated_sensor"].append({
                 "token": self.token("mounted", channel), "sensor_token": _token(channel),
@@ -155,15 +148,14 @@ class _Scene:
                 "camera_intrinsic": intrinsics,
             })  # fmt: skip
 
-    def _write_data(self, frame, sample, channel, content, size) -> str:
-        """A file and its rows; returns its place below the data folder."""
+    def _add_data(self, frame, sample, channel, size) -> str:
+        """The rows of a file; returns its place below the data folder."""
         key = frame in self.keys
         stamp = self.start + frame * PERIOD
         kind, suffix = ("pcd", "pcd.bin") if channel == LIDAR else ("png", "png")
         place = (
             f"{'samples' if key else 'sweeps'}/{channel}/{self.log}__{channel}__{stamp}.{suffix}"
         )
-        write_file(self.folder / place, content)
         token = self.token(channel, frame)
         pose = self.sequence.volume_to_world(frame) @ np.linalg.inv(self.sequence.rig.volume_to_ego)
         self.tables["ego_pose"].append({
@@ -218,7 +210,12 @@ def openoccupancy_rows(semantics: np.ndarray, rig: Rig, lidar_height: float) -> 
     A voxel is what is at its centre in semantics [ny, nx, nz], classes of Occ3D over (y, x, z) of
     the box of `rig`; beyond that it is free. lidar_height: metres above the ego frame.
     """
-    x, y, z = (metres.numpy() for metres in centres(OPENOCCUPANCY_BOX, OpenOccupancy.grid))
+    ny, nx, nz = OpenOccupancy.grid
+    lo, hi = np.array(OpenOccupancy.box).reshape(2, 3)
+    x, y, z = (
+        low + (np.arange(n) + 0.5) * (high - low) / n
+        for low, high, n in zip(lo, hi, (nx, ny, nz), strict=True)
+    )
     in_ego = ((1, -x), (0, y), (2, z + lidar_height))  # axis of the ego frame, place along it
     cells = [np.floor((metres - rig.box[a]) / rig.voxel).astype(int) for a, metres in in_ego]
     padded = np.pad(semantics, 1, constant_values=FREE)

@@ -7,9 +7,9 @@
                         /voxels             .label (uint16), .invalid (bits) and .bin (bits, what
                                             the scan hits), 256x256x32 of 0.2 m
 
-World: cam0 of the first frame (x right, y down, z forward). Volume: p_vol = A p_velo (spec section
-1), x right, y forward, z up, origin at the velodyne. Only calibration, poses and the left images
-are needed; `missing` tells what else is absent or cannot be used, and what that costs.
+World: cam0 of the first frame (x right, y down, z forward). Volume: x right, y forward, z up, with
+its origin at the velodyne. Only calibration, poses and the left images are needed; `missing` tells
+what else is absent or cannot be used, and what that costs.
 """
 
 from pathlib import Path
@@ -17,12 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from selfocc import InputError, counted
-from selfocc.datasets.kitti_files import (
+from selfocc.batch import Sequence
+from selfocc.datasets.reading import (
     VELO_TO_VOLUME,
     check_bytes,
     check_camera,
     check_size,
     numbered,
+    path_length,
     read_calibration,
     read_exactly,
     read_image,
@@ -83,12 +85,11 @@ def _dataset_folder(root: Path) -> Path:
     raise InputError(f"{root}: no KITTI odometry data; dataset/sequences is expected there")
 
 
-class KittiSequence:
+class KittiSequence(Sequence):
     """One drive seen by the left camera, colour where there is one, else grey.
 
-    The protocol of `datasets.video`: frames are numbered from 0, `frame_id` gives the number on
-    disk. Calibration and poses are read and checked here; images, scans and voxels when asked for.
-    Raises InputError on whatever is malformed.
+    Calibration and poses are read and checked here; images, scans and voxels when asked for. Raises
+    InputError on whatever is malformed.
     """
 
     def __init__(
@@ -111,14 +112,12 @@ class KittiSequence:
         self.left, self.right = ("image_2", "image_3") if colour else ("image_0", "image_1")
         self.numbers = self._choose_frames(frames)
         self.frames = len(self.numbers)
-        self.inputs: list[int] | None = None
 
         self._read_calibration()
         path = dataset / "poses" / f"{name}.txt"
         self._poses = rigid(self._read_poses(path), path)[self.numbers]
         self.positions = self._poses[:, :3, 3]
-        steps = np.linalg.norm(np.diff(self.positions[:, [0, 2]], axis=0), axis=1)
-        self.path = np.concatenate([[0.0], np.cumsum(steps)])  # metres driven, as in spec 1.1
+        self.path = path_length(self.positions[:, [0, 2]])  # in plan, as published
 
         self._size = read_image(self.folder / self.left / f"{self.frame_id(0)}.png").shape
         check_camera(self.folder / "calib.txt", self.intrinsics, self._size)
@@ -196,7 +195,6 @@ class KittiSequence:
             self.missing.append("no voxels: occupancy is not scored")
         scored = self._voxels.keys() - self._skipped
         self.labelled = [f for f, number in enumerate(self.numbers) if number in scored]
-        # frames that the published evaluation leaves out, also as targets of novel depth
         self.skipped = [f for f, number in enumerate(self.numbers) if number in self._skipped]
 
     def _chosen(self, folder: str, suffix: str) -> set[int]:
@@ -240,44 +238,30 @@ class KittiSequence:
         return f"{self.numbers[frame]:06d}"
 
     def files(self, frame: int) -> list[Path]:
-        """All files of a frame that are read where they are there."""
         name, folder = self.frame_id(frame), self.folder
-        image = folder / self.left / f"{name}.png"
+        image, right = (self._image_path(camera, frame) for camera in (self.left, self.right))
         labels = [] if self._labels is None else [self._labels.file(image)]
         poses = folder.parents[1] / "poses" / f"{folder.name}.txt"
         scan = folder / "velodyne" / f"{name}.bin"
         voxels = (folder / "voxels" / f"{name}{suffix}" for suffix in (".label", ".invalid"))
-        right = folder / self.right / f"{name}.png"
         return [folder / "calib.txt", poses, image, right, scan, *voxels, *labels]
 
     def cameras(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
-        """intrinsics [1, 3, 3] in pixels, camera_to_world [1, 4, 4], float64."""
         return self.intrinsics[None].copy(), (self._poses[frame] @ self._left_to_cam0)[None]
 
     def volume_to_world(self, frame: int) -> np.ndarray:
-        """[4, 4] float64."""
         return self._poses[frame] @ self._volume_to_cam0
 
-    def images(self, frame: int) -> np.ndarray:
-        """uint8 [1, h, w, 3] RGB; grey is repeated."""
-        return self._image(self.left, frame)[None]
-
     def image(self, frame: int, camera: int) -> np.ndarray:
-        """uint8 [h, w, 3] RGB of the only camera."""
         return self._image(self.left, frame)
 
-    def depth(self, frame: int) -> None:
-        """KITTI odometry has no dense depth."""
-
     def semantics(self, frame: int) -> np.ndarray | None:
-        """Pseudo labels, uint8 [1, h, w]; None without --labels."""
+        """Pseudo labels; None without --labels."""
         if self._labels is None:
             return None
-        path = self.folder / self.left / f"{self.frame_id(frame)}.png"
-        return self._labels.read([path], self._size[:2])
+        return self._labels.read([self._image_path(self.left, frame)], self._size[:2])
 
     def lidar(self, frame: int) -> np.ndarray | None:
-        """The scan of this frame, float32 [M, 3] in its volume frame; None where there is none."""
         return read_scan(self.folder / "velodyne" / f"{self.frame_id(frame)}.bin")
 
     def voxels(self, frame: int) -> np.ndarray | None:
@@ -294,8 +278,7 @@ class KittiSequence:
         return labels
 
     def voxel_scan(self, frame: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Which voxels the scan of this frame hits, bool [256, 256, 32] over (y, x, z): according
-        to voxels/*.bin, and to the scan itself; None where one of them is not there."""
+        """According to voxels/*.bin, and to the scan itself; None where one is not there."""
         path, points = self.folder / "voxels" / f"{self.frame_id(frame)}.bin", self.lidar(frame)
         if points is None or not path.exists():
             return None
@@ -306,24 +289,18 @@ class KittiSequence:
         return _read_bits(path), hit
 
     def stereo_pair(self, frame: int) -> tuple[np.ndarray, np.ndarray, float, float] | None:
-        """Left and right uint8 [h, w, 3], focal length in pixels, baseline in metres; or None."""
-        other = self.other_eye(frame)
-        if other is None:
+        if self._right is None or not self._image_path(self.right, frame).exists():
             return None
-        focal = self.intrinsics[0, 0]
-        baseline = (self._projection(self.left)[0, 3] - self._right[0, 3]) / focal
-        return self._image(self.left, frame), other[2][0], float(focal), float(baseline)
+        focal = float(self.intrinsics[0, 0])
+        baseline = float(self._projection(self.left)[0, 3] - self._right[0, 3]) / focal
+        left, right = (self._image(camera, frame) for camera in (self.left, self.right))
+        return left, right, focal, baseline
 
-    def other_eye(self, frame: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """intrinsics, camera_to_world and image of the right eye; None where it is not on disk."""
-        path = self.folder / self.right / f"{self.frame_id(frame)}.png"
-        if self._right is None or not path.exists():
-            return None
-        pose = self._poses[frame] @ _to_cam0(self._right)
-        return self.intrinsics[None].copy(), pose[None], self._image(self.right, frame)[None]
+    def _image_path(self, camera: str, frame: int) -> Path:
+        return self.folder / camera / f"{self.frame_id(frame)}.png"
 
     def _image(self, camera: str, frame: int) -> np.ndarray:
-        path = self.folder / camera / f"{self.frame_id(frame)}.png"
+        path = self._image_path(camera, frame)
         image = read_image(path)
         check_size(path, image, self._size, f"{self.left}/{self.frame_id(0)}.png")
         return image

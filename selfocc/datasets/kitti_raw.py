@@ -11,30 +11,30 @@
 A pose file has a 3x4 matrix a line, line k for frame k, that takes rectified camera 0 to a world,
 as in KITTI odometry; where the file's name contains `cam2` it takes camera 2. Files are looked for
 in the folder of --poses (DATE/DRIVE.txt or DRIVE*.txt), then in the drive; without them poses come
-from OXTS. Volume (spec section 1): p_vol = A p_velo, x right, y forward, z up, at the velodyne. A
-camera's projection is P_rect R_rect T_velo_to_cam with the fourth column of P_rect, so that
-camera i sits at -K^-1 p_4 of rectified camera 0.
+from OXTS. Volume: x right, y forward, z up, at the velodyne. A camera's projection is
+P_rect R_rect T_velo_to_cam with the fourth column of P_rect, so that camera i sits at -K^-1 p_4 of
+rectified camera 0.
 """
 
 import re
+from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from selfocc import InputError, counted
-from selfocc.datasets import kitti_files as files
-from selfocc.datasets.kitti_drive import (
-    DIGITS,
-    DRIVE_NAME,
-    EYES,
-    WHY_SYNC,
-    Drive,
-    drives_on_disk,
-    image_numbers,
-)
+from selfocc.batch import Sequence
+from selfocc.datasets import reading
 from selfocc.files import as_named
 from selfocc.labels import PseudoLabels
 
+EYES = {"l": "image_02", "r": "image_03"}
+OTHER = {"l": "r", "r": "l"}
+DIGITS = 10  # of a frame's number on disk
+EARTH = 6378137.0  # metres, its radius as the KITTI devkit has it
+DRIVE_NAME = re.compile(r"\d{4}_\d\d_\d\d_drive_\d{4}_(\w+)")
+WHY_SYNC = "only those of _sync drives are rectified, as the calibration has it, and synchronised"
 HELD_OUT = 0.2  # of every drive, its end, where nobody says what is for validation
 
 
@@ -63,7 +63,7 @@ def kitti_raw_sequences(
             root, Path(split_folder) / f"{chosen or split}_files.txt", pose_folder, labels
         )
     if chosen:
-        parts = [files.parse_range(part) for part in chosen.split(",")]
+        parts = [reading.parse_range(part) for part in chosen.split(",")]
     else:
         usable, others = drives_on_disk(root)
         parts = [(drive, _default_frames(root, drive, split)) for drive in usable]
@@ -125,7 +125,7 @@ def _listed(
 ) -> list["KittiRawSequence"]:
     """The samples of a split file, grouped into sequences."""
     samples: dict[tuple[str, str], set[int]] = {}
-    for i, line in enumerate(files.read_text(path).splitlines(), 1):
+    for i, line in enumerate(reading.read_text(path).splitlines(), 1):
         match = re.fullmatch(r"(\w+)/(\w+)\s+(\d+)\s+([lr])", line.strip())
         if match:
             date, drive, frame, eye = match.groups()
@@ -156,8 +156,200 @@ def _listed(
     return sequences
 
 
-class KittiRawSequence:
-    """One eye of a drive, `l` or `r`; the protocol of `datasets.video`.
+@lru_cache(8)
+def drives_on_disk(root: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the drives on disk, sorted: those that can be used, and others (`_extract`)."""
+    names = sorted(path.name for path in root.glob("*_*_*/*_drive_*") if path.is_dir())
+    kinds = {name: match[1] for name in names if (match := DRIVE_NAME.fullmatch(name))}
+    synchronised = tuple(name for name, kind in kinds.items() if kind == "sync")
+    return synchronised, tuple(name for name in kinds if name not in synchronised)
+
+
+def image_numbers(folder: Path) -> list[int]:
+    """Sorted numbers of the images in a folder that may be absent."""
+    return sorted(
+        {n for suffix in (".png", ".jpg") for n in reading.numbered(folder, suffix, DIGITS)}
+    )
+
+
+class Drive:
+    """What the two eyes of a drive share: calibration and poses. Raises InputError."""
+
+    def __init__(
+        self, root: Path, name: str, pose_folder: Path | None = None, named_by: Path | None = None
+    ):
+        self.name, self.root = name, root
+        self.folder = root / name[:10] / name
+        usable, others = drives_on_disk(root)
+        if name in others:
+            raise InputError(
+                f"{named_by or root}: the images of {name} cannot be used: {WHY_SYNC}; take "
+                f"{name.rpartition('_')[0]}_sync"
+            )
+        if not self.folder.is_dir():
+            who = f"{named_by}: names" if named_by else f"{root}: there is no"
+            raise InputError(
+                f"{who} drive {name}, which is not among the {len(usable)} on disk; download it, "
+                "or leave it out"
+            )
+        self.missing: list[str] = []
+        self._rows: dict[int, np.ndarray] = {}
+        self.numbers = {eye: image_numbers(self.folder / at / "data") for eye, at in EYES.items()}
+        if not any(self.numbers.values()):
+            raise InputError(f"{self.folder}: neither image_02/data nor image_03/data has images")
+        self._read_calibration()
+        self._find_poses(pose_folder)
+
+    def _read_calibration(self) -> None:
+        self.calibration = path = self.folder.parent / "calib_cam_to_cam.txt"
+        sizes = {"R_rect_00": 9}
+        for camera in EYES.values():
+            sizes |= {f"P_rect_{camera[-2:]}": 12, f"S_rect_{camera[-2:]}": 2}
+        self._lines = reading.read_calibration(path, sizes)
+        rectify = np.eye(4)
+        rectify[:3, :3] = _line(self._lines, "R_rect_00", path).reshape(3, 3)
+        reading.rigid(rectify[None, :3].reshape(1, 12), path, "line R_rect_00")
+        self.velo_to_cam0 = rectify @ _mounting(self.folder.parent / "calib_velo_to_cam.txt")
+
+    def _find_poses(self, pose_folder: Path | None) -> None:
+        """The file of poses, or None where OXTS has to do."""
+        candidates = sorted(self.folder.glob("poses*.txt"))
+        if pose_folder is not None:
+            if not Path(pose_folder).is_dir():
+                raise InputError(f"--poses {pose_folder}: no such folder")
+            given = [Path(pose_folder) / self.name[:10], Path(pose_folder)]
+            candidates = [p for at in given for p in sorted(at.glob(f"{self.name}*.txt"))]
+            if not candidates:
+                raise InputError(
+                    f"--poses {pose_folder}: neither {self.name[:10]}/{self.name}.txt nor "
+                    f"{self.name}.txt is there; add it, or leave --poses out to use OXTS"
+                )
+        self.pose_file = candidates[0] if candidates else None
+        if self.pose_file is None:
+            if not (self.folder / "oxts" / "data").is_dir():
+                raise InputError(
+                    f"{self.folder}: no poses: neither poses*.txt nor oxts/data is there; download "
+                    "one or give --poses DIR"
+                )
+            imu_to_velo = _mounting(self.folder.parent / "calib_imu_to_velo.txt")
+            self.imu_to_cam0 = self.velo_to_cam0 @ imu_to_velo
+            self.missing.append("no pose file: poses are taken from OXTS, good to some centimetres")
+
+    def files(self, number: int) -> list[Path]:
+        """Calibration, and where the pose of a frame is read."""
+        names = ("cam_to_cam", "velo_to_cam", "imu_to_velo")
+        pose = self.pose_file or self.folder / "oxts" / "data" / f"{number:010d}.txt"
+        return [*(self.folder.parent / f"calib_{name}.txt" for name in names), pose]
+
+    def choose(self, eye: str, frames: Iterable[int] | None) -> list[int]:
+        """Those of the frame numbers `frames` (None: all) that the eye has; one must have each."""
+        if frames is None:
+            return self.numbers[eye]
+        there = sorted(set().union(*self.numbers.values()))
+        absent = sorted(set(frames) - set(there))
+        if absent or not frames:
+            what = f"no frame {absent[0]}" if absent else f"{frames} chooses nothing"
+            raise InputError(f"{self.folder}: {what}; it holds {there[0]} to {there[-1]}")
+        return sorted(set(frames) & set(self.numbers[eye]))
+
+    def camera(self, eye: str) -> tuple[np.ndarray, np.ndarray]:
+        """intrinsics [3, 3] in pixels, and camera to rectified camera 0 [4, 4]."""
+        key = f"P_rect_{EYES[eye][-2:]}"
+        line = _line(self._lines, key, self.calibration)
+        projection = reading.read_projection(self.calibration, key, line)
+        intrinsics = projection[:, :3]
+        camera_to_cam0 = np.eye(4)
+        camera_to_cam0[:3, 3] = -np.linalg.solve(intrinsics, projection[:, 3])
+        return intrinsics, camera_to_cam0
+
+    def baseline(self) -> float:
+        """Metres between the eyes; InputError where they are no rectified pair."""
+        (left, left_to_cam0), (right, right_to_cam0) = (self.camera(eye) for eye in EYES)
+        baseline = right_to_cam0[0, 3] - left_to_cam0[0, 3]
+        if baseline <= 0 or not np.allclose(left, right):
+            raise InputError(
+                f"{self.calibration}: P_rect_03 is not P_rect_02 moved to the right; restore it"
+            )
+        return float(baseline)
+
+    def check_size(self, eye: str, size: tuple[int, ...]) -> None:
+        """Refuse images of another size [h, w] than the calibration is for."""
+        line = self._lines.get(f"S_rect_{EYES[eye][-2:]}")
+        made_for = None if line is None else tuple(line[::-1].astype(int).tolist())
+        reading.check_camera(self.calibration, self.camera(eye)[0], size, made_for)
+
+    def poses(self, numbers: list[int]) -> np.ndarray:
+        """Rectified camera 0 to a world, [frames, 4, 4]."""
+        if self.pose_file is None:
+            imu_to_world = oxts_poses(self._oxts(numbers))
+            return imu_to_world @ np.linalg.inv(self.imu_to_cam0)
+        table = reading.read_table(self.pose_file, 12)
+        if len(table) <= numbers[-1]:
+            raise InputError(
+                f"{self.pose_file}: {counted(len(table), 'line')}, but {self.name} goes on to "
+                f"frame {numbers[-1]:010d}; restore the file or choose fewer frames"
+            )
+        poses = reading.rigid(table, self.pose_file)[numbers]
+        if "cam2" in self.pose_file.name:
+            poses = poses @ np.linalg.inv(self.camera("l")[1])
+        return poses
+
+    def _oxts(self, numbers: list[int]) -> np.ndarray:
+        """Latitude, longitude, altitude, roll, pitch, yaw [frames, 6]; read once for both eyes."""
+        for number in numbers:
+            if number not in self._rows:
+                path = self.folder / "oxts" / "data" / f"{number:010d}.txt"
+                row = reading.parse(reading.read_text(path), 30, str(path))[:6]
+                if abs(row[0]) >= 89 or abs(row[1]) > 180:
+                    raise InputError(
+                        f"{path}: latitude and longitude are impossible; restore the file"
+                    )
+                self._rows[number] = row
+        return np.array([self._rows[number] for number in numbers])
+
+
+def _line(lines: dict[str, np.ndarray], key: str, path: Path) -> np.ndarray:
+    if key not in lines:
+        raise InputError(f"{path}: line {key} is missing; restore it")
+    return lines[key]
+
+
+def _mounting(path: Path) -> np.ndarray:
+    """[4, 4] from the lines R and T of a calibration file."""
+    lines = reading.read_calibration(path, {"R": 9, "T": 3})
+    parts = _line(lines, "R", path).reshape(3, 3), _line(lines, "T", path)[:, None]
+    return reading.rigid(np.concatenate(parts, 1).reshape(1, 12), path, "lines R and T")[0]
+
+
+def oxts_poses(rows: np.ndarray) -> np.ndarray:
+    """IMU to world [frames, 4, 4] from latitude, longitude (degrees), altitude, roll, pitch, yaw.
+
+    Mercator projection at the latitude of the first row, x east, y north, z up, metres, as in the
+    KITTI devkit; the first IMU position is the origin.
+    """
+    latitude, longitude, altitude, roll, pitch, yaw = rows.T
+    scale = np.cos(np.deg2rad(latitude[0])) * EARTH
+    x = scale * np.deg2rad(longitude)
+    y = scale * np.log(np.tan(np.deg2rad(90 + latitude) / 2))
+    poses = np.tile(np.eye(4), (len(rows), 1, 1))
+    poses[:, :3, :3] = _turn(2, yaw) @ _turn(1, pitch) @ _turn(0, roll)
+    poses[:, :3, 3] = np.stack([x, y, altitude], 1)
+    poses[:, :3, 3] -= poses[0, :3, 3].copy()
+    return poses
+
+
+def _turn(axis: int, angle: np.ndarray) -> np.ndarray:
+    """Rotations [n, 3, 3] about an axis, radians."""
+    i, j = (axis + 1) % 3, (axis + 2) % 3
+    matrices = np.tile(np.eye(3), (len(angle), 1, 1))
+    matrices[:, i, i] = matrices[:, j, j] = np.cos(angle)
+    matrices[:, j, i] = np.sin(angle)
+    matrices[:, i, j] = -np.sin(angle)
+    return matrices
+
+
+class KittiRawSequence(Sequence):
+    """One eye of a drive, `l` or `r`.
 
     `numbers` are the frames' numbers on disk. Raises InputError on whatever is malformed.
     """
@@ -168,26 +360,23 @@ class KittiRawSequence:
         self.drive, self.eye, self.numbers, self._labels = drive, eye, numbers, labels
         self.name = f"{drive.name}/{eye}"
         self.frames = len(numbers)
-        self.inputs: list[int] | None = None
-        self.labelled: list[int] = []
         self.intrinsics, camera_to_cam0 = drive.camera(eye)
         cam0_to_world = drive.poses(numbers)
         self._poses = cam0_to_world @ camera_to_cam0
         self._volume_to_world = (
-            cam0_to_world @ drive.velo_to_cam0 @ np.linalg.inv(files.VELO_TO_VOLUME)
+            cam0_to_world @ drive.velo_to_cam0 @ np.linalg.inv(reading.VELO_TO_VOLUME)
         )
         self.positions = self._poses[:, :3, 3]
-        steps = np.linalg.norm(np.diff(self.positions, axis=0), axis=1)
-        self.path = np.concatenate([[0.0], np.cumsum(steps)])
+        self.path = reading.path_length(self.positions)
         self._truth = _depth_folder(drive.root, drive.name, EYES[eye])
-        self._size = files.read_image(self._image_path(eye, 0)).shape
+        self._size = reading.read_image(self._image_path(eye, 0)).shape
         drive.check_size(eye, self._size)
         self.missing = [*drive.missing, *self._survey()]
 
     def _survey(self) -> list[str]:
         """What is not there, and what its absence costs."""
         missing = []
-        other = "r" if self.eye == "l" else "l"
+        other = OTHER[self.eye]
         alone = set(self.numbers) - set(self.drive.numbers[other])
         if len(alone) == self.frames:
             missing.append(f"no {EYES[other]}: no stereo source, no stereo depth")
@@ -210,7 +399,6 @@ class KittiRawSequence:
         return f"{self.numbers[frame]:0{DIGITS}d}"
 
     def files(self, frame: int) -> list[Path]:
-        """All files of a frame that are read where they are there."""
         images = [self._image_path(eye, frame) for eye in EYES]
         truth = [] if self._truth is None else [self._truth / f"{self.frame_id(frame)}.png"]
         own = self._image_path(self.eye, frame)
@@ -218,28 +406,19 @@ class KittiRawSequence:
         return [*self.drive.files(self.numbers[frame]), *images, self._scan(frame), *truth, *labels]
 
     def cameras(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
-        """intrinsics [1, 3, 3] in pixels, camera_to_world [1, 4, 4], float64."""
         return self.intrinsics[None].copy(), self._poses[frame][None]
 
     def volume_to_world(self, frame: int) -> np.ndarray:
-        """[4, 4] float64."""
         return self._volume_to_world[frame]
 
-    def images(self, frame: int) -> np.ndarray:
-        """uint8 [1, h, w, 3] RGB."""
-        return self._image(self.eye, frame)[None]
-
     def image(self, frame: int, camera: int) -> np.ndarray:
-        """uint8 [h, w, 3] RGB of the only camera."""
         return self._image(self.eye, frame)
 
     def has_other_eye(self, frame: int) -> bool:
-        """Whether the other eye's image is on disk."""
-        return self._image_path("r" if self.eye == "l" else "l", frame).exists()
+        return self._image_path(OTHER[self.eye], frame).exists()
 
     def other_eye(self, frame: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """intrinsics, camera_to_world and image of the other eye."""
-        other = "r" if self.eye == "l" else "l"
+        other = OTHER[self.eye]
         self.drive.baseline()
         intrinsics, other_to_cam0 = self.drive.camera(other)
         cam0_to_here = np.linalg.inv(self.drive.camera(self.eye)[1])
@@ -247,34 +426,27 @@ class KittiRawSequence:
         return intrinsics[None].copy(), pose[None], self._image(other, frame)[None]
 
     def depth(self, frame: int) -> np.ndarray | None:
-        """The improved ground truth, float32 [1, h, w] metres, 0 where there is none; or None."""
+        """The improved ground truth."""
         if self._truth is None:
             return None
         path = self._truth / f"{self.frame_id(frame)}.png"
         if not path.exists():
             return None
-        depth = files.read_depth(path)
-        files.check_size(path, depth, self._size, f"{self.name}'s image")
+        depth = reading.read_depth(path)
+        reading.check_size(path, depth, self._size, f"{self.name}'s image")
         return depth[None]
 
     def semantics(self, frame: int) -> np.ndarray | None:
-        """Pseudo labels, uint8 [1, h, w]; None without --labels."""
+        """Pseudo labels; None without --labels."""
         if self._labels is None:
             return None
         return self._labels.read([self._image_path(self.eye, frame)], self._size[:2])
 
-    def voxels(self, frame: int) -> None:
-        """KITTI raw has no voxels."""
-
     def lidar(self, frame: int) -> np.ndarray | None:
-        """The scan of this frame, float32 [M, 3] in its volume frame; None where there is none."""
-        return files.read_scan(self._scan(frame))
+        return reading.read_scan(self._scan(frame))
 
     def stereo_pair(self, frame: int) -> tuple[np.ndarray, np.ndarray, float, float] | None:
-        """Left and right uint8 [h, w, 3], focal length in pixels, baseline in metres.
-
-        None for the right eye and where an image is not on disk.
-        """
+        """None for the right eye, and where the right image is not on disk."""
         if self.eye == "r" or not self._image_path("r", frame).exists():
             return None
         left, right = (self._image(eye, frame) for eye in EYES)
@@ -290,8 +462,8 @@ class KittiRawSequence:
 
     def _image(self, eye: str, frame: int) -> np.ndarray:
         path = self._image_path(eye, frame)
-        image = files.read_image(path)
-        files.check_size(path, image, self._size, self._image_path(self.eye, 0).name)
+        image = reading.read_image(path)
+        reading.check_size(path, image, self._size, self._image_path(self.eye, 0).name)
         return image
 
 

@@ -4,14 +4,13 @@
     samples, sweeps/CHANNEL/...         six cameras at 12 Hz, LIDAR_TOP of key frames (2 Hz)
     gts, nuScenes-Occupancy             voxels of Occ3D and of OpenOccupancy (nuscenes_voxels.py)
 
-World: nuScenes' global frame. Every sensor is placed by its own ego pose (spec section 1). Volume:
+World: nuScenes' global frame. Every sensor is placed by its own ego pose. Volume:
 the ego frame (x forward, y left, z up) at the time of LIDAR_TOP, or the LiDAR's own (x right, y
 forward). Frames are key frames and, between them, sweeps: those of the camera that has the fewest
-there, with the nearest in time of every other camera (spec 1.1). Only key frames are inputs.
+there, with the nearest in time of every other camera. Only key frames are inputs.
 """
 
 import functools
-import re
 from collections import defaultdict
 from collections.abc import Iterable
 from itertools import zip_longest
@@ -20,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from selfocc import InputError
-from selfocc.datasets import kitti_files
+from selfocc.batch import Sequence
+from selfocc.datasets import reading
 from selfocc.datasets.nuscenes_tables import (
     CHANNELS,
     LIDAR,
@@ -78,7 +78,7 @@ def nuscenes_sequences(
     tables = _Tables(folder)
     names = [name for _, name in tables.scenes]
     if chosen:
-        ranges = dict(_parse(part) for part in chosen.split(","))
+        ranges = dict(reading.parse_range(part, "scene-0061") for part in chosen.split(","))
         unknown = set(ranges) - set(names)
         if unknown:
             raise InputError(f"{folder}: no {min(unknown)}; it has {names[0]} to {names[-1]}")
@@ -99,7 +99,8 @@ def nuscenes_sequences(
         if not (there | ~rows["key"] | (rows["channel"] == LIDAR)).all():
             tables.notes["scenes skipped"].append(f"images of {name} are missing")
             continue
-        views = _synchronised(rows[there], tables, name)
+        found = rows[there]
+        views = _synchronised(found, tables, name)
         if not len(views[0]):
             tables.notes["scenes skipped"].append(f"{name} has no key frame of all six cameras")
             continue
@@ -107,22 +108,12 @@ def nuscenes_sequences(
             raise InputError(
                 f"{folder}/scene.json: {name} is there with two tokens; mend the table"
             )
-        sequences.append(
-            NuScenesSequence(
-                root,
-                name,
-                token,
-                rows[there],
-                *views,
-                tables,
-                ranges[name],
-                volume_frame,
-                labels,
-                voxels,
-            )
+        sequence = NuScenesSequence(
+            root, name, token, found, *views, tables, ranges[name], volume_frame, labels, voxels
         )
         # the images of one rig, and of every other scene one: a look at each takes a while
-        sequences[-1].check_sizes(range(6) if len(sequences) == 1 else [len(sequences) % 6])
+        sequences.append(sequence)
+        sequence.check_sizes(range(6) if len(sequences) == 1 else [len(sequences) % 6])
     notes = [
         f"{what}: {len(places)} ({places[0]}{', ..' if len(places) > 1 else ''})"
         for what, places in tables.notes.items()
@@ -133,14 +124,6 @@ def nuscenes_sequences(
         raise InputError(f"{folder}: no scene can be used: {what}; look at --data and --version")
     sequences[0].missing[:0] = notes
     return sequences
-
-
-def _parse(text: str) -> tuple[str, range | None]:
-    match = re.fullmatch(r"\s*([\w-]+?)(?::(\d+)-(\d+))?\s*", text)
-    if not match:
-        raise InputError(f"cannot read {text!r}: expected scene-0061, or key frames scene-0061:0-9")
-    name, first, last = match.groups()
-    return name, None if first is None else range(int(first), int(last) + 1)
 
 
 class _Tables:
@@ -188,7 +171,7 @@ class _Tables:
             raise InputError(
                 f"{where}: camera_intrinsic of {self.mounts[mount]} is none; copy the table again"
             )
-        kitti_files.check_camera(where, k, (height, width))
+        reading.check_camera(where, k, (height, width))
 
 
 class _Present:
@@ -261,8 +244,8 @@ def _synchronised(rows: np.ndarray, tables: _Tables, name: str) -> tuple[np.ndar
     return np.array(frames, np.int64).reshape(-1, len(CAMERAS)), np.array(is_key, bool)
 
 
-class NuScenesSequence:
-    """One scene; the protocol of `datasets.video`. Raises InputError on what is malformed.
+class NuScenesSequence(Sequence):
+    """One scene. Raises InputError on what is malformed.
 
     rows are those of the scene, `views` and `is_key` its frames as `_synchronised` has them.
     """
@@ -270,18 +253,7 @@ class NuScenesSequence:
     camera_names = CAMERAS
 
     def __init__(
-        self,
-        root,
-        name,
-        token,
-        rows,
-        views,
-        is_key,
-        tables,
-        keys,
-        volume_frame,
-        labels,
-        voxels,
+        self, root, name, token, rows, views, is_key, tables, keys, volume_frame, labels, voxels
     ):
         self.root, self.name, self._labels = root, name, labels
         self._tables = [tables.folder / f"{table}.json" for table in NAMES]
@@ -303,8 +275,7 @@ class NuScenesSequence:
         for mount, height, width in np.unique(kinds, axis=0).tolist():
             tables.check_camera(mount, height, width)
         self.positions = ego[:, 0, :3, 3]
-        steps = np.linalg.norm(np.diff(self.positions, axis=0), axis=1)
-        self.path = np.concatenate([[0.0], np.cumsum(steps)])
+        self.path = reading.path_length(self.positions)
 
         self._ego_to_world = ego[:, 0]  # at the time of CAM_FRONT where there is no scan
         self._lidar_to_ego = np.broadcast_to(NOMINAL_LIDAR_TO_EGO, ego[:, 0].shape).copy()
@@ -351,7 +322,6 @@ class NuScenesSequence:
         return token if frame in self.inputs else f"{token}-{self._views[frame, 0]['time']}"
 
     def files(self, frame: int) -> list[Path]:
-        """All files of a frame that are read where they are there."""
         images = [self.root / row["file"].decode() for row in self._views[frame]]
         scan = [self.root / self._scans[frame]] if frame in self._scans else []
         voxels = [self._voxels.files[frame]] if frame in self._voxels.files else []
@@ -359,30 +329,23 @@ class NuScenesSequence:
         return [*self._tables, *images, *scan, *voxels, *labels]
 
     def cameras(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
-        """intrinsics [6, 3, 3] in pixels, camera_to_world [6, 4, 4], float64."""
         return self._intrinsics[frame].copy(), self._camera_to_world[frame].copy()
 
     def volume_to_world(self, frame: int) -> np.ndarray:
-        """[4, 4] float64."""
         ego = self._ego_to_world[frame]
         return ego if self._volume_to_ego is None else ego @ self._volume_to_ego[frame]
 
     def image(self, frame: int, camera: int) -> np.ndarray:
-        """uint8 [h, w, 3] RGB."""
         path = self._path(frame, camera)
-        image = kitti_files.read_image(path)
+        image = reading.read_image(path)
         self._check_size(path, image.shape[:2], frame, camera)
         return image
-
-    def images(self, frame: int) -> list[np.ndarray]:
-        """Those of the six cameras."""
-        return [self.image(frame, camera) for camera in range(len(CAMERAS))]
 
     def check_sizes(self, cameras: Iterable[int]) -> None:
         """Look at one image of each of these cameras. Raises InputError."""
         for camera in cameras:
             path = self._path(0, camera)
-            self._check_size(path, kitti_files.image_size(path), 0, camera)
+            self._check_size(path, reading.image_size(path), 0, camera)
 
     def _path(self, frame: int, camera: int) -> Path:
         return self.root / self._views[frame, camera]["file"].decode()
@@ -395,14 +358,8 @@ class NuScenesSequence:
                 f"{path}: {got} pixels, but sample_data.json says {want}; copy it again"
             )
 
-    def depth(self, frame: int) -> None:
-        """nuScenes has no dense depth."""
-
-    def stereo_pair(self, frame: int) -> None:
-        """nuScenes has no stereo."""
-
     def semantics(self, frame: int) -> list[np.ndarray] | None:
-        """Pseudo labels of the six cameras, uint8 [h, w]; None without --labels."""
+        """Pseudo labels; None without --labels."""
         if self._labels is None:
             return None
         sizes = self._views["size"][frame].tolist()
@@ -412,26 +369,25 @@ class NuScenesSequence:
         ]
 
     def lidar(self, frame: int) -> np.ndarray | None:
-        """The scan of a key frame, float32 [M, 3] in its volume frame; None where there is none."""
+        """The scan of a key frame."""
         if frame not in self._scans:
             return None
-        points = kitti_files.read_points(self.root / self._scans[frame], 5)
+        points = reading.read_points(self.root / self._scans[frame], 5)
         if self._volume_to_ego is not None:
             return points.copy()
         mount = self._lidar_to_ego[frame]
         return (points @ mount[:3, :3].T + mount[:3, 3]).astype(np.float32)
 
     def voxels(self, frame: int) -> np.ndarray | None:
-        """Labels [ny, nx, nz] as nuscenes_voxels.py has them; None where there are none."""
         return self._voxels.labels(frame) if frame in self._voxels.files else None
 
     def voxel_mask(self, frame: int) -> np.ndarray | None:
-        """bool [ny, nx, nz]: what the cameras see; None where that is not known."""
+        """What the cameras see."""
         return self._voxels.mask(frame) if frame in self._voxels.files else None
 
-    def voxels_to_volume(self, frame: int) -> np.ndarray:
-        """[4, 4]: voxels are in the ego frame or the LiDAR's, whatever the volume's frame."""
+    def voxels_to_volume(self, frame: int) -> np.ndarray | None:
+        """Voxels are in the ego frame or the LiDAR's, whatever the volume's frame."""
         if self._voxels.frame == ("ego" if self._volume_to_ego is None else "lidar"):
-            return np.eye(4)
+            return None
         lidar_to_ego = self._lidar_to_ego[frame]
         return lidar_to_ego.copy() if self._volume_to_ego is None else np.linalg.inv(lidar_to_ego)

@@ -146,7 +146,7 @@ def rigid(rotation, translation) -> np.ndarray:
     return matrix
 
 
-def open_index(folder: Path, progress: bool = True) -> np.ndarray:
+def open_index(folder: Path) -> np.ndarray:
     """The index of the tables in `folder` (.../v1.0-trainval), a read-only memory map.
 
     Fields: scene, sample and mount (places in scene.json, sample.json and calibrated_sensor.json),
@@ -173,7 +173,7 @@ def open_index(folder: Path, progress: bool = True) -> np.ndarray:
                     fcntl.flock(lock, fcntl.LOCK_EX)
                 index = _load(path)  # another process may have made it meanwhile
                 if index is None:
-                    _store(path, make_index(folder, progress))
+                    _store(path, make_index(folder))
                     index = _load(path)
         except OSError as error:
             raise InputError(
@@ -201,7 +201,7 @@ def _store(path: Path, index: np.ndarray) -> None:
         raise
 
 
-def make_index(folder: Path, progress: bool) -> np.ndarray:
+def make_index(folder: Path) -> np.ndarray:
     """See `open_index`."""
     channel_of = dict(table(folder, "sensor", "channel"))
     mounts = {}
@@ -223,7 +223,7 @@ def make_index(folder: Path, progress: bool) -> np.ndarray:
         "timestamp", "height", "width", "filename",
     )  # fmt: skip
     path = folder / "sample_data.json"
-    for row in stream(path, progress):
+    for row in stream(path, progress=True):
         token, sample, mount, pose, key, time, height, width, file = _cells(row, columns, path)
         try:
             if mount not in mounts:
@@ -243,7 +243,7 @@ def make_index(folder: Path, progress: bool) -> np.ndarray:
             pose_of.append(pose_tokens.setdefault(pose, len(pose_tokens)))
         except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
             raise _malformed(path, row) from None
-    poses, repeated_pose = _read_poses(folder, pose_tokens, progress)
+    poses, repeated_pose = _read_poses(folder, pose_tokens)
 
     numbers = np.array(numbers, np.int64).reshape(-1, 8)
     files, tokens = (np.array(a, dtype=np.bytes_ if a else "S1") for a in (files, tokens))
@@ -257,14 +257,7 @@ def make_index(folder: Path, progress: bool) -> np.ndarray:
     order = kept[np.lexsort((numbers[kept, 2], numbers[kept, 1], numbers[kept, 0]))]
     numbers, pose_of = numbers[order], pose_of[order]
     index = np.empty(len(order), dtype)
-    for field, column in (
-        ("scene", 0),
-        ("channel", 1),
-        ("time", 2),
-        ("sample", 3),
-        ("mount", 4),
-        ("key", 5),
-    ):
+    for column, field in enumerate(("scene", "channel", "time", "sample", "mount", "key")):
         index[field] = numbers[:, column]
     index["size"], index["token"], index["file"] = numbers[:, 6:], tokens[order], files[order]
     index["rotation"], index["translation"] = poses[pose_of, :4], poses[pose_of, 4:]
@@ -303,15 +296,13 @@ def _check_times(path: Path, index: np.ndarray) -> None:
         )
 
 
-def _read_poses(
-    folder: Path, places: dict[str, int], progress: bool
-) -> tuple[np.ndarray, np.ndarray]:
+def _read_poses(folder: Path, places: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
     """Of the tokens, in the order of their places: rotation and translation [poses, 7], and
     whether the table has them more than once."""
     poses = np.full((len(places), 7), np.nan)
     found, repeated = np.zeros(len(places), bool), np.zeros(len(places), bool)
     path = folder / "ego_pose.json"
-    for row in stream(path, progress):
+    for row in stream(path, progress=True):
         token, rotation, translation = _cells(row, ("token", "rotation", "translation"), path)
         place = places.get(token)
         if place is None:

@@ -29,7 +29,7 @@ class Occ3D:
         self.files = {f: folder / t / "labels.npz" for f, t in tokens.items() if t in there}
 
     def labels(self, frame: int) -> np.ndarray:
-        """[200, 200, 16]; "others" (0) counts as free too (spec section 12). Raises InputError."""
+        """[200, 200, 16]; "others" (0) counts as free too, as published. Raises InputError."""
         labels = self._read(frame, "semantics")
         if labels.max() > self.free:
             raise InputError(f"{self.files[frame]}: class {labels.max()} is beyond {self.free}")
@@ -55,12 +55,11 @@ class OpenOccupancy:
     """nuScenes-Occupancy/scene_SCENE_TOKEN/occupancy/LIDAR_TOP_TOKEN.npy: a row a voxel.
 
     Rows are z, y, x, class, or z, y, x, three of velocity, class; voxels without a row are free,
-    those of class 0 noise. Voxels of 0.2 m that divide `protocols.OPENOCCUPANCY_BOX`, in the frame
-    of LIDAR_TOP.
+    those of class 0 noise. Voxels of 0.2 m in the frame of LIDAR_TOP.
     """
 
     title, frame = "nuScenes-Occupancy", "lidar"
-    grid = (512, 512, 40)
+    grid, box = (512, 512, 40), (-51.2, -51.2, -5.0, 51.2, 51.2, 3.0)
 
     def __init__(self, root: Path, scene: str, tokens: dict[int, str]):
         """scene: its token; tokens: those of the sample_data of LIDAR_TOP, by frame."""

@@ -1,4 +1,4 @@
-"""Pixels of a sample: crop, resize, photometric augmentation (spec section 1)."""
+"""Pixels of a sample: crop, resize, photometric augmentation."""
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ def resize(images: Tensor, scale: float) -> Tensor:
 
 
 def photometric_augmentation(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Brightness, contrast, saturation and hue, each with probability 1/2, unclipped (spec 1).
+    """Brightness, contrast, saturation and hue, each with probability 1/2, unclipped.
 
     images [N, 3, h, w] RGB in 0..255. All cameras of a sample get the same change.
     """

@@ -1,14 +1,12 @@
 """The embedded data set: drives through random analytic streets, with exact truth.
 
-    python -m selfocc.datasets.synthetic --export kitti DIR --scenes 2 --frames 30 --seed 0
-
-A scene is a function of (config, seed). What is rendered once is cached on disk by its content.
-`street.py` invents a scene out of `objects.py`, `world.py` is its geometry, `shading.py` its looks,
-`sensors.py` casts the rays, `occupancy.py` labels voxels, `rigs.py` mounts the cameras.
+A scene is a function of (config, seed). What is rendered once is cached on disk by its content. In
+selfocc/street, `scene.py` invents a street out of `objects.py`, `world.py` is its geometry,
+`shading.py` its looks, `sensors.py` casts the rays, `occupancy.py` labels voxels, and `rigs.py`
+mounts the cameras. export.py writes scenes as files of other data sets.
 """
 
 import signal
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -18,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from selfocc import InputError
+from selfocc.batch import Sequence
 from selfocc.datasets import cache as disk
 from selfocc.street.occupancy import View, occupancy, seen_from
 from selfocc.street.rigs import LIDAR_HEIGHT, make_rig
@@ -70,20 +69,17 @@ def synthetic_sequences(
     ]
 
 
-class SyntheticSequence:
-    """One drive; the protocol of `datasets.video`, and exact flow and signed distance beside it.
+class SyntheticSequence(Sequence):
+    """One drive, with exact truth.
 
     Whatever is rendered raises InputError if the cache folder cannot be written.
     """
 
     def __init__(self, config: SyntheticConfig, name: str, seed: int, cache: Path):
         self.config, self.name, self.seed, self.cache = config, name, seed, cache
-        self.missing: list[str] = []
-        self.inputs: list[int] | None = None
         self.frames = config.frames
         self.labelled = list(range(0, config.frames, LABEL_EVERY))
         self.rig = make_rig(config.rig, config.image_size)
-        self.camera_names = self.rig.names
         first = np.stack([self.cameras(frame)[1][0] for frame in range(self.frames)])
         self.positions = first[:, :3, 3]
         # As KITTI counts it: in the plane of x and z of the first camera.
@@ -105,16 +101,16 @@ class SyntheticSequence:
     def frame_id(self, frame: int) -> str:
         return f"{frame:06d}"
 
-    def files(self, frame: int) -> list[Path]:
-        """Nothing: the world is a function of settings."""
-        return []
+    @property
+    def camera_names(self) -> tuple[str, ...]:
+        return self.rig.names
 
     def true_volume_to_world(self, frame: int) -> np.ndarray:
-        """[4, 4] float64, without pose noise: where the frame was rendered."""
+        """[4, 4], without pose noise: where the frame was rendered."""
         return self.street.ego(frame) @ self.rig.volume_to_ego
 
     def volume_to_world(self, frame: int) -> np.ndarray:
-        """[4, 4] float64, as wrong as `pose_noise` makes it."""
+        """[4, 4], as wrong as `pose_noise` makes it."""
         pose = self.true_volume_to_world(frame)
         metres, degrees = self.config.pose_noise
         if metres or degrees:
@@ -123,34 +119,29 @@ class SyntheticSequence:
         return pose
 
     def cameras(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
-        """intrinsics [N, 3, 3] in pixels, camera_to_world [N, 4, 4], float64."""
         pose = self.volume_to_world(frame)
         return self.rig.intrinsics.copy(), pose @ self.rig.camera_to_volume
 
-    def images(self, frame: int) -> np.ndarray:
-        """uint8 [N, h, w, 3] RGB."""
-        return np.array(self._record["image"][frame])
-
     def image(self, frame: int, camera: int) -> np.ndarray:
-        """uint8 [h, w, 3] RGB."""
         return np.array(self._record["image"][frame, camera])
 
     def depth(self, frame: int) -> np.ndarray:
-        """float32 [N, h, w] exact z-depth in metres, 0 where the sky is."""
+        """Exact, 0 where the sky is."""
         return np.array(self._record["depth"][frame])
 
     def semantics(self, frame: int) -> np.ndarray:
-        """uint8 [N, h, w] class ids, as wrong as `label_noise` makes them."""
+        """As wrong as `label_noise` makes them."""
         return np.array(self._record["label"][frame])
 
-    def stereo_pair(self, frame: int) -> None:
-        """None: depth is exact, nothing needs matching."""
-
     def lidar(self, frame: int) -> np.ndarray:
-        """float32 [M, 3]: one turn of a LiDAR 1.73 m above the ground, in the volume frame."""
+        """One turn of a LiDAR 1.73 m above the ground."""
 
         def scan():
-            return spin(self.street, self.street.at(frame), self._lidar_to_world(frame)).t
+            return spin(
+                self.street,
+                self.street.at(frame),
+                self.true_volume_to_world(frame) @ self.lidar_to_volume(),
+            ).t
 
         ranges = self._stored(("lidar", frame), np.dtype(np.float32), (BEAMS * STEPS,), scan)
         hit = np.isfinite(ranges)
@@ -159,7 +150,7 @@ class SyntheticSequence:
         return (points + lidar_to_volume[:3, 3]).astype(np.float32)
 
     def voxels(self, frame: int) -> np.ndarray:
-        """uint8 [ny, nx, nz]: 0 free, 1.. class ids, 255 never seen along the path."""
+        """255 is what was never seen along the path."""
 
         def label():
             solids, pose = self.street.at(frame), self.true_volume_to_world(frame)
@@ -170,34 +161,10 @@ class SyntheticSequence:
         return np.array(stored)
 
     def signed_distance(self, frame: int, points: np.ndarray) -> np.ndarray:
-        """Metres [M] from points [M, 3] in the volume frame to the nearest surface at a frame.
-
-        Negative inside. Exact for solids, to first order in the curvature for the ground."""
+        """That of the street [M], at points [M, 3] in the volume frame."""
         pose = self.true_volume_to_world(frame)
         world = np.asarray(points) @ pose[:3, :3].T + pose[:3, 3]
-        solids = self.street.at(frame)
-        distance = self.street.ground.signed_distance(world)
-        for i in range(len(solids)):
-            distance = np.minimum(distance, solids.signed_distance(world, i))
-        return distance
-
-    def flow(self, frame: int, other: int) -> np.ndarray:
-        """float32 [N, h, w, 2]: how many pixels (right, down) what `frame` shows moves in `other`.
-
-        The sky is at infinity. NaN for what is behind the camera in `other`."""
-        now, then = self.street.at(frame), self.street.at(other)
-        height, width = self.config.image_size
-        v, u = np.mgrid[:height, :width].reshape(2, -1)
-        flow = []
-        for intrinsics, mounted in zip(self.rig.intrinsics, self.rig.camera_to_volume, strict=True):
-            here, there = (self.true_volume_to_world(f) @ mounted for f in (frame, other))
-            sight = look(self.street, now, intrinsics, here, self.config.image_size)
-            points = now.carried(then, sight.points(), sight.index)
-            local = (points - there[:3, 3]) @ there[:3, :3]
-            local = np.where(np.isinf(sight.t)[:, None], sight.directions @ there[:3, :3], local)
-            depth = np.where(local[:, 2:] > 0, local[:, 2:], np.nan)
-            flow.append((local @ intrinsics.T / depth)[:, :2] - np.stack([u, v], -1))
-        return np.stack(flow).reshape(-1, height, width, 2).astype(np.float32)
+        return self.street.signed_distance(frame, world)
 
     def render(self, frame: int, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Image uint8 [N, h, w, 3], z-depth float32 [N, h, w], labels uint8 [N, h, w]; not cached.
@@ -222,10 +189,9 @@ class SyntheticSequence:
             labels = _spoil(labels, config.label_noise, self._random("labels", frame))
         return images, depths, labels
 
-    def cached(self, voxels: bool = False) -> bool:
-        """Whether the frames, and the voxels if asked for, are on disk."""
-        kept = [("frames",)] + [("voxels", frame) for frame in self.labelled if voxels]
-        return all(self._file(what).exists() for what in kept)
+    def cached(self) -> bool:
+        """Whether the frames are on disk."""
+        return self._file(("frames",)).exists()
 
     @cached_property
     def _record(self) -> np.ndarray:
@@ -259,16 +225,13 @@ class SyntheticSequence:
         matrix[2, 3] = LIDAR_HEIGHT - self.rig.volume_to_ego[2, 3]
         return matrix
 
-    def _lidar_to_world(self, frame):
-        return self.true_volume_to_world(frame) @ self.lidar_to_volume()
-
     @lru_cache(128)  # noqa: B019 - on purpose one small store for all sequences, most recent views
     def view(self, frame: int) -> View:
         """What LiDAR and cameras see at a frame, or further along the path."""
-        poses = self.true_volume_to_world(frame) @ self.rig.camera_to_volume
+        pose, rig = self.true_volume_to_world(frame), self.rig
         return seen_from(
-            self.street, self.street.at(frame), self._lidar_to_world(frame), self.rig.intrinsics,
-            poses, self.config.image_size,
+            self.street, self.street.at(frame), pose @ self.lidar_to_volume(), rig.intrinsics,
+            pose @ rig.camera_to_volume, self.config.image_size,
         )  # fmt: skip
 
     def _views_near(self, frame):
@@ -281,24 +244,19 @@ class SyntheticSequence:
         return [self.view(s) for s in [frame, *near]]
 
 
-def prerender(
-    sequences: list[SyntheticSequence],
-    workers: int = 2,
-    progress: bool = True,
-    voxels: bool = False,
-):
-    """Render what is not cached yet, with voxels if asked for, in `workers` processes."""
-    todo = [(sequence, voxels) for sequence in sequences if not sequence.cached(voxels)]
+def prerender(sequences: list[SyntheticSequence], workers: int = 2):
+    """Render what is not cached yet, in `workers` processes."""
+    todo = [sequence for sequence in sequences if not sequence.cached()]
     if not todo:
         return
-    disk.check_writable(todo[0][0].cache)
+    disk.check_writable(todo[0].cache)
     with (
         ProcessPoolExecutor(
             min(workers, len(todo)), initializer=_leave_interrupt_to_parent
         ) as pool,
-        tqdm(total=len(todo), desc="rendering", unit="scene", disable=not progress) as bar,
+        tqdm(total=len(todo), desc="rendering", unit="scene") as bar,
     ):
-        for _ in pool.map(_render, *zip(*todo, strict=True)):
+        for _ in pool.map(_render, todo):
             bar.update()
 
 
@@ -306,10 +264,8 @@ def _leave_interrupt_to_parent():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _render(sequence, voxels):
-    sequence.images(0)
-    for frame in sequence.labelled if voxels else ():
-        sequence.voxels(frame)
+def _render(sequence):
+    sequence.image(0, 0)
 
 
 def _small_motion(shift, rotation):
@@ -334,9 +290,3 @@ def _spoil(labels, share, rng):
     wrong = spread(rng.integers(1, 20, coarse))
     shifted = np.roll(labels, rng.integers(-1, 2, 2), (1, 2))
     return np.where(spread(rng.random(coarse) < share), wrong, shifted).astype(np.uint8)
-
-
-if __name__ == "__main__":
-    from selfocc.datasets.export import main
-
-    sys.exit(main())

@@ -1,8 +1,8 @@
 """From sequences of posed frames to samples: which frame is rendered, and from which others.
 
-A data set is a list of sequences; `synthetic.py`, `kitti.py`, ... each define one kind. All that
-SelfOcc does with video (choosing frames as in spec 1.1, preparing images, expressing every camera
-in the volume frame of the input time stamp) is here, once.
+A data set is a list of `batch.Sequence`; `synthetic.py`, `kitti.py`, ... each define one kind. All
+that SelfOcc does with video (choosing frames as the published loaders do, preparing images,
+expressing every camera in the volume frame of the input time stamp) is here, once.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfocc import InputError, counted
-from selfocc.batch import Batch, Frames, Sequence, has_other_eye
+from selfocc.batch import Batch, Frames, Sequence
 from selfocc.config import DataConfig
 from selfocc.datasets.pixels import cropped, one_size, photometric_augmentation, resize, scaled
 from selfocc.stereo import stereo_depth
@@ -48,6 +48,7 @@ class VideoDataset(torch.utils.data.Dataset):
         self.sequences = sequences
         self.config = config
         self.train = train
+        self.target_crop = config.target_crop or config.crop
         self.index, left_out = [], []
         for s, sequence in enumerate(sequences):
             frames = self._candidates(sequence)
@@ -88,7 +89,7 @@ class VideoDataset(torch.utils.data.Dataset):
             return [frame for frame in frames if enough[frame]]
         for frame in np.flatnonzero(some & ~both):  # as `_draw_sources` has it
             both[frame] = config.one_sided or (
-                config.stereo_source and has_other_eye(sequence, int(frame))
+                config.stereo_source and sequence.has_other_eye(int(frame))
             )
 
         def rendered(frame: int) -> bool:
@@ -216,7 +217,7 @@ class VideoDataset(torch.utils.data.Dataset):
         else:
             sources = [int(side[0]) if len(side) else None for side in sides]
         some = any(source is not None for source in sources)
-        if self.config.stereo_source and some and has_other_eye(sequence, anchor):
+        if self.config.stereo_source and some and sequence.has_other_eye(anchor):
             other_eye = sequence.other_eye(anchor)
             replaced = None if rng.random() < 1 / 3 else int(rng.random() < 0.5)
             sources = [
@@ -226,10 +227,10 @@ class VideoDataset(torch.utils.data.Dataset):
         return None if any(source is None for source in sources) else sources
 
     def _draw_for_each_camera(self, sequence, anchor, candidates, rng) -> list[int] | None:
-        """A frame for every camera, most likely one half a metre away (spec 1.1)."""
+        """A frame for every camera, most likely one half a metre away."""
         if not len(candidates):
             return None
-        distance = self._distances(sequence, anchor)[candidates]
+        distance = self._distance(sequence, anchor, candidates)
         logits = -((distance - COMPOSITE_DISTANCE) ** 2) / (2 * COMPOSITE_SPREAD**2)
         likely = np.exp(logits - logits.max())
         cameras = len(sequence.cameras(anchor)[0])
@@ -242,10 +243,6 @@ class VideoDataset(torch.utils.data.Dataset):
             return np.linalg.norm(ways, axis=-1)
         return np.abs(sequence.path[other] - sequence.path[frame])
 
-    def _distances(self, sequence: Sequence, frame: int) -> np.ndarray:
-        """Metres [frames] from a frame to every other."""
-        return self._distance(sequence, frame, slice(None))
-
     def _either_side(
         self, sequence: Sequence, frame: int, window: tuple[float, float]
     ) -> list[np.ndarray]:
@@ -253,7 +250,7 @@ class VideoDataset(torch.utils.data.Dataset):
 
         The search ends at the first frame beyond the window: a loop that comes back is not near.
         """
-        distance = self._distances(sequence, frame)
+        distance = self._distance(sequence, frame, slice(None))
         sides = []
         for side, first, step in (
             (distance[:frame][::-1], frame - 1, -1),
@@ -269,17 +266,15 @@ class VideoDataset(torch.utils.data.Dataset):
     ) -> Iterator[tuple[float, Batch]]:
         """Later frames as targets, at least `step` metres apart: (metres ahead, sample)."""
         sequence, frame = self.locate(index)
-        distances = self._distances(sequence, frame)
+        distances = self._distance(sequence, frame, slice(None))
         last = frame
         for other in range(frame + 1, sequence.frames):
             if distances[other] > maximum:
                 return
-            if self._distances(sequence, last)[other] >= step:
+            if self._distance(sequence, last, other) >= step:
                 last = other
-                yield (
-                    float(distances[other]),
-                    self._sample(sequence, frame, other, [other, other], None),
-                )
+                sample = self._sample(sequence, frame, other, [other, other], None)
+                yield float(distances[other]), sample
 
     def _sample(self, sequence, frame, anchor, sources, rng) -> Batch:
         world_to_volume = np.linalg.inv(sequence.volume_to_world(frame))
@@ -289,34 +284,25 @@ class VideoDataset(torch.utils.data.Dataset):
         target = self._frames(sequence, image, anchor, world_to_volume)
         pairs = [self._frames(sequence, image, source, world_to_volume) for source in sources]
         depth = self._label_map(sequence.depth(anchor))
+        exact = self.train and depth is not None  # truth enough; scans are for judging
+        fields = dataclasses.fields(Frames)
         return Batch(
             name=[f"{sequence.name}/{sequence.frame_id(frame)}"],
             images=self._network_images(images, where, rng),
             intrinsics=torch.from_numpy(network_intrinsics),
             camera_to_volume=torch.from_numpy(world_to_volume @ camera_to_world),
             target=target,
-            sources=Frames(
-                *(
-                    torch.stack([getattr(p, f.name) for p in pairs])
-                    for f in dataclasses.fields(Frames)
-                )
-            ),
+            sources=Frames(*(torch.stack([getattr(p, f.name) for p in pairs]) for f in fields)),
             depth=depth,
-            # exact depth is truth enough while training; scans are for judging
-            lidar=None
-            if self.train and depth is not None
-            else self._lidar_map(sequence, anchor, target),
+            lidar=None if exact else self._lidar_map(sequence, anchor, target),
             semantics=self._label_map(sequence.semantics(anchor)),
         )
-
-    def _target_crop(self) -> tuple[int, int]:
-        return self.config.target_crop or self.config.crop
 
     def _frames(self, sequence, image, source: Source, world_to_volume: np.ndarray) -> Frames:
         images, intrinsics, camera_to_world, where = _seen(sequence, image, source)
         scale = self.config.target_scale
         return Frames(
-            resize(cropped(images, self._target_crop(), where) / 255, scale),
+            resize(cropped(images, self.target_crop, where) / 255, scale),
             torch.from_numpy(scaled(intrinsics, scale)),
             torch.from_numpy(world_to_volume @ camera_to_world),
         )
@@ -341,7 +327,7 @@ class VideoDataset(torch.utils.data.Dataset):
             return None
         least = np.array([label.shape for label in labels]).min(0)
         scale = self.config.target_scale
-        pixels = [(np.arange(int(n * scale)) + 0.5) / scale for n in self._target_crop()]
+        pixels = [(np.arange(int(n * scale)) + 0.5) / scale for n in self.target_crop]
         maps = []
         for label in labels:
             ratios = label.shape / least
@@ -353,13 +339,8 @@ class VideoDataset(torch.utils.data.Dataset):
         points = sequence.lidar(frame)
         if points is None:
             return None
-        _, camera_to_world = sequence.cameras(frame)
-        volume_to_cameras = np.linalg.inv(camera_to_world) @ sequence.volume_to_world(frame)
-        size = target.images.shape[-2:]
-        maps = [
-            project_points(points, to_camera, k, size)
-            for to_camera, k in zip(volume_to_cameras, target.intrinsics.numpy(), strict=True)
-        ]
+        sizes = [target.images.shape[-2:]] * len(target.images)
+        maps = scan_maps(sequence, frame, points, target.intrinsics.numpy(), sizes)
         return torch.from_numpy(np.stack(maps))
 
 
@@ -381,6 +362,17 @@ def _seen(sequence: Sequence, image: Callable, source: Source):
         where = f"{sequence.name} frame {sequence.frame_id(source)}"
     images, intrinsics = one_size(images, intrinsics)
     return images, intrinsics, camera_to_world, where
+
+
+def scan_maps(sequence: Sequence, frame: int, points: np.ndarray, intrinsics, sizes):
+    """z-depth of the points of a scan in every camera of its frame, as `project_points`.
+
+    intrinsics [N, 3, 3] of images of sizes [h, w].
+    """
+    _, camera_to_world = sequence.cameras(frame)
+    to_cameras = np.linalg.inv(camera_to_world) @ sequence.volume_to_world(frame)
+    cameras = zip(to_cameras, intrinsics, sizes, strict=True)
+    return [project_points(points, *camera) for camera in cameras]
 
 
 def project_points(

@@ -167,14 +167,10 @@ def _car(rng, colour, seed):
     shell = Paint(w.CAR, w.PAINT, colour, RUBBER)
     cabin = Paint(w.CAR, w.CABIN, colour, GLASS)
     back, floor = rng.uniform(-0.5, 0.1), 0.28
+    above = (back, 0, floor + body + roof / 2)
     return solids(
         box((0, 0, floor + body / 2), (length / 2, width / 2, body / 2), shell, seed),
-        box(
-            (back, 0, floor + body + roof / 2),
-            (0.28 * length, width / 2 - 0.1, roof / 2),
-            cabin,
-            seed,
-        ),
+        box(above, (0.28 * length, width / 2 - 0.1, roof / 2), cabin, seed),
         *_wheels(length / 2 - 0.75, width / 2, 0.32, w.CAR),
     )
 

@@ -8,9 +8,7 @@ from selfocc.street.sensors import BEAMS, ELEVATIONS, LIDAR_RANGE, STEPS, look, 
 from selfocc.street.world import KERB_HEIGHT
 
 UNKNOWN = 255
-TOLERANCE = (
-    0.3  # metres a point may lie behind the surface that was measured and still count as seen
-)
+TOLERANCE = 0.3  # metres behind the surface that was measured within which a point counts as seen
 
 
 @dataclass(frozen=True)
@@ -75,11 +73,7 @@ def _cells_of(blocks):
 def signed_distance_grid(solids, ground, volume_to_world, box, edge):
     """Signed distance (clipped at 2 cells) and label of the nearest solid, at the cell centres."""
     centres = _centres(box, edge)
-    rotation, origin = (
-        volume_to_world[:3, :3].astype(np.float32),
-        volume_to_world[:3, 3].astype(np.float32),
-    )
-    world = centres @ rotation.T + origin
+    world = _moved(centres, volume_to_world)
     # One height a column is a first guess; only cells near the ground are worth the exact distance.
     foot = world[:, :, :1]
     guess = world[..., 2] - ground.height(foot[..., 0], foot[..., 1])
@@ -155,10 +149,8 @@ def _lidar_sees(points, view):
     beam = np.rint((np.float32(ELEVATIONS[0]) - np.arctan2(local[:, 2], plan)) * slope)
     inside = np.flatnonzero((beam >= 0) & (beam < BEAMS))
     local, plan = local[inside], plan[inside]
-    step = (
-        np.floor(np.arctan2(local[:, 1], local[:, 0]) * np.float32(STEPS / (2 * np.pi))).astype(int)
-        % STEPS
-    )
+    turn = np.arctan2(local[:, 1], local[:, 0]) * np.float32(STEPS / (2 * np.pi))
+    step = np.floor(turn).astype(int) % STEPS
     reach = np.minimum(view.ranges[beam[inside].astype(int), step], LIDAR_RANGE)
     seen = np.zeros(len(points), bool)
     seen[inside] = np.hypot(plan, local[:, 2]) < reach + TOLERANCE

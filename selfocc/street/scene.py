@@ -46,6 +46,16 @@ class Street:
             pose[moving] = np.stack(now)[mover[moving]]
         return self.solids.moved(pose)
 
+    def signed_distance(self, frame: int, points: np.ndarray) -> np.ndarray:
+        """Metres [M] from world points [M, 3] to the nearest surface, negative inside.
+
+        Exact for solids, to first order in the curvature for the ground.
+        """
+        solids, distance = self.at(frame), self.ground.signed_distance(points)
+        for i in range(len(solids)):
+            distance = np.minimum(distance, solids.signed_distance(points, i))
+        return distance
+
     def ego(self, frame: int) -> np.ndarray:
         """[4, 4] ego to world: x forward, y left, z up, on the ground and tilted with it."""
         y = self.path[frame]

@@ -12,7 +12,8 @@ _EDGES = np.array([(i, i | 1 << k) for i in range(8) for k in range(3) if not i 
 
 BEAMS, STEPS = 64, 720  # of the LiDAR: an HDL-64 with a coarse azimuth
 ELEVATIONS = np.deg2rad(np.linspace(2.0, -24.8, BEAMS))
-LIDAR_RANGE = 80.0
+LIDAR_RANGE = 80.0  # metres
+REFLECTANCE = 0.25  # of every LiDAR return; the world does not model it
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,6 @@ class Sight:
     directions: np.ndarray  # [R, 3] world, float32
     t: np.ndarray  # [R] of the first hits; inf: nothing
     index: np.ndarray  # [R] the solid that was hit; -1: ground or nothing
-
-    def points(self):
-        """[R, 3] float64, world; the origin where nothing was hit."""
-        t = np.where(np.isinf(self.t), 0, self.t).astype(np.float64)
-        return self.origin + t[:, None] * self.directions
 
 
 def look(street, solids, intrinsics, camera_to_world, size):
@@ -65,14 +61,9 @@ def _rectangles(solids, intrinsics, camera_to_world, size):
         low = np.where(ahead, pixel, np.inf).min(1)
         high = np.where(ahead, pixel, -np.inf).max(1)
         seen = (low <= high) & (np.where(ahead, depth, np.inf).min(1) < FAR)
-        bounds.append(
-            np.where(seen, np.clip(np.ceil(np.where(seen, low, 0)), 0, limit), 0).astype(np.int64)
-        )
-        bounds.append(
-            np.where(seen, np.clip(np.floor(np.where(seen, high, 0)) + 1, 0, limit), 0).astype(
-                np.int64
-            )
-        )
+        low, high = np.where(seen, low, 0), np.where(seen, high, 0)
+        for edge in (np.ceil(low), np.floor(high) + 1):
+            bounds.append(np.where(seen, np.clip(edge, 0, limit), 0).astype(np.int64))
     return bounds
 
 
@@ -81,11 +72,9 @@ def spin(street, solids, sensor_to_world):
     directions = (spin_rays() @ sensor_to_world[:3, :3].T).astype(np.float32)
     origin = sensor_to_world[:3, 3]
     pairs = rectangle_pairs(*_sectors(solids, sensor_to_world), STEPS)
-    sight = Sight(
-        origin, directions, *first_hits(street.ground, solids, origin, directions, *pairs)
-    )
-    sight.t[sight.t > LIDAR_RANGE] = np.inf
-    return sight
+    t, index = first_hits(street.ground, solids, origin, directions, *pairs)
+    t[t > LIDAR_RANGE] = np.inf
+    return Sight(origin, directions, t, index)
 
 
 @lru_cache(1)
@@ -125,10 +114,5 @@ def _sectors(solids, sensor_to_world):
     per_radian = (BEAMS - 1) / (ELEVATIONS[0] - ELEVATIONS[-1])
     first = np.floor((ELEVATIONS[0] - up) * per_radian).clip(0, BEAMS).astype(np.int64)
     last = np.ceil((ELEVATIONS[0] - down) * per_radian + 1).clip(0, BEAMS).astype(np.int64)
-    seen = nearest < LIDAR_RANGE
-    return (
-        np.where(seen, first, 0),
-        np.where(seen, last, 0),
-        left % STEPS,
-        left % STEPS + right - left,
-    )
+    first, last = (np.where(nearest < LIDAR_RANGE, beam, 0) for beam in (first, last))
+    return first, last, left % STEPS, left % STEPS + right - left

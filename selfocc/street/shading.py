@@ -11,15 +11,9 @@ from selfocc.street import world as w
 
 # Lattice spacing of the noise octaves in metres and how strong each is.
 OCTAVES = (
-    (7.0, 0.25),
-    (3.2, 0.4),
-    (1.45, 0.6),
-    (0.66, 0.7),
-    (0.30, 0.7),
-    (0.136, 0.65),
-    (0.062, 0.6),
-    (0.028, 0.5),
-)
+    (7.0, 0.25), (3.2, 0.4), (1.45, 0.6), (0.66, 0.7),
+    (0.30, 0.7), (0.136, 0.65), (0.062, 0.6), (0.028, 0.5),
+)  # fmt: skip
 # Contrast of the noise per style, in the order of world.PLAIN...CLOTH.
 GRAIN = np.array([0.35, 0.42, 0.10, 0.10, 1.1, 0.9, 0.5, 0.15, 0.6], np.float32)
 GROUND_GRAIN = {w.ROAD: 0.55, w.SIDEWALK: 0.5, w.TERRAIN: 0.9}
@@ -49,14 +43,10 @@ def grain(u, v, footprint):
         seen = np.flatnonzero(fade > 0)
         if len(seen):
             # Turned from octave to octave, so that their lattices do not line up.
-            c, s = (
-                np.float32(np.cos(k * 0.9) / wavelength),
-                np.float32(np.sin(k * 0.9) / wavelength),
-            )
-            a, b = u[seen], v[seen]
-            noise = value_noise(
-                a * c - b * s + np.float32(17.3 * k), a * s + b * c + np.float32(5.1 * k)
-            )
+            c, s = (np.float32(turn(k * 0.9) / wavelength) for turn in (np.cos, np.sin))
+            a = u[seen] * c - v[seen] * s + np.float32(17.3 * k)
+            b = u[seen] * s + v[seen] * c + np.float32(5.1 * k)
+            noise = value_noise(a, b)
             total[seen] += noise * np.minimum(fade[seen], 1) * np.float32(strength)
     return total
 

@@ -14,24 +14,12 @@ BOX, CYLINDER, SPHERE = range(3)
 PLAIN, FACADE, PAINT, CABIN, FOLIAGE, BARK, SLATS, SIGN, CLOTH = range(9)
 
 CAR, TRUCK, PERSON, BICYCLIST = 1, 4, 6, 7
-ROAD, SIDEWALK, BUILDING, FENCE, VEGETATION, TRUNK, TERRAIN, POLE, TRAFFIC_SIGN = (
-    9,
-    11,
-    13,
-    14,
-    15,
-    16,
-    17,
-    18,
-    19,
-)
+ROAD, SIDEWALK, BUILDING, FENCE, VEGETATION = 9, 11, 13, 14, 15
+TRUNK, TERRAIN, POLE, TRAFFIC_SIGN = 16, 17, 18, 19
 
 FAR = 160.0  # metres; nothing is drawn beyond
 TOUCH = 1e-5  # metres between a ray and the ground it is taken to hit
-KERB_HEIGHT, KERB_WIDTH = (
-    0.12,
-    0.06,
-)  # metres; the kerb is a steep smooth step from road to sidewalk
+KERB_HEIGHT, KERB_WIDTH = 0.12, 0.06  # metres; a steep smooth step from road to sidewalk
 LEVEL = 15.0  # metres from the centre line over which the crossfall levels out
 
 
@@ -203,14 +191,6 @@ class Solids:
             [pose[:, 0] + cos * x - sin * y, pose[:, 1] + sin * x + cos * y, pose[:, 2] + z], -1
         )
         return replace(self, centre=centre, yaw=self.yaw + pose[:, 3])
-
-    def carried(self, then, points, index):
-        """World points [R, 3] on solids index [R] (-1: none), moved to where those are `then`."""
-        turn = (then.yaw - self.yaw)[index]
-        cos, sin = np.cos(turn), np.sin(turn)
-        x, y, z = (points - self.centre[index]).T
-        there = then.centre[index] + np.stack([cos * x - sin * y, sin * x + cos * y, z], -1)
-        return np.where(((index >= 0) & (self.mover[index] >= 0))[:, None], there, points)
 
     def to_local(self, points, index):
         """World points [R, 3] in the axes of solids index [R]; and the cos and sin of their yaw."""

@@ -1,9 +1,11 @@
-"""Files that KITTI odometry and KITTI raw have in common: tables, calibration, images, scans.
+"""Reading what the data sets have in common: tables, calibration, images, scans.
 
 Everything here raises InputError, in one line that names the file and says what to do.
 """
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -32,8 +34,14 @@ CENTRAL_X, CENTRAL_Y = (0.35, 0.65), (0.25, 0.75)
 COLUMNS = {4: "remission", 5: "intensity and ring"}
 FARTHEST = 300.0  # metres along an axis; the scanners see 120
 
-# A of the spec: velodyne (x forward, y left, z up) -> volume (x right, y forward, z up)
+# velodyne (x forward, y left, z up) -> volume (x right, y forward, z up)
 VELO_TO_VOLUME = np.array([[0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], np.float64)
+
+
+def path_length(positions: np.ndarray) -> np.ndarray:
+    """Metres driven until each of the positions [frames, k]."""
+    steps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
+    return np.concatenate([[0.0], np.cumsum(steps)])
 
 
 def numbered(folder: Path, suffix: str, digits: int = 6) -> list[int]:
@@ -161,13 +169,20 @@ def check_camera(
         )
 
 
-def read_image(path: Path) -> np.ndarray:
-    """uint8 [h, w, 3] RGB; grey is repeated."""
+def _decoded(path: Path, read: Callable):
     try:
-        image = iio.imread(path, plugin="pillow")
+        return read(path)
     except Exception as error:  # decoders raise whatever the damage makes them raise
         kind = path.suffix[1:].upper()
         raise InputError(f"{path}: damaged or unreadable {kind}; copy it again") from error
+
+
+_pixels = partial(iio.imread, plugin="pillow")
+
+
+def read_image(path: Path) -> np.ndarray:
+    """uint8 [h, w, 3] RGB; grey is repeated."""
+    image = _decoded(path, _pixels)
     if image.ndim == 2:
         image = np.repeat(image[..., None], 3, axis=2)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -179,12 +194,12 @@ def read_image(path: Path) -> np.ndarray:
 
 def image_size(path: Path) -> tuple[int, int]:
     """Height and width of an image, of which only the header is read."""
-    try:
+
+    def size(path: Path):
         with Image.open(path) as image:
             return image.size[::-1]
-    except Exception as error:  # decoders raise whatever the damage makes them raise
-        kind = path.suffix[1:].upper()
-        raise InputError(f"{path}: damaged or unreadable {kind}; copy it again") from error
+
+    return _decoded(path, size)
 
 
 def check_size(path: Path, image: np.ndarray, size: tuple[int, ...], first: str) -> None:
@@ -242,21 +257,19 @@ def read_scan(path: Path) -> np.ndarray | None:
 
 def read_depth(path: Path) -> np.ndarray:
     """float32 [h, w] metres, 0 where there is none, from a 16-bit PNG of metres * 256."""
-    try:
-        image = iio.imread(path, plugin="pillow")
-    except Exception as error:  # decoders raise whatever the damage makes them raise
-        raise InputError(f"{path}: damaged or unreadable PNG; copy it again") from error
+    image = _decoded(path, _pixels)
     if image.dtype == np.uint8 or image.ndim != 2:
         raise InputError(f"{path}: {image.dtype} {image.shape} is no 16-bit depth; copy it again")
     return image.astype(np.float32) / 256
 
 
-def parse_range(text: str) -> tuple[str, range | None]:
-    """A sequence and the frames chosen of it, from `06` or `06:0-39`."""
-    match = re.fullmatch(r"\s*(\w+)(?::(\d+)-(\d+))?\s*", text)
+def parse_range(text: str, example: str = "06") -> tuple[str, range | None]:
+    """A sequence and the frames chosen of it, from `06` or `06:0-39`; also `scene-0061`."""
+    match = re.fullmatch(r"\s*([\w-]+?)(?::(\d+)-(\d+))?\s*", text)
     if not match:
         raise InputError(
-            f"cannot read {text!r}: expected a sequence such as 06, or with frames, 06:0-39"
+            f"cannot read {text!r}: expected a sequence such as {example}, or with (key) frames, "
+            f"{example}:0-9"
         )
     name, first, last = match.groups()
     return name, None if first is None else range(int(first), int(last) + 1)
