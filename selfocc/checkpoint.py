@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from selfocc import InputError, published
-from selfocc.commandline import Parser, run
+from selfocc.commandline import Parser, add_set, run
 from selfocc.config import Config, from_dict, to_dict
 from selfocc.files import replacing
 from selfocc.torchfile import page_out
@@ -163,13 +163,7 @@ def convert(words: list[str] | None) -> None:
         command.add_argument("out", type=Path)
         if name == "import":
             command.add_argument("--preset", metavar="NAME", help="default: guessed, and said")
-            command.add_argument(
-                "--set",
-                action="append",
-                default=[],
-                metavar="SECTION.FIELD=VALUE",
-                help="what cannot be read off the file, such as encoder.heads",
-            )
+            add_set(command, "what cannot be read off the file, such as encoder.heads")
     arguments = parser.parse_args(words)
     if arguments.command == "import":
         found = published.import_published(arguments.source, arguments.preset, arguments.set)

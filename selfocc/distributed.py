@@ -151,6 +151,11 @@ def mean(value: Tensor) -> Tensor:
     return _Mean.apply(value) if joined() else value
 
 
+def in_any(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set in any process."""
+    return mean(torch.tensor(float(flag), device=device)).item() > 0 if joined() else flag
+
+
 def gather_dicts(entries: dict) -> dict:
     """The entries of all processes' dictionaries, in every process."""
     if not joined():
@@ -190,6 +195,15 @@ class SyncBatchNorm(nn.BatchNorm2d):
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = (torch.rsqrt(variance + self.eps) * self.weight)[:, None, None]
         return centred * scale + self.bias[:, None, None]
+
+
+def parallel(model: nn.Module, device: torch.device, batch_norm: bool) -> nn.Module:
+    """The model as one of several processes runs it, batch norm over all of them if asked for."""
+    if not joined() or dist.get_world_size() == 1:
+        return model
+    if batch_norm:
+        synchronise_batch_norm(model, device)
+    return nn.parallel.DistributedDataParallel(model)
 
 
 def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:

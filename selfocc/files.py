@@ -1,4 +1,4 @@
-"""Paths as they were named, and files that are written whole or not at all."""
+"""Folders of data, paths as they were named, and files that are written whole or not at all."""
 
 import contextlib
 import errno
@@ -6,6 +6,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -17,6 +18,16 @@ except ImportError:  # on Windows two runs into one folder are not noticed
     fcntl = None
 
 OWNER = ".owner"  # locked by the process that writes to its folder
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where the files of a data set are; None for what it does not need."""
+
+    data: Path | None = None  # the data set as it was downloaded
+    labels: Path | None = None  # 2-D pseudo labels, laid out as the images are
+    splits: Path | None = None  # KITTI raw: split files
+    poses: Path | None = None  # KITTI raw: one pose file a drive
 
 
 def as_named(path: Path) -> Path:

@@ -53,16 +53,21 @@ def needs_samples(loss: LossConfig) -> bool:
 
 
 def objective(
-    config: Config, batch: Batch, volume: Tensor, view: View, shift: Tensor
+    config: Config,
+    batch: Batch,
+    volume: Tensor,
+    view: View,
+    scene: tuple[Tensor, Tensor, Tensor],
+    shift: Tensor,
 ) -> dict[str, Tensor]:
     """The weighted losses of a training step by name, 0-d. A loss of weight 0 is left out.
 
+    scene: what `photometric_scene` gives.
     shift: uniform random numbers that move the grid on which sparsity is measured, as in
     `shifted_grid_sdf`.
     Raises InputError where the data lacks what a loss needs.
     """
     weights, quirks, rays = config.loss, config.quirks, config.render.rays
-    scene = photometric_scene(batch, view.pixels, quirks)
     colors = scene[0]
     losses = {}
     if weights.weight_photometric:

@@ -15,7 +15,6 @@ from selfocc.encoder import Encoder
 from selfocc.field import FieldDecoder
 from selfocc.geometry import pixel_rays, ray_box
 from selfocc.lift import FrustumLift
-from selfocc.losses import needs_samples, photometric_scene
 
 
 class SelfOcc(nn.Module):
@@ -161,18 +160,20 @@ class SelfOcc(nn.Module):
             compared=compared,
         )
 
-    def forward(self, batch: Batch, pixels: Tensor, noise: Noise) -> tuple[Tensor, View]:
+    def forward(
+        self, batch: Batch, noise: Noise, scene: tuple[Tensor, ...] | None = None
+    ) -> tuple[Tensor, View]:
+        """Volume and target view of a training step. Without a `scene` all samples are kept."""
         volume = self.volume(batch)
         background = noise.background if self.config.render.background == "random" else None
-        keep_samples = needs_samples(self.config.loss)
         view = self.render(
             volume,
             batch.target,
-            pixels,
+            noise.pixels,
             self.config.render.samples,
             noise.jitter,
             background,
-            keep_samples,
-            scene=None if keep_samples else photometric_scene(batch, pixels, self.config.quirks),
+            keep_samples=scene is None,
+            scene=scene,
         )
         return volume, view

@@ -14,9 +14,9 @@ import torch
 import eval as eval_script
 from selfocc import InputError, checkpoint, config, presets, published
 from selfocc.model import SelfOcc
+from selfocc.training import learning_rate
 from tests import goldens
 from tests.tiny import ROOT, SETTINGS
-from train import learning_rate
 
 SMALL = [
     f"{name}={value}"

@@ -1,9 +1,8 @@
 """Data sets: one file each, all read through `video.VideoDataset`."""
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -15,18 +14,8 @@ from selfocc.datasets.kitti_files import parse_range
 from selfocc.datasets.kitti_raw import kitti_raw_sequences
 from selfocc.datasets.nuscenes import nuscenes_sequences
 from selfocc.datasets.video import VideoDataset
+from selfocc.files import Folders
 from selfocc.labels import pseudo_labels
-
-
-@dataclass(frozen=True)
-class Folders:
-    """Where the files of a data set are; None for what it does not need."""
-
-    data: Path | None = None  # the data set as it was downloaded
-    labels: Path | None = None  # 2-D pseudo labels, laid out as the images are
-    splits: Path | None = None  # KITTI raw: split files
-    poses: Path | None = None  # KITTI raw: one pose file a drive
-
 
 # what is read of each data set, and what --data names
 READ = {
