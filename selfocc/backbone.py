@@ -1,4 +1,4 @@
-"""Image features: ResNet (He et al. 2016) and a feature pyramid (Lin et al. 2017), spec section 3.
+"""Image features: ResNet (He et al. 2016) and a feature pyramid (Lin et al. 2017).
 
 Parameters of the ResNet carry torchvision's names, those of the pyramid mmsegmentation's, so that
 published weights fit.

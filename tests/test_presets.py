@@ -22,7 +22,7 @@ WEIGHTS = {
     "nuscenes_novel_depth": (1.0, 0.1, 0.1, 0.01, 0.0, 0.0, 0.0),
     "nuscenes_depth": (1.0, 0.0, 0.1, 0.0, 0.0, 0.0, 0.01),
 }
-# fractions of the cropped image over those of the padded input, x and y (spec section 1)
+# fractions of the cropped image over those of the padded input, x and y, as published
 FOCAL_RATIOS = {
     "kitti": (1.0, 1.0),
     "kitti_novel_depth": (1.0, 0.96339),
