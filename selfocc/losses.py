@@ -1,4 +1,4 @@
-"""Every loss (spec section 11), a small function each, and `objective`, the sum that is minimised.
+"""Every loss, a small function each, and `objective`, the sum that is minimised.
 
 Rays lie on a grid of rows x cols, row by row, so that 3 x 3 windows over neighbouring rays make
 sense. B samples, N cameras, K source frames, R = rows * cols rays, S samples a ray.
@@ -29,7 +29,7 @@ def photometric_scene(
     """What depths of the target's rays, through pixels [R, 2], are held against.
 
     Returns target [B, N, R, 3], the colours at the rays; sources [B, K, N, 3, h, w]; projections
-    [B, K, N, 4, 4] from the target's pixels and depths to the sources' (spec section 1).
+    [B, K, N, 4, 4] from the target's pixels and depths to the sources'.
     """
     target, sources = batch.target, batch.sources
     projections = image_to_image(
@@ -195,19 +195,9 @@ def reprojection_error(
     color = ray_grid(color.unflatten(0, sources.shape[:3]), rays)
     error = kernels.ssim_l1(color, ray_grid(target, rays)[:, None].expand_as(color)).flatten(-2)
     error = torch.where(valid, error, UNSEEN)
-    return least_error(error, ray_colors(sources, pixels) if automask else None, target, rays)
-
-
-def least_error(
-    error: Tensor, identity: Tensor | None, target: Tensor, rays: tuple[int, int]
-) -> Tensor:
-    """The least over k [B, N, R] of error [B, K, N, R] and of what not moving would cost.
-
-    identity: [B, K, N, R, 3] colours of the sources at the target's pixels, or None.
-    """
-    if identity is not None:
-        identity = ray_grid(identity, rays)
-        still = kernels.ssim_l1(identity, ray_grid(target, rays)[:, None].expand_as(identity))
+    if automask:  # what not moving would cost
+        still = ray_grid(ray_colors(sources, pixels), rays)
+        still = kernels.ssim_l1(still, ray_grid(target, rays)[:, None].expand_as(still))
         error = torch.cat([error, still.flatten(-2)], dim=1)
     return error.min(dim=1).values
 
@@ -230,11 +220,6 @@ def edge_loss(depth: Tensor, target: Tensor, rays: tuple[int, int]) -> Tensor:
 
 
 # Geometry
-
-
-def eikonal_loss(gradients: Tensor) -> Tensor:
-    """Mean of (|g| - 1)^2 over gradients [..., 3]."""
-    return (torch.linalg.vector_norm(gradients, dim=-1) - 1).square().mean()
 
 
 def soft_sparsity(sdf: Tensor) -> Tensor:

@@ -179,12 +179,6 @@ def test_edge(far):
     check(g, "f64.use_inf_mask." if far else "f64.default.", result, **inputs)
 
 
-def test_eikonal():
-    g = golden("losses/EikonalLoss.npz")
-    gradients = g["in.eik_grad"].requires_grad_()
-    check(g, "f64.", losses.eikonal_loss(gradients), eik_grad=gradients)
-
-
 @pytest.mark.parametrize(
     ("name", "function"),
     [
