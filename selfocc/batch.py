@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -129,6 +129,14 @@ def collate(samples: list[Batch]) -> Batch:
         return None if any(value is None for value in values) else torch.stack(values)
 
     return Batch(*(stack([getattr(s, f.name) for s in samples]) for f in dataclasses.fields(Batch)))
+
+
+class Scene(NamedTuple):
+    """What depths of the target's rays are held against, rays through pixels [R, 2]."""
+
+    target: Tensor  # [B, N, R, 3] its colours at the rays
+    sources: Tensor  # [B, K, N, 3, h, w] images
+    projections: Tensor  # [B, K, N, 4, 4] from the target's pixels and depths to the sources'
 
 
 @dataclass

@@ -40,33 +40,21 @@ from selfocc.settings import change
 from selfocc.training import make_optimizer, training_step
 
 SAMPLES = 256  # of a ray, when depth is rendered
-STAGES = {  # module whose end ends a stage -> stage
-    "fpn": "backbone, FPN",
-    "encoder": "encoder",
-    "lift": "lift",
-    "decoder": "decoder",
-}
+# module whose end ends a stage -> stage
+STAGES = {"fpn": "backbone, FPN", "encoder": "encoder", "lift": "lift", "decoder": "decoder"}
 
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m selfocc.bench", description=__doc__)
-    parser.add_argument(
-        "--preset",
-        action="append",
-        metavar="NAME",
-        help="may be repeated; default: kitti and nuscenes on a GPU, synthetic elsewhere",
-    )
-    parser.add_argument(
-        "--backends",
-        type=lambda text: text.split(","),
-        metavar="NAME,..",
-        help="of torch and triton; default: both where Triton runs",
-    )
-    some = partial(count, least=1)
-    parser.add_argument("--repeats", type=some, help="steps; default: 20 on a GPU, 3 elsewhere")
-    parser.add_argument("--threads", type=some, help="CPU threads of PyTorch; default: its own")
+    add, some = parser.add_argument, partial(count, least=1)
+    said = "may be repeated; default: kitti and nuscenes on a GPU, synthetic elsewhere"
+    add("--preset", action="append", metavar="NAME", help=said)
+    said = "of torch and triton; default: both where Triton runs"
+    add("--backends", type=lambda text: text.split(","), metavar="NAME,..", help=said)
+    add("--repeats", type=some, help="steps; default: 20 on a GPU, 3 elsewhere")
+    add("--threads", type=some, help="CPU threads of PyTorch; default: its own")
     add_set(parser, "as for train.py")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write JSON here")
+    add("--out", type=Path, metavar="FILE", help="also write JSON here")
     return parser.parse_args(words)
 
 
@@ -82,12 +70,8 @@ def bench(arguments: argparse.Namespace) -> None:
     backends = arguments.backends or (["torch", "triton"] if gpu else ["torch"])
     repeats = arguments.repeats or (20 if gpu else 3)
     # with what numbers it starts costs no time
-    settings = {
-        preset: presets.build(
-            preset, [*arguments.set, "backbone.weights=none", "optim.accumulate=1"]
-        )
-        for preset in chosen
-    }
+    fixed = ["backbone.weights=none", "optim.accumulate=1"]
+    settings = {preset: presets.build(preset, [*arguments.set, *fixed]) for preset in chosen}
     for backend in backends:
         try:
             with chosen_backend(backend):

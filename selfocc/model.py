@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import kernels
 from selfocc import InputError, counted
 from selfocc.backbone import FPN, Backbone
-from selfocc.batch import Batch, Frames, Noise, View
+from selfocc.batch import Batch, Frames, Noise, Scene, View
 from selfocc.config import Config
 from selfocc.encoder import Encoder
 from selfocc.field import FieldDecoder
@@ -97,7 +97,7 @@ class SelfOcc(nn.Module):
         jitter: Tensor | None = None,
         background: Tensor | None = None,
         keep_samples: bool = False,
-        scene: tuple[Tensor, ...] | None = None,
+        scene: Scene | None = None,
         stop_below: float = 0.0,
     ) -> View:
         """See the volume through the cameras of `frames`.
@@ -105,7 +105,7 @@ class SelfOcc(nn.Module):
         pixels [R, 2] of the rays, the same for all cameras; jitter [B, N, R] and background
         [B, N, R, 3] are uniform random numbers, without which samples are centred and the
         background is black. `keep_samples` also returns what some losses need of every sample.
-        With a `scene` (losses.photometric_scene) all samples are compared with the source frames on
+        With a `scene` all samples are compared with the source frames on
         the way. Without one, rays end where no more transmittance than `stop_below` is left.
         """
         origins, directions, stretch = pixel_rays(
@@ -140,14 +140,11 @@ class SelfOcc(nn.Module):
         if scene is None:
             out = kernels.render_rays(**walk, keep_samples=keep_samples, stop_below=stop_below)
         else:
-            target, sources, projections = scene
             out, *compared = kernels.render_photometric(
                 **walk,
+                **scene._asdict(),
                 stretch=merge(stretch),
                 pixels=pixels,
-                target=target,
-                sources=sources,
-                projections=projections,
                 combine=config.loss.photometric == "mvs_combined",
                 published_pixels=config.quirks.pixels_over_size,
             )
@@ -170,7 +167,7 @@ class SelfOcc(nn.Module):
         )
 
     def forward(
-        self, batch: Batch, noise: Noise, scene: tuple[Tensor, ...] | None = None
+        self, batch: Batch, noise: Noise, scene: Scene | None = None
     ) -> tuple[Tensor, View]:
         """Volume and target view of a training step. Without a `scene` all samples are kept."""
         volume = self.volume(batch)

@@ -5,6 +5,7 @@ train.py and `python -m selfocc.bench` run `training_step`.
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,20 +18,23 @@ from selfocc.losses import needs_samples, objective, photometric_scene
 from selfocc.model import SelfOcc
 
 
+@dataclass
 class Keys:
     """For every forward pass from `start` on, the (index, seed) keys of this process's samples.
 
     Every pass takes the next samples of a shuffled data set; ranks share each global batch.
     """
 
-    def __init__(self, length: int, optim: OptimConfig, start: int, rank: int, world: int):
-        self.length, self.optim, self.start = length, optim, start
-        self.rank, self.world = rank, world
+    length: int  # of the data set
+    optim: OptimConfig
+    start: int
+    rank: int
+    world: int
 
     def __len__(self) -> int:
         return self.optim.steps * self.optim.accumulate - self.start
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         batch, together = self.optim.batch, self.optim.batch * self.world
         for forward in range(self.start, self.optim.steps * self.optim.accumulate):
             first = forward * together + self.rank * batch
