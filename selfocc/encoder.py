@@ -6,6 +6,7 @@ view) has hw alone. A plane `ab` has a on its rows and b on its columns; axes ar
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -53,20 +54,15 @@ class Encoder(nn.Module):
         self.level_embedding = nn.Parameter(torch.randn(levels, dim))
         self.layers = nn.ModuleList(EncoderLayer(config, levels) for _ in range(config.layers))
         nn.init.constant_(self.layers[-1].norms[-1].weight, config.plane_scale)
+        fixed = partial(self.register_buffer, persistent=False)
         for axis, nodes in self.nodes.items():
-            self.register_buffer(
-                f"features_{axis}", fourier_features(nodes, config.frequencies), persistent=False
-            )
+            fixed(f"features_{axis}", fourier_features(nodes, config.frequencies))
         for plane, points in zip(self.planes, config.points_cross, strict=False):
-            self.register_buffer(
-                f"pillars_{plane}", self._pillars(plane, points, volume.box), persistent=False
-            )
-        reference = (
-            self._cross_view_reference(config.points_self)
-            if config.kind == "tpv"
-            else self._bev_reference(config.points_self, transposed)
-        )
-        self.register_buffer("self_reference", reference, persistent=False)
+            fixed(f"pillars_{plane}", self._pillars(plane, points, volume.box))
+        if config.kind == "tpv":
+            fixed("self_reference", self._cross_view_reference(config.points_self))
+        else:
+            fixed("self_reference", self._bev_reference(config.points_self, transposed))
 
     def forward(
         self,
