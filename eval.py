@@ -23,11 +23,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from selfocc import (
     InputError,
     checkpoint,
+    commandline,
     distributed,
     evaluation,
     files,
@@ -37,9 +39,8 @@ from selfocc import (
     protocols,
     runs,
 )
-from selfocc.commandline import Parser, add_data_options, count, folders, run
-from selfocc.config import Config
-from selfocc.datasets import Folders, open_sequences
+from selfocc.config import Config, Folders
+from selfocc.datasets import open_sequences
 from selfocc.datasets.video import VideoDataset
 from selfocc.journal import Journal
 from selfocc.model import SelfOcc
@@ -66,160 +67,120 @@ EXPLAINED = """columns:
 
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, epilog=f"{EXPLAINED}\n{protocols.__doc__}")
-    parser.add_argument(
-        "--ckpt", type=Path, required=True, metavar="FILE", help="checkpoint or run folder"
-    )
-    parser.add_argument(
-        "--preset", metavar="NAME", help="of a published checkpoint; default: guessed, and said"
-    )
-    add_data_options(parser)
-    parser.add_argument(
-        "--task",
-        nargs="+",
-        default=["occupancy", "depth"],
-        choices=[*TASKS, "all"],
-        help="one or more; default: occupancy depth",
-    )
-    parser.add_argument(
-        "--protocol",
-        choices=protocols.PROTOCOLS,
-        help="see below; default: published, and own for the embedded world",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="keep the frames that an earlier run has scored"
-    )
-    parser.add_argument(
-        "--frames",
-        type=partial(count, least=1),
-        metavar="N",
-        help="evaluate N frames, evenly spread; default: all",
-    )
-    parser.add_argument(
-        "--prior-frames",
-        type=count,
-        default=100,
-        metavar="N",
-        help="training frames from which baselines learn; default: 100, where more know better",
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="default: `eval` beside the checkpoint"
-    )
-    parser.add_argument("--pictures", type=count, default=6, metavar="N", help="panels to write")
-    parser.add_argument(
-        "--video",
-        action="store_true",
-        help="write a video along the first sequence: mp4 with `pip install imageio[pyav]`, or GIF",
-    )
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change a setting"
-    )
+    epilog = f"{EXPLAINED}\n{protocols.__doc__}"
+    parser = commandline.Parser(description=__doc__, epilog=epilog)
+    add, some = parser.add_argument, partial(commandline.count, least=1)
+    said = "checkpoint or run folder"
+    add("--ckpt", type=Path, required=True, metavar="FILE", help=said)
+    said = "of a published checkpoint; default: guessed, and said"
+    add("--preset", metavar="NAME", help=said)
+    commandline.add_shared_options(parser)
+    said, usual = "one or more; default: occupancy depth", ["occupancy", "depth"]
+    add("--task", nargs="+", default=usual, choices=[*TASKS, "all"], help=said)
+    said = "see below; default: published, and own for the embedded world"
+    add("--protocol", choices=protocols.PROTOCOLS, help=said)
+    said = "keep the frames that an earlier run has scored"
+    add("--resume", action="store_true", help=said)
+    said = "evaluate N frames, evenly spread; default: all"
+    add("--frames", type=some, metavar="N", help=said)
+    said = "training frames from which baselines learn; default: 100, where more know better"
+    add("--prior-frames", type=commandline.count, default=100, metavar="N", help=said)
+    add("--out", type=Path, metavar="DIR", help="default: `eval` beside the checkpoint")
+    add("--pictures", type=commandline.count, default=6, metavar="N", help="panels to write")
+    said = "write a video along the first sequence: mp4 with `pip install imageio[pyav]`, or GIF"
+    add("--video", action="store_true", help=said)
     return parser.parse_args(words)
-
-
-def choose_settings(arguments: argparse.Namespace, saved: Config) -> Config:
-    named = {
-        "data.dataset": arguments.dataset,
-        "data.version": arguments.version,
-        "data.train": arguments.train,
-        "data.val": arguments.val,
-        "data.label_map": arguments.label_map,
-    }
-    overrides = [f"{path}={value}" for path, value in named.items() if value is not None]
-    settings = change(saved, overrides + arguments.set)
-    labels.check_classes(settings)
-    return settings
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
     device = distributed.choose_device(arguments.device)
     rank, world = distributed.start(device)
-    chief = rank == 0
     saved = checkpoint.load(arguments.ckpt, arguments.preset, arguments.set)
-    settings = choose_settings(arguments, saved.config)
-    tasks = TASKS if "all" in arguments.task else tuple(arguments.task)
+    settings = change(saved.config, commandline.overrides(arguments))
+    labels.check_classes(settings)
     folder = arguments.ckpt if arguments.ckpt.is_dir() else arguments.ckpt.parent
     trained = runs.read(folder)
     same = trained and trained.settings.data.dataset == settings.data.dataset
-    where = runs.completed(folders(arguments), trained.folders if same else Folders())
+    given = commandline.folders(arguments)
+    where = runs.completed(given, trained.folders if same else Folders())
     out = arguments.out or folder / "eval"
-    with files.owned(out) if chief else contextlib.nullcontext():
-        if chief and arguments.video:
-            plugin, why_not = pictures.video_plugin()
-            if why_not:
-                print(f"note: {why_not}")
-        untrained = replace(settings, backbone=replace(settings.backbone, weights="none"))
-        model = SelfOcc(untrained).to(device).eval()
-        checkpoint.restore(saved, model)
-        with distributed.chief_first():  # it fills the cache of the synthetic data
-            dataset, training = (
-                VideoDataset(
-                    open_sequences(settings.data, split, where), settings.data, train=False
-                )
-                for split in ("val", "train")
-            )
-        if chief:
-            taken = [f"{where.data}, as in training"] if where.data and not arguments.data else []
-            for line in [*taken, *dataset.notes]:
-                print(f"note: {line}")
+    with files.owned(out) if rank == 0 else contextlib.nullcontext():
+        score(arguments, saved, settings, where, out, device, rank, world)
 
-        damaged = [line for s in dataset.sequences for line in s.damaged]
-        if damaged and "occupancy" in tasks:
-            raise InputError(f"{damaged[0]}, or score without --task occupancy")
-        rules = protocols.choose(settings, arguments.protocol)
-        frames = arguments.frames, arguments.prior_frames
-        what = evaluation.identity(model, dataset, training, tasks, rules, *frames, rank)
-        journal = Journal(out, what, rank, arguments.resume)
-        priors = evaluation.gather_priors(
-            model, training, arguments.prior_frames, rules, rank, world
-        )
-        tables = evaluation.evaluate(
-            model,
-            dataset,
-            device,
-            tasks,
-            priors,
-            arguments.frames,
-            rules,
-            journal,
-            rank,
-            world,
-            progress=chief,
-        )
-        if not tables:
-            raise InputError(
-                f"nothing to score: the data has no truth for --task {' '.join(tasks)} (see the "
-                "notes)"
-            )
-        if not chief:
-            return
-        prior_frames = min(arguments.prior_frames, len(training))
-        print(
-            f"{settings.preset} at step {saved.step}, {settings.data.dataset}, {len(dataset)} "
-            f"frames, protocol: {rules.protocol}; priors from {prior_frames} of {len(training)} "
-            "training frames"
-        )
-        for name, table in tables.items():
-            print(f"\n{format_table(f'{name} ({rules.protocol})', table)}")
-        summary = {
-            "preset": settings.preset,
-            "step": saved.step,
-            "dataset": settings.data.dataset,
-            "protocol": rules.protocol,
-            "prior_frames": prior_frames,
-        }
-        files.write_file(out / "metrics.json", json.dumps(summary | tables, indent=1).encode())
 
-        shown = min(arguments.pictures, len(dataset))
-        for number in tqdm(range(shown), desc="pictures"):
-            index = number * len(dataset) // shown
-            panel = panels.panel(model, dataset, index, device)
-            pictures.write_picture(out / f"frame_{index:04d}.png", panel)
-        if arguments.video:
-            frames = panels.FlyThrough(model, dataset, device)
-            print(f"video: {pictures.write_video(out / 'video', frames, plugin=plugin)}")
-        print(f"\nwritten to {out}")
+def score(
+    arguments: argparse.Namespace,
+    saved: checkpoint.Checkpoint,
+    settings: Config,
+    where: Folders,
+    out: Path,
+    device: torch.device,
+    rank: int,
+    world: int,
+) -> None:
+    """This process's share of the frames; the first process prints and draws what all found."""
+    chief = rank == 0
+    plugin = None
+    if chief and arguments.video:
+        plugin, why_not = pictures.video_plugin()
+        if why_not:
+            print(f"note: {why_not}")
+    untrained = replace(settings, backbone=replace(settings.backbone, weights="none"))
+    model = SelfOcc(untrained).to(device).eval()
+    checkpoint.restore(saved, model)
+    with distributed.chief_first():  # it fills the cache of the synthetic data
+        dataset, training = (
+            VideoDataset(open_sequences(settings.data, split, where), settings.data, train=False)
+            for split in ("val", "train")
+        )
+    if chief:
+        taken = [f"{where.data}, as in training"] if where.data and not arguments.data else []
+        for line in [*taken, *dataset.notes]:
+            print(f"note: {line}")
+
+    tasks = TASKS if "all" in arguments.task else tuple(arguments.task)
+    damaged = [line for s in dataset.sequences for line in s.damaged]
+    if damaged and "occupancy" in tasks:
+        raise InputError(f"{damaged[0]}, or score without --task occupancy")
+    rules = protocols.choose(settings, arguments.protocol)
+    frames, prior_frames = arguments.frames, arguments.prior_frames
+    what = evaluation.identity(model, dataset, training, tasks, rules, frames, prior_frames, rank)
+    journal = Journal(out, what, rank, arguments.resume)
+    priors = evaluation.gather_priors(model, training, prior_frames, rules, rank, world)
+    tables = evaluation.evaluate(
+        model, dataset, device, tasks, priors, frames, rules, journal, rank, world, progress=chief
+    )
+    if not tables:
+        raise InputError(
+            f"nothing to score: the data has no truth for --task {' '.join(tasks)} (see the notes)"
+        )
+    if not chief:
+        return
+    summary = {
+        "preset": settings.preset,
+        "step": saved.step,
+        "dataset": settings.data.dataset,
+        "protocol": rules.protocol,
+        "prior_frames": min(prior_frames, len(training)),
+    }
+    print(
+        f"{settings.preset} at step {saved.step}, {settings.data.dataset}, {len(dataset)} "
+        f"frames, protocol: {rules.protocol}; priors from {summary['prior_frames']} of "
+        f"{len(training)} training frames"
+    )
+    for name, table in tables.items():
+        print(f"\n{format_table(f'{name} ({rules.protocol})', table)}")
+    files.write_file(out / "metrics.json", json.dumps(summary | tables, indent=1).encode())
+
+    shown = min(arguments.pictures, len(dataset))
+    for number in tqdm(range(shown), desc="pictures"):
+        index = number * len(dataset) // shown
+        panel = panels.panel(model, dataset, index, device)
+        pictures.write_picture(out / f"frame_{index:04d}.png", panel)
+    if arguments.video:
+        flight = panels.FlyThrough(model, dataset, device)
+        print(f"video: {pictures.write_video(out / 'video', flight, plugin=plugin)}")
+    print(f"\nwritten to {out}")
 
 
 def format_table(name: str, table: Table) -> str:
@@ -234,7 +195,7 @@ def format_table(name: str, table: Table) -> str:
 
 def main(words: list[str] | None = None) -> int:
     """The command line (or `words` instead of it); returns the exit code."""
-    return run(lambda: evaluate(parse_arguments(words)))
+    return commandline.run(lambda: evaluate(parse_arguments(words)))
 
 
 if __name__ == "__main__":

@@ -17,21 +17,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
 import contextlib
-import json
-import math
-import signal
 import sys
-import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from selfocc import (
     InputError,
     checkpoint,
+    commandline,
     distributed,
     evaluation,
     files,
@@ -40,50 +36,31 @@ from selfocc import (
     presets,
     runs,
 )
-from selfocc.batch import Noise, collate
-from selfocc.commandline import Parser, Stopped, add_data_options, folders, run
-from selfocc.config import Config, OptimConfig, check_training, listing
-from selfocc.datasets import Folders, open_dataset
+from selfocc.batch import collate
+from selfocc.config import Config, Folders, check_training, listing
+from selfocc.datasets import open_dataset
 from selfocc.datasets.loader import read_ahead
-from selfocc.geometry import cellular_pixels
 from selfocc.labels import check_classes, settle_classes
-from selfocc.losses import objective
 from selfocc.model import SelfOcc
 from selfocc.settings import change
-from selfocc.training import draw_noise, make_optimizer
+from selfocc.training import Keys, make_optimizer, training_step
 
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     listed = (f"  {name:20s} {summary}" for name, (summary, _) in presets.PRESETS.items())
     epilog = ["presets:", *listed, "", "settings, their defaults where the preset has none, and "
               "what they may be:", listing(Config())]  # fmt: skip
-    parser = Parser(description=__doc__, epilog="\n".join(epilog))
-    add_data_options(parser)
-    parser.add_argument("--preset", metavar="NAME", help="default: the data set's name")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="run folder; default: runs/PRESET")
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with the run in the run folder; its options need not be given again",
-    )
-    parser.add_argument(
-        "--init",
-        type=Path,
-        metavar="FILE",
-        help="fine-tune: start from the weights of this checkpoint or run folder",
-    )
-    parser.add_argument(
-        "--backbone-weights", metavar="FILE", help="torchvision file, `imagenet` or `none`"
-    )
-    parser.add_argument("--steps", type=int, help="optimiser steps; short for --set optim.steps=N")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.FIELD=VALUE",
-        help="change any setting of config.py",
-    )
+    parser = commandline.Parser(description=__doc__, epilog="\n".join(epilog))
+    commandline.add_shared_options(parser)
+    add = parser.add_argument
+    add("--preset", metavar="NAME", help="default: the data set's name")
+    add("--out", type=Path, metavar="DIR", help="run folder; default: runs/PRESET")
+    said = "go on with the run in the run folder; its options need not be given again"
+    add("--resume", action="store_true", help=said)
+    said = "fine-tune: start from the weights of this checkpoint or run folder"
+    add("--init", type=Path, metavar="FILE", help=said)
+    add("--backbone-weights", metavar="FILE", help="torchvision file, `imagenet` or `none`")
+    add("--steps", type=int, help="optimiser steps; short for --set optim.steps=N")
     return parser.parse_args(words)
 
 
@@ -98,61 +75,13 @@ def choose_settings(arguments: argparse.Namespace, resumed: Config | None) -> Co
             f"the run is of preset {resumed.preset}, not {preset}; leave --preset out, or start "
             "another run with --out DIR"
         )
-    named = {
-        "data.dataset": arguments.dataset,
-        "data.version": arguments.version,
-        "data.train": arguments.train,
-        "data.val": arguments.val,
-        "data.label_map": arguments.label_map,
-        "backbone.weights": arguments.backbone_weights,
-        "optim.steps": arguments.steps,
-    }
-    overrides = [f"{path}={value}" for path, value in named.items() if value is not None]
-    overrides += arguments.set
+    named = {"backbone.weights": arguments.backbone_weights, "optim.steps": arguments.steps}
+    overrides = commandline.overrides(arguments, named)
     chosen = change(resumed, overrides) if resumed else presets.build(preset, overrides)
     check_training(chosen)
     settings = settle_classes(chosen)
     check_classes(settings)
     return settings
-
-
-def learning_rate(optim: OptimConfig, base: float, step: int) -> float:
-    """Linear warm-up, then cosine or one drop; the published schedule lags one step (spec 12).
-
-    The published drop (timm's) counts from the end of the warm-up and comes one step early.
-    """
-    step = min(max(step - 1, 0), optim.steps)
-    if step < optim.warmup:
-        return optim.warmup_lr + (base - optim.warmup_lr) * step / optim.warmup
-    if optim.schedule == "step":
-        return base * (0.1 if step - optim.warmup + 1 >= optim.drop_at * optim.steps else 1.0)
-    return optim.min_lr + 0.5 * (base - optim.min_lr) * (1 + math.cos(math.pi * step / optim.steps))
-
-
-class Keys:
-    """For every forward pass from `start` on, the (index, seed) keys of this process's samples.
-
-    Every pass takes the next samples of a shuffled data set; ranks share each global batch.
-    """
-
-    def __init__(self, length: int, optim: OptimConfig, start: int, rank: int, world: int):
-        self.length, self.optim, self.start = length, optim, start
-        self.rank, self.world = rank, world
-
-    def __len__(self) -> int:
-        return self.optim.steps * self.optim.accumulate - self.start
-
-    def __iter__(self):
-        batch, together = self.optim.batch, self.optim.batch * self.world
-        for forward in range(self.start, self.optim.steps * self.optim.accumulate):
-            first = forward * together + self.rank * batch
-            yield [self._key(number) for number in range(first, first + batch)]
-
-    def _key(self, number: int) -> tuple[int, int]:
-        epoch, place = divmod(number, self.length)
-        order = np.random.default_rng((self.optim.seed, epoch)).permutation(self.length)
-        seed = np.random.SeedSequence((self.optim.seed, number)).generate_state(1)
-        return int(order[place]), int(seed[0])
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -181,7 +110,7 @@ def plan(
             f"{out} already holds a run; --resume continues it, --out DIR starts another"
         )
     settings = choose_settings(arguments, saved.config if saved else before and before.settings)
-    given = runs.completed(folders(arguments), before.folders if before else Folders())
+    given = runs.completed(commandline.folders(arguments), before.folders if before else Folders())
     init = arguments.init and arguments.init.absolute()
     if saved and init not in (None, before.init):
         notes.append(f"--init {init} is not read: the run goes on from its checkpoint")
@@ -192,6 +121,23 @@ def plan(
     if given.labels and not settings.loss.weight_semantic:
         notes.append("--labels teach nothing while loss.weight_semantic is 0")
     return record, saved, notes
+
+
+def build(
+    record: runs.Run, saved: checkpoint.Checkpoint | None, device: torch.device
+) -> tuple[SelfOcc, torch.optim.Optimizer]:
+    """Model and optimiser as `saved`, or as `record` says that a run begins."""
+    settings = record.settings
+    initial = saved or (checkpoint.load(record.init) if record.init else None)
+    torch.set_flush_denormal(True)  # Adam's vanishing moments are slow on CPUs otherwise
+    torch.manual_seed(settings.optim.seed)
+    # weights that are replaced anyway need not be fetched
+    backbone = replace(settings.backbone, weights="none") if initial else settings.backbone
+    model = SelfOcc(replace(settings, backbone=backbone)).to(device).train()
+    optimizer = make_optimizer(model, settings.optim)
+    if initial:
+        checkpoint.restore(initial, model, optimizer if saved else None)
+    return model, optimizer
 
 
 def fit(
@@ -207,42 +153,25 @@ def fit(
     `notes` are told at the start, with what the data lack.
     """
     settings, world, chief = record.settings, record.processes, rank == 0
-    optim, render = settings.optim, settings.render
-    file = out / checkpoint.FILE_NAME
-    initial = saved or (checkpoint.load(record.init) if record.init else None)
-
+    optim, start = settings.optim, saved.step if saved else 0
     with distributed.chief_first():  # it fills the cache of the synthetic data
         training = open_dataset(settings, "train", record.folders)
         validation = open_dataset(settings, "val", record.folders)
-    torch.set_flush_denormal(True)  # Adam's vanishing moments are slow on CPUs otherwise
-    torch.manual_seed(optim.seed)
-    # weights that are replaced anyway need not be fetched
-    backbone = replace(settings.backbone, weights="none") if initial else settings.backbone
-    model = SelfOcc(replace(settings, backbone=backbone)).to(device)
-    optimizer = make_optimizer(model, optim)
-    if initial:
-        checkpoint.restore(initial, model, optimizer if saved else None)
-    start = saved.step if saved else 0
-    parallel = model
-    if world > 1:
-        if settings.backbone.norm == "batch":
-            distributed.synchronise_batch_norm(model, device)
-        parallel = torch.nn.parallel.DistributedDataParallel(model)
-    keys = Keys(len(training), optim, start * optim.accumulate, rank, world)
+    model, optimizer = build(record, saved, device)
+    parallel = distributed.parallel(model, device, settings.backbone.norm == "batch")
     loader = read_ahead(
         training,
         optim.workers,
         world,
         beside=1,  # validation reads ahead too, a sample at a time
-        batch_sampler=keys,
+        batch_sampler=Keys(len(training), optim, start * optim.accumulate, rank, world),
         collate_fn=collate,
         pin_memory=device.type == "cuda",
     )
     if chief:
         record.write(out)
-        log = Log(out / "metrics.jsonl", start)
-        notes += training.notes + validation.notes
-        for line in dict.fromkeys(notes):
+        log = runs.Log(out, start)
+        for line in dict.fromkeys([*notes, *training.notes, *validation.notes]):
             tqdm.write(f"note: {line}")
         parameters = sum(p.numel() for p in model.parameters())
         tqdm.write(
@@ -250,109 +179,55 @@ def fit(
             f"{parameters / 1e6:.1f} M parameters, {device}, steps {start} to {optim.steps}, "
             f"run folder {out}"
         )
-    if start >= optim.steps:
-        if chief:
+        if start >= optim.steps:
             tqdm.write(f"step {start} was the last; --steps N with a larger N goes on")
+    if start >= optim.steps:
         return
 
-    stop = StopRequest()
-    model.train()
-    batches = iter(loader)
+    stop, batches = commandline.StopRequest(), iter(loader)
     steps = range(start, optim.steps)
     bar = tqdm(steps, initial=start, total=optim.steps, disable=not chief, dynamic_ncols=True)
     for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(optim, group["base"], step)
-        model.set_progress(step)
-        optimizer.zero_grad(set_to_none=True)
-        for part in range(optim.accumulate):
-            batch = next(batches).to(device)
-            forward = step * optim.accumulate + part
-            torch.manual_seed((optim.seed * 1_000_003 + forward) * world + rank)  # dropout
-            noise = draw_noise(settings, batch.target.images.shape[1], forward, rank, world)
-            size = batch.target.images.shape[-2:]
-            pixels = cellular_pixels(render.rays, size, noise.pixels, render.spread).to(device)
-            noise = Noise(*(getattr(noise, f.name).to(device) for f in fields(noise)))
-            volume, view = parallel(batch, pixels, noise)
-            losses = objective(settings, batch, volume, view, noise.shift)
-            (sum(losses.values()) / optim.accumulate).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip)
-        if not torch.isfinite(norm):
+        batch, view, losses, norm = training_step(
+            settings, parallel, optimizer, batches, step, rank, world
+        )
+        if not norm.isfinite():
             raise InputError(
                 f"step {step}: the gradient is not finite, so training cannot go on; the last "
                 f"checkpoint in {out} is intact. Lower optim.lr or optim.clip, and look at the data"
             )
-        optimizer.step()
-
-        done = step + 1
-        last = done == optim.steps
-        stopping = distributed.mean(torch.tensor(float(stop.requested), device=device)) > 0
+        done, last = step + 1, step + 1 == optim.steps
+        stopping = distributed.in_any(stop.requested, device)
         if done % 10 == 0 or last:
-            names = list(losses)
-            means = distributed.mean(torch.stack([losses[name].detach() for name in names]))
-            scalars = dict(zip(names, means.tolist(), strict=True))
-        if chief:
-            if done % 10 == 0 or last:
-                error = evaluation.ray_depth_error(batch, view)
-                total, lr = sum(scalars.values()), optimizer.param_groups[0]["lr"]
-                log.write(step=done, loss=total, **scalars, abs_rel=error, lr=lr)
+            means = distributed.mean(torch.stack([*losses.values()]).detach()).tolist()
+            if chief:
+                scalars = dict(zip(losses, means, strict=True))
+                error, lr = evaluation.ray_depth_error(batch, view), optimizer.param_groups[0]["lr"]
+                log.write(step=done, loss=sum(means), **scalars, abs_rel=error, lr=lr)
                 shown = "" if error is None else f", AbsRel {error:.3f}"
-                bar.set_postfix_str(f"loss {total:.3f}{shown}")
-            if done % optim.picture_every == 0 or last:
-                index = (done // optim.picture_every) % len(validation)
-                picture = panels.panel(model, validation, index, device)
-                pictures.write_picture(out / f"panel_{done:06d}.png", picture)
-            if done % optim.save_every == 0 or last or stopping:
-                checkpoint.save(file, settings, done, model, optimizer)
-            if done % optim.validate_every == 0 or last:
-                scores = evaluation.validate(model, validation, optim.validate_frames, device)
-                log.write(step=done, **{f"val_{name}": value for name, value in scores.items()})
-                line = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
-                tqdm.write(f"step {done}: {line}")
+                bar.set_postfix_str(f"loss {sum(means):.3f}{shown}")
+        if chief and (done % optim.picture_every == 0 or last):
+            index = (done // optim.picture_every) % len(validation)
+            picture = panels.panel(model, validation, index, device)
+            pictures.write_picture(out / f"panel_{done:06d}.png", picture)
+        if chief and (done % optim.save_every == 0 or last or stopping):
+            checkpoint.save(out / checkpoint.FILE_NAME, settings, done, model, optimizer)
+        if chief and (done % optim.validate_every == 0 or last):
+            scores = evaluation.validate(model, validation, optim.validate_frames, device)
+            log.write(step=done, **{f"val_{name}": value for name, value in scores.items()})
+            line = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+            tqdm.write(f"step {done}: {line}")
         if stopping:
             bar.close()
-            said = f"stopped; saved step {done} in {file}, --resume continues" if chief else ""
-            raise Stopped(said)
+            where = f"stopped; saved step {done} in {out / checkpoint.FILE_NAME}"
+            raise commandline.Stopped(f"{where}, --resume continues" if chief else "")
     if chief:
         tqdm.write(f"trained; evaluate with: python eval.py --ckpt {out}")
 
 
-class StopRequest:
-    """The first Ctrl-C (or SIGTERM) lets the running step finish and save; the second stops."""
-
-    def __init__(self):
-        self.requested = False
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self._ask)
-
-    def _ask(self, number, _):
-        self.requested = True
-        signal.signal(number, signal.default_int_handler)
-
-
-class Log:
-    """metrics.jsonl, appended; on resume the lines of steps that will be repeated are dropped."""
-
-    def __init__(self, path: Path, start: int):
-        self.path = path
-        self.begun = time.time()
-        lines = path.read_text().splitlines() if start and path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
-        files.write_file(path, "".join(line + "\n" for line in kept).encode())
-
-    def write(self, **values):
-        values["seconds"] = round(time.time() - self.begun, 1)
-        values = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
-        try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(values) + "\n")
-        except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror}") from None
-
-
 def main(words: list[str] | None = None) -> int:
     """The command line (or `words` instead of it); returns the exit code."""
-    return run(lambda: train(parse_arguments(words)))
+    return commandline.run(lambda: train(parse_arguments(words)))
 
 
 if __name__ == "__main__":

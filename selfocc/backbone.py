@@ -1,4 +1,4 @@
-"""Image features: ResNet (He et al. 2016) and a feature pyramid (Lin et al. 2017), spec section 3.
+"""Image features: ResNet (He et al. 2016) and a feature pyramid (Lin et al. 2017).
 
 Parameters of the ResNet carry torchvision's names, those of the pyramid mmsegmentation's, so that
 published weights fit.
@@ -85,8 +85,9 @@ def _normalise_groups(module: nn.Module) -> None:
 
 
 class Backbone(nn.Module):
-    """ResNet without its classifier: images [n, 3, h, w] -> four maps at strides 4, 8, 16, 32 with
-    `channels`.
+    """ResNet without its classifier: images [n, 3, h, w] -> maps at strides 4, 8, 16 and 32.
+
+    Their channels are `channels`.
 
     With `frozen_stem`, conv1 and bn1 keep their weights and bn1 its statistics, also in training;
     that makes sense only for weights that were learnt, which is for the caller to see to.
@@ -130,26 +131,23 @@ class Backbone(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, (BasicBlock, Bottleneck)):  # a block starts as its shortcut
-                nn.init.zeros_(
-                    (module.bn2 if isinstance(module, BasicBlock) else module.bn3).weight
-                )
+            elif isinstance(module, BasicBlock):  # a block starts as its shortcut
+                nn.init.zeros_(module.bn2.weight)
+            elif isinstance(module, Bottleneck):
+                nn.init.zeros_(module.bn3.weight)
 
     def _load(self, weights: dict, source: str) -> None:
         own = self.state_dict()
         weights = {k: v for k, v in weights.items() if not k.startswith("fc.")}
         for key, tensor in own.items():
+            if key not in weights and key.endswith("num_batches_tracked"):
+                continue  # files older than torch 0.4.1 lack the counters
             if key not in weights:
-                if key.endswith(
-                    "num_batches_tracked"
-                ):  # files older than torch 0.4.1 lack the counters
-                    continue
                 raise InputError(f"{source}: no {key} for this backbone; check backbone.depth")
             if weights[key].shape != tensor.shape:
                 raise InputError(
-                    f"{source}: {key} is {list(weights[key].shape)}, "
-                    f"the backbone has {list(tensor.shape)}; "
-                    "check backbone.depth and backbone.width"
+                    f"{source}: {key} is {list(weights[key].shape)}, the backbone has "
+                    f"{list(tensor.shape)}; check backbone.depth and backbone.width"
                 )
         unknown = weights.keys() - own.keys()
         if unknown:
@@ -227,7 +225,6 @@ class FPN(nn.Module):
         maps = [conv(stage) for conv, stage in zip(self.lateral_convs, stages, strict=True)]
         for level in range(len(maps) - 1, 0, -1):
             size = maps[level - 1].shape[2:]
-            maps[level - 1] = maps[level - 1] + F.interpolate(
-                maps[level], size=size, mode="nearest"
-            )
+            coarse = F.interpolate(maps[level], size=size, mode="nearest")
+            maps[level - 1] = maps[level - 1] + coarse
         return [conv(m) for conv, m in zip(self.fpn_convs, maps, strict=True)]

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -87,8 +88,25 @@ class Sequence:
         """Of that camera: intrinsics [N, 3, 3], camera_to_world [N, 4, 4], images."""
 
 
+class Tensors:
+    """Base of a dataclass that holds tensors, which move together."""
+
+    def to(self, device: torch.device):
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self):
+        """In page-locked memory, from which `to` copies beside the computation; for DataLoader."""
+        return self._each(lambda tensor: tensor.contiguous().pin_memory())
+
+    def _each(self, function):
+        held = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        changed = {n: function(x) for n, x in held.items() if isinstance(x, Tensor)}
+        changed |= {n: x._each(function) for n, x in held.items() if isinstance(x, Tensors)}
+        return dataclasses.replace(self, **changed)
+
+
 @dataclass
-class Frames:
+class Frames(Tensors):
     """Images of one time stamp or several, cameras in the volume frame of the *input* frame."""
 
     images: Tensor  # [..., N, 3, h, w] RGB in [0, 1]
@@ -97,7 +115,7 @@ class Frames:
 
 
 @dataclass
-class Batch:
+class Batch(Tensors):
     """What the model sees and what supervises or judges it; a sample lacks the leading B."""
 
     name: list[str]
@@ -107,32 +125,10 @@ class Batch:
     target: Frames  # [B, N, ...] the frame that is rendered and supervised
     sources: Frames  # [B, 2, N, ...] the frames before and after it
     depth: Tensor | None = None  # [B, N, h, w] exact z-depth of the target, 0 where there is none
-    lidar: Tensor | None = (
-        None  # [B, N, h, w] z-depth of the target's LiDAR points, 0 where there is none
-    )
-    stereo: Tensor | None = (
-        None  # [B, N, h, w] z-depth by block matching, evaluation only, where there is no other
-    )
+    lidar: Tensor | None = None  # the same of the target's LiDAR points
+    stereo: Tensor | None = None  # the same by block matching: evaluation, where no other is there
     semantics: Tensor | None = None  # [B, N, h, w] class ids of the target
     voxels: Tensor | None = None  # [B, ny, nx, nz] uint8 labels around the input frame, 255 unknown
-
-    def to(self, device: torch.device) -> "Batch":
-        return _map(self, lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "Batch":
-        """In page-locked memory, from which `to` copies beside the computation; for DataLoader."""
-        return _map(self, Tensor.pin_memory)
-
-
-def _map(item, function):
-    changes = {}
-    for entry in dataclasses.fields(item):
-        value = getattr(item, entry.name)
-        if isinstance(value, Tensor):
-            changes[entry.name] = function(value)
-        elif isinstance(value, Frames):
-            changes[entry.name] = _map(value, function)
-    return dataclasses.replace(item, **changes)
 
 
 def collate(samples: list[Batch]) -> Batch:
@@ -147,6 +143,14 @@ def collate(samples: list[Batch]) -> Batch:
         return None if any(value is None for value in values) else torch.stack(values)
 
     return Batch(*(stack([getattr(s, f.name) for s in samples]) for f in dataclasses.fields(Batch)))
+
+
+class Scene(NamedTuple):
+    """What depths of the target's rays are held against, rays through pixels [R, 2]."""
+
+    target: Tensor  # [B, N, R, 3] its colours at the rays
+    sources: Tensor  # [B, K, N, 3, h, w] images
+    projections: Tensor  # [B, K, N, 4, 4] from the target's pixels and depths to the sources'
 
 
 @dataclass
@@ -166,10 +170,10 @@ class View:
 
 
 @dataclass
-class Noise:
-    """The random numbers of a training step, uniform in [0, 1)."""
+class Noise(Tensors):
+    """What a training step draws: its rays, and random numbers, uniform in [0, 1)."""
 
-    pixels: Tensor  # [4] stride and offset of the ray grid, one for the whole batch
+    pixels: Tensor  # [R, 2] (u, v) of the rays in the target images, one grid for the whole batch
     jitter: Tensor  # [B, N, R] shift of a ray's samples
     background: Tensor  # [B, N, R, 3]
     shift: Tensor  # [B, 3] of the grid on which sparsity is measured

@@ -13,8 +13,8 @@ import json
 import math
 import sys
 import time
-from dataclasses import fields
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 
@@ -30,46 +30,31 @@ from kernels.bench.clock import (
     reset_cpu_peak,
 )
 from selfocc import InputError, distributed, files, presets
-from selfocc.batch import Batch, Frames, Noise, collate
-from selfocc.commandline import Parser, count, run
+from selfocc.batch import Batch, Frames, collate
+from selfocc.commandline import Parser, add_set, count, run
 from selfocc.config import Config
-from selfocc.geometry import cellular_pixels, fixed_pixels, node_positions
-from selfocc.losses import objective
+from selfocc.geometry import fixed_pixels, node_positions
 from selfocc.model import SelfOcc
 from selfocc.render import SPENT
 from selfocc.settings import change
-from selfocc.training import draw_noise, make_optimizer
+from selfocc.training import make_optimizer, training_step
 
 SAMPLES = 256  # of a ray, when depth is rendered
-STAGES = {  # module whose end ends a stage -> stage
-    "fpn": "backbone, FPN",
-    "encoder": "encoder",
-    "lift": "lift",
-    "decoder": "decoder",
-}
+# module whose end ends a stage -> stage
+STAGES = {"fpn": "backbone, FPN", "encoder": "encoder", "lift": "lift", "decoder": "decoder"}
 
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m selfocc.bench", description=__doc__)
-    parser.add_argument(
-        "--preset",
-        action="append",
-        metavar="NAME",
-        help="may be repeated; default: kitti and nuscenes on a GPU, synthetic elsewhere",
-    )
-    parser.add_argument(
-        "--backends",
-        type=lambda text: text.split(","),
-        metavar="NAME,..",
-        help="of torch and triton; default: both where Triton runs",
-    )
-    some = partial(count, least=1)
-    parser.add_argument("--repeats", type=some, help="steps; default: 20 on a GPU, 3 elsewhere")
-    parser.add_argument("--threads", type=some, help="CPU threads of PyTorch; default: its own")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="as for train.py"
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write JSON here")
+    add, some = parser.add_argument, partial(count, least=1)
+    said = "may be repeated; default: kitti and nuscenes on a GPU, synthetic elsewhere"
+    add("--preset", action="append", metavar="NAME", help=said)
+    said = "of torch and triton; default: both where Triton runs"
+    add("--backends", type=lambda text: text.split(","), metavar="NAME,..", help=said)
+    add("--repeats", type=some, help="steps; default: 20 on a GPU, 3 elsewhere")
+    add("--threads", type=some, help="CPU threads of PyTorch; default: its own")
+    add_set(parser, "as for train.py")
+    add("--out", type=Path, metavar="FILE", help="also write JSON here")
     return parser.parse_args(words)
 
 
@@ -85,10 +70,8 @@ def bench(arguments: argparse.Namespace) -> None:
     backends = arguments.backends or (["torch", "triton"] if gpu else ["torch"])
     repeats = arguments.repeats or (20 if gpu else 3)
     # with what numbers it starts costs no time
-    settings = {
-        preset: presets.build(preset, [*arguments.set, "backbone.weights=none"])
-        for preset in chosen
-    }
+    fixed = ["backbone.weights=none", "optim.accumulate=1"]
+    settings = {preset: presets.build(preset, [*arguments.set, *fixed]) for preset in chosen}
     for backend in backends:
         try:
             with chosen_backend(backend):
@@ -170,7 +153,7 @@ def time_steps(settings: Config, device: torch.device, repeats: int) -> dict:
     torch.manual_seed(settings.optim.seed)
     model = SelfOcc(settings).to(device).train()
     optimizer = make_optimizer(model, settings.optim)
-    batches = [random_batch(settings, seed) for seed in range(3)]
+    batches = cycle([random_batch(settings, seed) for seed in range(3)])
     watch = Stopwatch(device)
     for name, stage in STAGES.items():
         module = getattr(model, name)
@@ -183,7 +166,8 @@ def time_steps(settings: Config, device: torch.device, repeats: int) -> dict:
             reset_cpu_peak()
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-        training_step(settings, model, optimizer, batches[step % 3], step, device, watch)
+        watch.mark("start")
+        training_step(settings, model, optimizer, batches, step, mark=watch.mark)
         rounds.append(watch.stages())
     rounds = rounds[2:]
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else cpu_peak()
@@ -192,37 +176,6 @@ def time_steps(settings: Config, device: torch.device, repeats: int) -> dict:
         "step_ms": median(sum(r.values()) for r in rounds),
         "peak_bytes": peak,
     }
-
-
-def training_step(
-    settings: Config,
-    model: SelfOcc,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    step: int,
-    device: torch.device,
-    watch: Stopwatch,
-) -> None:
-    """One step of train.py, stages marked."""
-    watch.mark("start")
-    model.set_progress(step)
-    optimizer.zero_grad(set_to_none=True)
-    batch = batch.to(device)
-    noise = draw_noise(settings, batch.target.images.shape[1], step, 0, 1)
-    size = batch.target.images.shape[-2:]
-    rays, spread = settings.render.rays, settings.render.spread
-    pixels = cellular_pixels(rays, size, noise.pixels, spread).to(device)
-    noise = Noise(*(getattr(noise, f.name).to(device) for f in fields(noise)))
-    watch.mark("data to device")
-    volume, view = model(batch, pixels, noise)
-    watch.mark("render")
-    losses = objective(settings, batch, volume, view, noise.shift)
-    watch.mark("losses")
-    sum(losses.values()).backward()
-    watch.mark("backward")
-    torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optim.clip)
-    optimizer.step()
-    watch.mark("optimiser")
 
 
 def time_depth(settings: Config, device: torch.device, repeats: int) -> dict:

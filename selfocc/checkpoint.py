@@ -10,29 +10,21 @@ There is no random state to store: every random number of a training step is a f
 import json
 import sys
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from selfocc import InputError, published
-from selfocc.commandline import Parser, run
+from selfocc.commandline import Parser, add_set, run
 from selfocc.config import Config, from_dict, to_dict
 from selfocc.files import replacing
-from selfocc.torchfile import page_out
 
 FILE_NAME = "checkpoint.safetensors"
 _FORMAT = "selfocc-1"
-_DTYPES = {
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-}
 _PARTS = ("model", "optimizer", "inert")
 
 
@@ -60,12 +52,10 @@ def save(path: Path, config: Config, step: int, model: nn.Module, optimizer: tor
     write(path, Checkpoint(config, step, model.state_dict(), moments))
 
 
-def write(
-    path: Path, checkpoint: Checkpoint, written: Callable[[Tensor], None] = lambda tensor: None
-):
-    """Write a checkpoint as `save` does, tensor by tensor; `written` is told of each when it is."""
+def write(path: Path, checkpoint: Checkpoint):
+    """Write a checkpoint as `save` does."""
     tensors = {
-        f"{part}/{name}": tensor.detach()
+        f"{part}/{name}": tensor.detach().contiguous()
         for part in _PARTS
         for name, tensor in getattr(checkpoint, part).items()
     }
@@ -74,21 +64,11 @@ def write(
         "step": str(checkpoint.step),
         "config": json.dumps(to_dict(checkpoint.config)),
     }
-    # safetensors' own writer holds all tensors a second time
-    header, end = {"__metadata__": metadata}, 0
-    order = sorted(tensors, key=lambda name: -tensors[name].element_size())  # aligned
-    for name in order:
-        tensor, start = tensors[name], end
-        end += tensor.numel() * tensor.element_size()
-        kind = _DTYPES[tensor.dtype]
-        header[name] = {"dtype": kind, "shape": [*tensor.shape], "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            file.write(tensors[name].cpu().contiguous().flatten().view(torch.uint8).numpy())
-            written(tensors[name])
+    with replacing(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:  # what it makes of a full disk
+            raise OSError(str(error)) from None
 
 
 def load(path: Path, preset: str | None = None, overrides: list[str] = ()) -> Checkpoint:
@@ -163,18 +143,12 @@ def convert(words: list[str] | None) -> None:
         command.add_argument("out", type=Path)
         if name == "import":
             command.add_argument("--preset", metavar="NAME", help="default: guessed, and said")
-            command.add_argument(
-                "--set",
-                action="append",
-                default=[],
-                metavar="SECTION.FIELD=VALUE",
-                help="what cannot be read off the file, such as encoder.heads",
-            )
+            add_set(command, "what cannot be read off the file, such as encoder.heads")
     arguments = parser.parse_args(words)
     if arguments.command == "import":
         found = published.import_published(arguments.source, arguments.preset, arguments.set)
         config, model, inert = found
-        write(arguments.out, Checkpoint(config, 0, model, inert=inert), page_out)
+        write(arguments.out, Checkpoint(config, 0, model, inert=inert))
     else:
         saved = load(arguments.source)
         published.export_published(arguments.out, saved.config, saved.model, saved.inert)

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
@@ -50,43 +51,32 @@ def path(text: str) -> Path:
         raise InputError(f"{text}: there is no such home folder; give the whole path") from None
 
 
-def add_data_options(parser: Parser) -> None:
-    """The options that say which data are read, for `folders` to collect."""
+def add_shared_options(parser: Parser) -> None:
+    """The options of train.py and eval.py: data, for `folders` to collect, settings, device."""
+    add = parser.add_argument
+    said = "default: the preset's, or what the checkpoint was trained on"
+    add("--dataset", choices=get_args(Dataset), help=said)
+    add("--data", type=Path, metavar="DIR", help="folder of the data set")
+    add("--version", metavar="NAME", help="nuScenes: which tables, such as v1.0-mini")
+    said = "sequences and frames for training (and for the priors), such as 06:0-39"
+    add("--train", metavar="SEQ[:A-B],..", help=said)
+    add("--val", metavar="SEQ[:A-B],..", help="the same for validation")
+    said = "KITTI raw: folder of train_files.txt, val_files.txt, ...; --train and --val NAME"
+    add("--split-dir", type=Path, metavar="DIR", help=f"{said} choose NAME_files.txt in it")
+    said = "KITTI raw: folder of DATE/DRIVE.txt pose files"
+    add("--poses", type=Path, metavar="DIR", help=said)
+    said = "2-D pseudo labels: 8-bit PNGs, named and laid out as the images below --data"
+    add("--labels", type=Path, metavar="DIR", help=said)
+    said = f"what their ids mean: {', '.join(TABLES)} or a JSON file (see selfocc/labels.py)"
+    add("--label-map", metavar="MAP", help=said)
+    add("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
+    add_set(parser, "change any setting of config.py")
+
+
+def add_set(parser: argparse.ArgumentParser, said: str) -> None:
+    """The option --set, which may be repeated."""
     parser.add_argument(
-        "--dataset",
-        choices=get_args(Dataset),
-        help="default: the preset's, or what the checkpoint was trained on",
-    )
-    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set")
-    parser.add_argument(
-        "--version", metavar="NAME", help="nuScenes: which tables, such as v1.0-mini"
-    )
-    parser.add_argument(
-        "--train",
-        metavar="SEQ[:A-B],..",
-        help="sequences and frames for training (and for the priors), such as 06:0-39",
-    )
-    parser.add_argument("--val", metavar="SEQ[:A-B],..", help="the same for validation")
-    parser.add_argument(
-        "--split-dir",
-        type=Path,
-        metavar="DIR",
-        help="KITTI raw: folder of train_files.txt, val_files.txt, ...; --train and --val NAME "
-        "choose NAME_files.txt in it",
-    )
-    parser.add_argument(
-        "--poses", type=Path, metavar="DIR", help="KITTI raw: folder of DATE/DRIVE.txt pose files"
-    )
-    parser.add_argument(
-        "--labels",
-        type=Path,
-        metavar="DIR",
-        help="2-D pseudo labels: 8-bit PNGs, named and laid out as the images below --data",
-    )
-    parser.add_argument(
-        "--label-map",
-        metavar="MAP",
-        help=f"what their ids mean: {', '.join(TABLES)} or a JSON file (see selfocc/labels.py)",
+        "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help=said
     )
 
 
@@ -99,8 +89,33 @@ def folders(arguments: argparse.Namespace) -> Folders:
     )
 
 
+def overrides(arguments: argparse.Namespace, more: dict[str, object] | None = None) -> list[str]:
+    """What the shared options change in the settings, as --set says it, which comes last.
+
+    more: the same of a script's own options, None where they are not given.
+    """
+    named = ("dataset", "version", "train", "val", "label_map")
+    values = {f"data.{name}": getattr(arguments, name) for name in named} | (more or {})
+    return [f"{path}={value}" for path, value in values.items() if value is not None] + (
+        arguments.set
+    )
+
+
 class Stopped(Exception):
     """The user asked to stop, and what was done so far is saved; the message says where."""
+
+
+class StopRequest:
+    """The first Ctrl-C (or SIGTERM) lets the running step finish and save; the second stops."""
+
+    def __init__(self):
+        self.requested = False
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self._ask)
+
+    def _ask(self, number, _):
+        self.requested = True
+        signal.signal(number, signal.default_int_handler)
 
 
 def run(work: Callable[[], None]) -> int:

@@ -203,19 +203,25 @@ class OptimConfig(Section, name="optim"):
 
 @dataclass(frozen=True)
 class QuirkConfig(Section, name="quirks"):
-    """Where the published code computes something else than it says (spec section 13).
+    """Where the published code computes something else than the paper says.
 
     The published presets switch these on, since their checkpoints were trained with them; nobody
-    else should. What published checkpoints need and does no harm is always done: plane nodes at i/n
-    (13.2), SDF and colour at interval starts (13.4), the epsilons of compositing and of rays (13.5
-    to 13.7), halved differences at the volume's border (13.9). The clip of depth to the batch's
-    nearest and farthest sample (13.8) is left out: a ray's depth is a mean of its own samples, so
-    it never bites. The quirks of the evaluation scripts are in protocols.py.
+    else should. What published checkpoints need and does no harm is always done:
+
+    - a plane's node i of n reads the other planes at i / n, not in the middle of its cell;
+    - SDF and colour are those of an interval's start, its depth is that of its middle;
+    - transmittance takes 1 - alpha + 1e-4, so that an empty ray of 256 samples ends with 1.026, and
+      alpha adds 1e-5 to numerator and denominator;
+    - 1e-6 is added to a ray's direction before it is divided by;
+    - differences at the volume's border are halved.
+
+    Depth is not clipped to the nearest and farthest sample of the whole batch, as there: it is a
+    mean of its own ray's samples. The quirks of the evaluation scripts are in protocols.py.
     """
 
-    transposed_bev_grid: bool = False  # 13.1: BEV node (h, w) attends around (w, h)
-    white_256: bool = False  # 13.13: images that supervise are bytes / 256, white is 255/256
-    pixels_over_size: bool = False  # 13.12: the same images are read at u (W - 1) / W instead of u
+    transposed_bev_grid: bool = False  # BEV node (h, w) attends around (w, h)
+    white_256: bool = False  # images that supervise are bytes / 256, white is 255/256
+    pixels_over_size: bool = False  # the same images are read at u (W - 1) / W instead of u
     # height, width of the padded input over the cropped image before scaling, as the published
     # configuration rounds it; None: exact
     pad_rate: tuple[Positive, Positive] | None = None
@@ -307,10 +313,6 @@ def from_dict(values: dict) -> Config:
 
     Raises InputError for fields this version lacks.
     """
-    encoder, quirks = dict(values.get("encoder", {})), dict(values.get("quirks", {}))
-    if "transposed_bev_grid" in encoder:  # where it was before quirks had a section of their own
-        quirks["transposed_bev_grid"] = encoder.pop("transposed_bev_grid")
-    values = values | {"encoder": encoder, "quirks": quirks}
     sections = {}
     for entry in dataclasses.fields(Config):
         if entry.name == "preset":

@@ -151,6 +151,11 @@ def mean(value: Tensor) -> Tensor:
     return _Mean.apply(value) if joined() else value
 
 
+def in_any(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set in any process."""
+    return mean(torch.tensor(float(flag), device=device)).item() > 0 if joined() else flag
+
+
 def gather_dicts(entries: dict) -> dict:
     """The entries of all processes' dictionaries, in every process."""
     if not joined():
@@ -158,6 +163,18 @@ def gather_dicts(entries: dict) -> dict:
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, entries)
     return {key: value for part in parts for key, value in part.items()}
+
+
+def parallel(model: nn.Module, device: torch.device, batch_norm: bool) -> nn.Module:
+    """The model as one of several processes runs it, batch norm over all of them if asked for."""
+    if not joined() or dist.get_world_size() == 1:
+        return model
+    if batch_norm and device.type == "cuda":  # torch's own
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules() if batch_norm else ():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncBatchNorm
+    return nn.parallel.DistributedDataParallel(model)
 
 
 class _Mean(torch.autograd.Function):
@@ -190,13 +207,3 @@ class SyncBatchNorm(nn.BatchNorm2d):
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = (torch.rsqrt(variance + self.eps) * self.weight)[:, None, None]
         return centred * scale + self.bias[:, None, None]
-
-
-def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Replace batch norm by its synchronised form, torch's own where it runs."""
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = SyncBatchNorm
-    return model

@@ -1,18 +1,19 @@
-"""Images to planes: learnt queries attend to each other and to image features (spec 4 and 5).
+"""Images to planes: learnt queries attend to each other and to image features.
 
 TPV (tri-perspective view) has the three planes hw, zh and wz through the volume; BEV (bird's-eye
 view) has hw alone. A plane `ab` has a on its rows and b on its columns; axes are h (metric y), w
-(x) and z.
+(x) and z. TPVFormer (Huang et al. 2023) and BEVFormer (Li et al. 2022), without their memory.
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from selfocc.attention import EncoderLayer
+import kernels
 from selfocc.config import EncoderConfig, VolumeConfig
-from selfocc.geometry import image_projection, move_points
+from selfocc.geometry import constant, image_projection, move_points
 
 PLANES = {"tpv": ("hw", "zh", "wz"), "bev": ("hw",)}
 _METRIC = {"w": 0, "h": 1, "z": 2}  # grid axis -> index of x, y, z
@@ -51,28 +52,17 @@ class Encoder(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
         self.camera_embedding = nn.Parameter(torch.randn(cameras, dim))
         self.level_embedding = nn.Parameter(torch.randn(levels, dim))
-        points_cross = dict(zip(self.planes, config.points_cross, strict=False))
-        self.layers = nn.ModuleList(
-            EncoderLayer(
-                dim, config.heads, levels, points_cross, config.points_self, config.dropout
-            )
-            for _ in range(config.layers)
-        )
+        self.layers = nn.ModuleList(EncoderLayer(config, levels) for _ in range(config.layers))
         nn.init.constant_(self.layers[-1].norms[-1].weight, config.plane_scale)
+        fixed = partial(self.register_buffer, persistent=False)
         for axis, nodes in self.nodes.items():
-            self.register_buffer(
-                f"features_{axis}", fourier_features(nodes, config.frequencies), persistent=False
-            )
-        for plane, points in points_cross.items():
-            self.register_buffer(
-                f"pillars_{plane}", self._pillars(plane, points, volume.box), persistent=False
-            )
-        reference = (
-            self._cross_view_reference(config.points_self)
-            if config.kind == "tpv"
-            else self._bev_reference(config.points_self, transposed)
-        )
-        self.register_buffer("self_reference", reference, persistent=False)
+            fixed(f"features_{axis}", fourier_features(nodes, config.frequencies))
+        for plane, points in zip(self.planes, config.points_cross, strict=False):
+            fixed(f"pillars_{plane}", self._pillars(plane, points, volume.box))
+        if config.kind == "tpv":
+            fixed("self_reference", self._cross_view_reference(config.points_self))
+        else:
+            fixed("self_reference", self._bev_reference(config.points_self, transposed))
 
     def forward(
         self,
@@ -161,7 +151,7 @@ class Encoder(nn.Module):
         return torch.cat(planes)[None]
 
     def _bev_reference(self, points: int, transposed: bool) -> Tensor:
-        """[1, T, 1, P, 2]: a node reads around its own cell, or where published (spec 13.1)."""
+        """[1, T, 1, P, 2]: a node reads around its own cell, or where published."""
         if transposed:
             x, y = (torch.linspace(0, 1, n) for n in self.plane_shapes[0])
             x, y = torch.meshgrid(x, y, indexing="ij")
@@ -170,6 +160,120 @@ class Encoder(nn.Module):
             y, x = torch.meshgrid(y, x, indexing="ij")
         grid = torch.stack([x, y], dim=-1).view(1, -1, 1, 1, 2)
         return grid.repeat(1, 1, 1, points, 1)
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention among the planes, attention to the images and an MLP, each before a LayerNorm.
+
+    The tokens of all planes go together, but each plane has its own weights for the images.
+    """
+
+    def __init__(self, config: EncoderConfig, levels: int):
+        super().__init__()
+        dim, heads, planes = config.dim, config.heads, PLANES[config.kind]
+        self.self_attention = DeformableAttention(
+            dim, heads, len(planes), config.points_self, spread=True
+        )
+        self.cross = nn.ModuleDict(
+            {
+                plane: DeformableAttention(dim, heads, levels, points, spread=False)
+                for plane, points in zip(planes, config.points_cross, strict=False)
+            }
+        )
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, 2 * dim), nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(2 * dim, dim)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
+        self.dropout = nn.Dropout(config.dropout)
+        for linear in (self.ffn[0], self.ffn[3]):
+            nn.init.xavier_uniform_(linear.weight)
+
+    def forward(
+        self,
+        x: Tensor,
+        position: Tensor,
+        plane_shapes: list[tuple[int, int]],
+        self_reference: Tensor,
+        image_tokens: Tensor,
+        image_shapes: list[tuple[int, int]],
+        visible: list[tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """x [B, T, dim] -> the same.
+
+        Args:
+            position: [T, dim].
+            plane_shapes, image_shapes: (rows, cols) of the planes and of the image levels.
+            self_reference: [1, T, planes, P, 2].
+            image_tokens: [B * N, V, dim].
+            visible: what `visible_pairs` gives for each plane.
+        """
+        attended = self.self_attention(x + position, x, plane_shapes, self_reference)
+        x = self.norms[0](x + self.dropout(attended))
+        planes = x.split([rows * cols for rows, cols in plane_shapes], dim=1)
+        attended = [
+            attention(plane, image_tokens, image_shapes, reference, pairs)
+            for attention, plane, (pairs, reference) in zip(
+                self.cross.values(), planes, visible, strict=True
+            )
+        ]
+        x = self.norms[1](x + self.dropout(torch.cat(attended, dim=1)))
+        return self.norms[2](x + self.dropout(self.ffn(x)))
+
+
+class DeformableAttention(nn.Module):
+    """Each query looks at a few learnt places of multi-level maps (Zhu et al. 2021).
+
+    `spread` starts the p-th point of a head p + 1 pixels away from the reference, instead of one
+    pixel for all.
+    """
+
+    def __init__(self, dim: int, heads: int, levels: int, points: int, spread: bool):
+        super().__init__()
+        self.heads, self.levels, self.points = heads, levels, points
+        self.offsets = nn.Linear(dim, heads * levels * points * 2)
+        self.weights = nn.Linear(dim, heads * levels * points)
+        self.value = nn.Linear(dim, dim)
+        self.output = nn.Linear(dim, dim)
+        self._init_weights(spread)
+
+    def _init_weights(self, spread: bool) -> None:
+        for linear in (self.offsets, self.weights):
+            nn.init.zeros_(linear.weight)
+        for linear in (self.value, self.output):
+            nn.init.xavier_uniform_(linear.weight)
+        for linear in (self.weights, self.value, self.output):
+            nn.init.zeros_(linear.bias)
+        angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
+        direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
+        direction /= direction.abs().amax(dim=-1, keepdim=True)  # [heads, 2], one a head
+        start = direction[:, None, None].repeat(1, self.levels, self.points, 1)
+        if spread:
+            start *= torch.arange(1, self.points + 1)[:, None]
+        with torch.no_grad():
+            self.offsets.bias.copy_(start.flatten())
+
+    def forward(
+        self,
+        queries: Tensor,
+        tokens: Tensor,
+        level_shapes: list[tuple[int, int]],
+        reference_points: Tensor,
+        pairs: Tensor | None = None,
+    ) -> Tensor:
+        """Queries [B, Q, dim], tokens [M, V, dim] -> [B, Q, dim].
+
+        The rest as in `kernels.deformable_sampling`.
+        """
+        shape = (self.heads, self.levels, self.points)
+        sampled = kernels.deformable_sampling(
+            self.value(tokens).unflatten(-1, (self.heads, -1)),
+            level_shapes,
+            reference_points,
+            self.offsets(queries).unflatten(-1, (*shape, 2)),
+            self.weights(queries).unflatten(-1, (self.heads, -1)),
+            pairs,
+        )
+        return self.output(sampled)
 
 
 def fourier_features(nodes: int, frequencies: int) -> Tensor:
@@ -193,9 +297,9 @@ def project_points(
         projected = move_points(points.flatten(0, -2), matrix)
     depth = projected[..., 2:]
     pixel = projected[..., :2] / depth.clamp_min(1e-5)
-    valid = pixel / pixel.new_tensor((valid_size[1], valid_size[0]))
+    valid = pixel / constant(valid_size[::-1], pixel)
     visible = (depth[..., 0] > 1e-5) & ((valid > 0) & (valid < 1)).all(dim=-1)
-    fractions = pixel / pixel.new_tensor((image_size[1], image_size[0]))
+    fractions = pixel / constant(image_size[::-1], pixel)
     shape = (*projection.shape[:-2], *points.shape[:-1])
     return fractions.view(*shape, 2), visible.view(shape)
 

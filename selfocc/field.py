@@ -1,4 +1,4 @@
-"""From planes to the volume, and the volume read at points and on grids (spec 2, 6 and 10)."""
+"""From planes to the volume, and the volume read at points and on grids."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from selfocc.config import EncoderConfig, FieldConfig, VolumeConfig
-from selfocc.geometry import Box, node_positions
+from selfocc.geometry import Box, constant, node_positions
 
 SLAB = 1 << 23  # features decoded at once; where there are more, backward computes them again
 
@@ -89,9 +89,9 @@ def sample_sdf(volume: Tensor, box: Box, points: Tensor) -> Tensor:
     batch, *shape = torch.broadcast_shapes(
         points.shape[:-1], (volume.shape[0], *[1] * (points.ndim - 2))
     )
-    bounds = points.new_tensor(box)
+    bounds = constant(box, points)
     grid = 2 * (points - bounds[:3]) / (bounds[3:] - bounds[:3]) - 1
-    grid = grid[..., [2, 0, 1]].to(volume.dtype)  # z, x, y: the fastest axis comes first
+    grid = grid.roll(1, -1).to(volume.dtype)  # z, x, y: the fastest axis comes first
     grid = grid.reshape(points.shape[0], -1, 1, 1, 3).expand(batch, -1, -1, -1, -1)
     sdf = F.grid_sample(volume[:, :1], grid, padding_mode="border", align_corners=True)
     return sdf.reshape(batch, *shape)
@@ -106,7 +106,7 @@ def shifted_grid_sdf(
     of the box divided by `shape`.
     """
     counts = (shape[1], shape[0], shape[2])
-    pitch = volume.new_tensor([(box[a + 3] - box[a]) / n for a, n in enumerate(counts)])
+    pitch = constant(tuple((box[a + 3] - box[a]) / n for a, n in enumerate(counts)), volume)
     grid = node_positions(box, shape, device=volume.device).to(volume.dtype)
     shift = shift.to(volume) * pitch
     return sample_sdf(
@@ -123,29 +123,15 @@ def occupancy_grid(
 ) -> Tensor:
     """SDF [B, ny, nx, nz] in metres at voxel centres; at most the threshold means occupied.
 
+    Trilinear, one axis after the other.
+
     Args:
         volume: [B, C, H, W, Z] over `box`.
         shape: (ny, nx, nz) voxels.
-        published: points that include both ends instead of voxel centres (spec section 10).
+        published: points that include both ends instead of voxel centres.
         extent: the box that is divided into voxels, `box` unless given.
     """
-    return _resample(volume[:, :1], box, shape, published, extent or box)[:, 0]
-
-
-def semantic_grid(
-    volume: Tensor,
-    classes: int,
-    box: Box,
-    shape: tuple[int, int, int],
-    published: bool = False,
-    extent: Box | None = None,
-) -> Tensor:
-    """Class ids [B, ny, nx, nz] where `occupancy_grid` evaluates: the largest of the logits."""
-    return _resample(volume[:, -classes:], box, shape, published, extent or box).argmax(1)
-
-
-def _resample(volume: Tensor, box: Box, shape, published: bool, extent: Box) -> Tensor:
-    """The volume on a regular grid [B, C, ny, nx, nz], trilinear: one axis after the other."""
+    volume, extent = volume[:, :1], extent or box
     for dim, axis, n in zip((4, 3, 2), (2, 0, 1), (shape[2], shape[1], shape[0]), strict=True):
         steps = torch.arange(n, dtype=volume.dtype, device=volume.device)
         share = steps / max(1, n - 1) if published else (steps + 0.5) / n
@@ -156,4 +142,4 @@ def _resample(volume: Tensor, box: Box, shape, published: bool, extent: Box) -> 
         lower = place.long().clamp(max=nodes - 2)
         fraction = (place - lower).view(-1, *[1] * (4 - dim))
         volume = volume.index_select(dim, lower).lerp(volume.index_select(dim, lower + 1), fraction)
-    return volume
+    return volume[:, 0]

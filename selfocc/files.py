@@ -1,4 +1,4 @@
-"""Paths as they were named, and files that are written whole or not at all."""
+"""Folders of data, paths as they were named, and files that are written whole or not at all."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""Cameras, rays, boxes and the grid <-> metre mapping (spec sections 1, 2 and 7).
+"""Cameras, rays, boxes and the grid <-> metre mapping.
 
 Conventions used everywhere:
 
@@ -12,12 +12,23 @@ Conventions used everywhere:
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 Box = tuple[float, float, float, float, float, float]  # x0, y0, z0, x1, y1, z1 in metres
+
+
+def constant(numbers: tuple[float, ...], like: Tensor) -> Tensor:
+    """A vector of these numbers, made once: the host waits whenever it gives numbers to a GPU."""
+    return _constant(numbers, like.dtype, like.device)
+
+
+@functools.cache
+def _constant(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def node_positions(box: Box, nodes: tuple[int, int, int], device=None) -> Tensor:
@@ -38,7 +49,7 @@ def node_spacing(box: Box, nodes: tuple[int, int, int]) -> tuple[float, float, f
 
 
 def fixed_pixels(rays: tuple[int, int], image_size: tuple[int, int], device=None) -> Tensor:
-    """Pixels [rows * cols, 2] (u, v) of a regular grid that starts at pixel 0 (spec section 7)."""
+    """Pixels [rows * cols, 2] (u, v) of a regular grid that starts at pixel 0."""
     return _pixel_grid(rays, (image_size[0] / rays[0], image_size[1] / rays[1]), (0.0, 0.0), device)
 
 
@@ -49,7 +60,7 @@ def cellular_pixels(
     spread: float = 0.0,
     device=None,
 ) -> Tensor:
-    """Pixels [rows * cols, 2] (u, v) of a grid with random stride and offset (spec section 7).
+    """Pixels [rows * cols, 2] (u, v) of a grid with random stride and offset.
 
     `uniform` holds four numbers in [0, 1): horizontal and vertical stride, horizontal and vertical
     offset. The grid stays regular, so that 3x3 windows over neighbouring rays (SSIM) mean the same
@@ -92,13 +103,13 @@ def move_points(points: Tensor, matrix: Tensor) -> Tensor:
 def pixel_rays(
     pixels: Tensor, intrinsics: Tensor, camera_to_volume: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rays through pixels (spec section 7).
+    """Rays through pixels.
 
     Args: pixels [R, 2] (u, v); intrinsics [..., 3, 3]; camera_to_volume [..., 4, 4].
     Returns float32: origins [..., R, 3] and unit directions [..., R, 3] in the volume frame, and
     stretch [..., R], the distance along the ray that makes one metre of z-depth.
     """
-    rays_to_volume = camera_to_volume[..., :3, :3] @ torch.linalg.inv(intrinsics)
+    rays_to_volume = camera_to_volume[..., :3, :3] @ inverse(intrinsics)
     homogeneous = torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1).to(rays_to_volume)
     directions = (homogeneous @ rays_to_volume.mT).float()
     stretch = directions.norm(dim=-1)
@@ -107,15 +118,15 @@ def pixel_rays(
 
 
 def ray_box(origins: Tensor, directions: Tensor, box: Box) -> tuple[Tensor, Tensor]:
-    """Distances [...] at which rays enter and leave the box; never behind the camera (spec 7).
+    """Distances [...] at which rays enter and leave the box; never behind the camera.
 
     A ray that misses the box gets an interval of 1e-6 m. The published code adds 1e-6 to every
     direction component to avoid division by zero; so do we, since all published depths contain it.
     """
-    bounds = torch.tensor(box, dtype=origins.dtype, device=origins.device)
-    inverse = 1.0 / (directions + 1e-6)
-    first = (bounds[:3] - origins) * inverse
-    second = (bounds[3:] - origins) * inverse
+    bounds = constant(box, origins)
+    slope = 1.0 / (directions + 1e-6)
+    first = (bounds[:3] - origins) * slope
+    second = (bounds[3:] - origins) * slope
     near = torch.minimum(first, second).amax(dim=-1).clamp_min(0.0)
     far = torch.maximum(first, second).amin(dim=-1)
     return near, torch.maximum(far, near + 1e-6)
@@ -123,16 +134,20 @@ def ray_box(origins: Tensor, directions: Tensor, box: Box) -> tuple[Tensor, Tens
 
 def image_projection(intrinsics: Tensor, camera_to_volume: Tensor) -> Tensor:
     """[..., 4, 4] that takes homogeneous volume points to (u d, v d, d, 1), d the z-depth."""
-    intrinsics4 = _homogeneous(intrinsics)
-    return intrinsics4 @ torch.linalg.inv(camera_to_volume)
+    return _homogeneous(intrinsics) @ inverse(camera_to_volume)
 
 
 def image_to_image(
     intrinsics: Tensor, camera_to_volume: Tensor, other_intrinsics: Tensor, other_to_volume: Tensor
 ) -> Tensor:
-    """[..., 4, 4] that takes (u d, v d, d, 1) of one camera to the same of another (spec 1)."""
-    back = camera_to_volume @ torch.linalg.inv(_homogeneous(intrinsics))
+    """[..., 4, 4] that takes (u d, v d, d, 1) of one camera to the same of another."""
+    back = camera_to_volume @ inverse(_homogeneous(intrinsics))
     return image_projection(other_intrinsics, other_to_volume) @ back
+
+
+def inverse(matrix: Tensor) -> Tensor:
+    """torch.linalg.inv, but the host does not wait for a GPU to say whether there is one."""
+    return torch.linalg.inv_ex(matrix).inverse
 
 
 def _homogeneous(intrinsics: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from selfocc.config import EncoderConfig, VolumeConfig
 from selfocc.encoder import fourier_features
-from selfocc.geometry import image_projection, move_points, node_positions
+from selfocc.geometry import constant, image_projection, move_points, node_positions
 
 CHANNELS = 8  # features at every depth of a pixel, beside the SDF
 GAIN = 4.0  # metres of SDF for one unit of the head's output: it has far to go at a low rate
@@ -80,7 +80,7 @@ class FrustumLift(nn.Module):
         projection = image_projection(intrinsics, camera_to_volume).float().flatten(0, 1)
         image = move_points(self.points.flatten(0, 2), projection)
         depth = image[..., 2].clamp_min(1e-5)
-        size = image.new_tensor([image_size[1], image_size[0]])
+        size = constant(image_size[::-1], image)
         where = 2 * (image[..., :2] / depth[..., None] + 0.5) / size - 1
         seen = (image[..., 2] > 1e-5) & (where.abs() < 1).all(-1)
         share = torch.log(depth / self.nearest) / math.log(self.farthest / self.nearest)

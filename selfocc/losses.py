@@ -1,4 +1,4 @@
-"""Every loss (spec section 11), a small function each, and `objective`, the sum that is minimised.
+"""Every loss, a small function each, and `objective`, the sum that is minimised.
 
 Rays lie on a grid of rows x cols, row by row, so that 3 x 3 windows over neighbouring rays make
 sense. B samples, N cameras, K source frames, R = rows * cols rays, S samples a ray.
@@ -10,7 +10,7 @@ from torch import Tensor
 
 import kernels
 from selfocc import InputError
-from selfocc.batch import Batch, View
+from selfocc.batch import Batch, Scene, View
 from selfocc.config import Config, LossConfig, QuirkConfig
 from selfocc.field import shifted_grid_sdf
 from selfocc.geometry import image_to_image, node_spacing
@@ -23,14 +23,8 @@ def white_level(quirks: QuirkConfig) -> float:
     return 255 / 256 if quirks.white_256 else 1.0
 
 
-def photometric_scene(
-    batch: Batch, pixels: Tensor, quirks: QuirkConfig
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What depths of the target's rays, through pixels [R, 2], are held against.
-
-    Returns target [B, N, R, 3], the colours at the rays; sources [B, K, N, 3, h, w]; projections
-    [B, K, N, 4, 4] from the target's pixels and depths to the sources' (spec section 1).
-    """
+def photometric_scene(batch: Batch, pixels: Tensor, quirks: QuirkConfig) -> Scene:
+    """What depths of the target's rays, through pixels [R, 2], are held against."""
     target, sources = batch.target, batch.sources
     projections = image_to_image(
         target.intrinsics[:, None],
@@ -40,7 +34,7 @@ def photometric_scene(
     )
     white = white_level(quirks)
     colors = white * ray_colors(target.images, pixels, quirks.pixels_over_size)
-    return colors, sources.images if white == 1 else white * sources.images, projections
+    return Scene(colors, sources.images if white == 1 else white * sources.images, projections)
 
 
 def needs_samples(loss: LossConfig) -> bool:
@@ -53,7 +47,7 @@ def needs_samples(loss: LossConfig) -> bool:
 
 
 def objective(
-    config: Config, batch: Batch, volume: Tensor, view: View, shift: Tensor
+    config: Config, batch: Batch, volume: Tensor, view: View, scene: Scene, shift: Tensor
 ) -> dict[str, Tensor]:
     """The weighted losses of a training step by name, 0-d. A loss of weight 0 is left out.
 
@@ -62,8 +56,6 @@ def objective(
     Raises InputError where the data lacks what a loss needs.
     """
     weights, quirks, rays = config.loss, config.quirks, config.render.rays
-    scene = photometric_scene(batch, view.pixels, quirks)
-    colors = scene[0]
     losses = {}
     if weights.weight_photometric:
         if weights.photometric == "reprojection":
@@ -83,7 +75,7 @@ def objective(
             )
         losses["photometric"] = weights.weight_photometric * error.mean()
     if weights.weight_color:
-        error = color_loss(white_level(quirks) * view.color, colors, rays)
+        error = color_loss(white_level(quirks) * view.color, scene.target, rays)
         losses["color"] = weights.weight_color * error
     if weights.weight_eikonal or weights.weight_hessian:
         spacing = node_spacing(config.volume.box, config.volume.nodes)
@@ -95,7 +87,7 @@ def objective(
     if weights.weight_sparsity:
         losses["sparsity"] = weights.weight_sparsity * _sparsity(config, volume, view, shift)
     if weights.weight_edge:
-        losses["edge"] = weights.weight_edge * edge_loss(view.depth, colors, rays)
+        losses["edge"] = weights.weight_edge * edge_loss(view.depth, scene.target, rays)
     if weights.weight_semantic:
         if batch.semantics is None or view.semantics is None:
             raise InputError(
@@ -147,7 +139,7 @@ def photometric_error(
     """Error [B, N, R] of all depth proposals, the least over sources and identity (paper, 3.3).
 
     Args: compared is what `kernels.epipolar_photometric` returns of the proposals; pixels [R, 2],
-    target and sources as in `photometric_scene`; automask compares with the sources at the same
+    target and sources as in `Scene`; automask compares with the sources at the same
     pixel, so that what does not move teaches nothing; combine says that the sources were averaged
     proposal by proposal.
     """
@@ -177,7 +169,7 @@ def reprojection_error(
     """Error [B, N, R] of one expected depth [B, N, R], warped into the sources (Monodepth2).
 
     The arm without depth proposals: the gradient flows through the place where the source is read.
-    Other arguments as in `photometric_scene` and `photometric_error`.
+    Other arguments as in `Scene` and `photometric_error`.
     """
     height, width = sources.shape[-2:]
     homogeneous = F.pad(pixels, (0, 1), value=1.0).to(projections.dtype)
@@ -190,19 +182,9 @@ def reprojection_error(
     color = ray_grid(color.unflatten(0, sources.shape[:3]), rays)
     error = kernels.ssim_l1(color, ray_grid(target, rays)[:, None].expand_as(color)).flatten(-2)
     error = torch.where(valid, error, UNSEEN)
-    return least_error(error, ray_colors(sources, pixels) if automask else None, target, rays)
-
-
-def least_error(
-    error: Tensor, identity: Tensor | None, target: Tensor, rays: tuple[int, int]
-) -> Tensor:
-    """The least over k [B, N, R] of error [B, K, N, R] and of what not moving would cost.
-
-    identity: [B, K, N, R, 3] colours of the sources at the target's pixels, or None.
-    """
-    if identity is not None:
-        identity = ray_grid(identity, rays)
-        still = kernels.ssim_l1(identity, ray_grid(target, rays)[:, None].expand_as(identity))
+    if automask:  # what not moving would cost
+        still = ray_grid(ray_colors(sources, pixels), rays)
+        still = kernels.ssim_l1(still, ray_grid(target, rays)[:, None].expand_as(still))
         error = torch.cat([error, still.flatten(-2)], dim=1)
     return error.min(dim=1).values
 
@@ -225,11 +207,6 @@ def edge_loss(depth: Tensor, target: Tensor, rays: tuple[int, int]) -> Tensor:
 
 
 # Geometry
-
-
-def eikonal_loss(gradients: Tensor) -> Tensor:
-    """Mean of (|g| - 1)^2 over gradients [..., 3]."""
-    return (torch.linalg.vector_norm(gradients, dim=-1) - 1).square().mean()
 
 
 def soft_sparsity(sdf: Tensor) -> Tensor:

@@ -9,13 +9,12 @@ from torch import Tensor, nn
 import kernels
 from selfocc import InputError, counted
 from selfocc.backbone import FPN, Backbone
-from selfocc.batch import Batch, Frames, Noise, View
+from selfocc.batch import Batch, Frames, Noise, Scene, View
 from selfocc.config import Config
 from selfocc.encoder import Encoder
 from selfocc.field import FieldDecoder
 from selfocc.geometry import pixel_rays, ray_box
 from selfocc.lift import FrustumLift
-from selfocc.losses import needs_samples, photometric_scene
 
 
 class SelfOcc(nn.Module):
@@ -48,10 +47,15 @@ class SelfOcc(nn.Module):
             self.inv_s.fill_(math.exp(math.log(first) * (1 - share) + math.log(last) * share))
 
     def sharpness(self) -> Tensor:
-        """inv_s of the NeuS sigmoid, 1/metre (spec section 9)."""
+        """inv_s of the NeuS sigmoid, 1/metre."""
         if self.config.render.sharpen is not None:
             return self.inv_s
         return torch.exp(10 * self.variance).clamp(1e-6, 1e6)
+
+    def opacity(self) -> dict[str, object]:
+        """All that makes opacity of the SDF, by the names of `kernels/alpha.py`."""
+        anneal = self.anneal if self.training else 1.0
+        return dict(inv_s=self.sharpness(), anneal=anneal, alpha=self.config.render.alpha)
 
     def volume(self, batch: Batch) -> Tensor:
         """The field of a batch [B, 1 + colours + classes, H, W, Z], channel 0 the SDF in metres.
@@ -93,22 +97,22 @@ class SelfOcc(nn.Module):
         jitter: Tensor | None = None,
         background: Tensor | None = None,
         keep_samples: bool = False,
-        scene: tuple[Tensor, ...] | None = None,
+        scene: Scene | None = None,
         stop_below: float = 0.0,
     ) -> View:
-        """See the volume through the cameras of `frames` (spec sections 7 to 9).
+        """See the volume through the cameras of `frames`.
 
         pixels [R, 2] of the rays, the same for all cameras; jitter [B, N, R] and background
         [B, N, R, 3] are uniform random numbers, without which samples are centred and the
         background is black. `keep_samples` also returns what some losses need of every sample.
-        With a `scene` (losses.photometric_scene) all samples are compared with the source frames on
+        With a `scene` all samples are compared with the source frames on
         the way. Without one, rays end where no more transmittance than `stop_below` is left.
         """
         origins, directions, stretch = pixel_rays(
             pixels, frames.intrinsics, frames.camera_to_volume
         )
-        box, (side, end, floor) = self.config.volume.box, self.config.render.margin
-        x0, y0, z0, x1, y1, z1 = box
+        config, (side, end, floor) = self.config, self.config.render.margin
+        x0, y0, z0, x1, y1, z1 = config.volume.box
         seen = (x0 - side, y0 - end, z0 - floor, x1 + side, y1 + end, z1)
         near, far = ray_box(origins, directions, seen)
         cameras = origins.shape[1]
@@ -119,34 +123,35 @@ class SelfOcc(nn.Module):
         def split(x):
             return None if x is None else x.unflatten(1, (cameras, -1))
 
-        lines = [merge(x) for x in (origins, directions, near, far)]
-        march = dict(
-            box=box,
-            samples=samples,
+        walk = dict(
+            volume=volume,
+            origins=merge(origins),
+            directions=merge(directions),
+            near=merge(near),
+            far=merge(far),
             jitter=merge(jitter),
-            anneal=self.anneal if self.training else 1.0,
-            alpha=self.config.render.alpha,
-            classes=self.config.field.classes,
-            backdrop=self.config.render.backdrop,
+            box=config.volume.box,
+            samples=samples,
+            classes=config.field.classes,
+            backdrop=config.render.backdrop,
+            **self.opacity(),
         )
+        compared = None
         if scene is None:
-            march |= dict(keep_samples=keep_samples, stop_below=stop_below)
-            out = kernels.render_rays(volume, *lines, self.sharpness(), **march)
-            compared = None
+            out = kernels.render_rays(**walk, keep_samples=keep_samples, stop_below=stop_below)
         else:
-            rays = (*lines, self.sharpness(), merge(stretch), pixels)
             out, *compared = kernels.render_photometric(
-                volume,
-                *rays,
-                *scene,
-                combine=self.config.loss.photometric == "mvs_combined",
-                published_pixels=self.config.quirks.pixels_over_size,
-                **march,
+                **walk,
+                **scene._asdict(),
+                stretch=merge(stretch),
+                pixels=pixels,
+                combine=config.loss.photometric == "mvs_combined",
+                published_pixels=config.quirks.pixels_over_size,
             )
         distance, opacity, color = split(out.distance), split(out.opacity), split(out.color)
-        if background is not None and self.config.field.colors:
+        if background is not None and config.field.colors:
             color = color + background * (1 - opacity[..., None])
-        if self.config.quirks.white_256:
+        if config.quirks.white_256:
             color = color * (256 / 255)
         return View(
             pixels=pixels,
@@ -161,18 +166,20 @@ class SelfOcc(nn.Module):
             compared=compared,
         )
 
-    def forward(self, batch: Batch, pixels: Tensor, noise: Noise) -> tuple[Tensor, View]:
+    def forward(
+        self, batch: Batch, noise: Noise, scene: Scene | None = None
+    ) -> tuple[Tensor, View]:
+        """Volume and target view of a training step. Without a `scene` all samples are kept."""
         volume = self.volume(batch)
         background = noise.background if self.config.render.background == "random" else None
-        keep_samples = needs_samples(self.config.loss)
         view = self.render(
             volume,
             batch.target,
-            pixels,
+            noise.pixels,
             self.config.render.samples,
             noise.jitter,
             background,
-            keep_samples,
-            scene=None if keep_samples else photometric_scene(batch, pixels, self.config.quirks),
+            keep_samples=scene is None,
+            scene=scene,
         )
         return volume, view

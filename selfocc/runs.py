@@ -1,14 +1,15 @@
-"""What a run was started with, beside its checkpoint, so that it can go on without being told."""
+"""A run's folder, beside its checkpoint: what it was started with, and its losses and scores."""
 
 import dataclasses
 import json
+import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from selfocc import InputError, config, files
 from selfocc.config import Config, Folders
 
-FILE_NAME = "run.json"
+FILE_NAME = "run.json"  # so that a run can go on without being told
 
 
 @dataclass(frozen=True)
@@ -69,3 +70,22 @@ def completed(given: Folders, before: Folders) -> Folders:
     if at["data"] in (None, before.data):
         at = {name: path or getattr(before, name) for name, path in at.items()}
     return Folders(**at)
+
+
+class Log:
+    """metrics.jsonl, appended; on resume the lines of steps that will be repeated are dropped."""
+
+    def __init__(self, folder: Path, start: int):
+        self.path, self.begun = folder / "metrics.jsonl", time.time()
+        lines = self.path.read_text().splitlines() if start and self.path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
+        files.write_file(self.path, "".join(line + "\n" for line in kept).encode())
+
+    def write(self, **values):
+        values["seconds"] = round(time.time() - self.begun, 1)
+        values = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror}") from None

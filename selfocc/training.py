@@ -1,33 +1,126 @@
-"""What a training step has besides model and losses, for train.py and bench.py."""
+"""The training step and what it draws: every random number is a function of (seed, step).
+
+train.py and `python -m selfocc.bench` run `training_step`.
+"""
 
 import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
-from selfocc.batch import Noise
+from selfocc.batch import Batch, Noise, View
 from selfocc.config import Config, OptimConfig
+from selfocc.geometry import cellular_pixels
+from selfocc.losses import needs_samples, objective, photometric_scene
 from selfocc.model import SelfOcc
 
 
+@dataclass
+class Keys:
+    """For every forward pass from `start` on, the (index, seed) keys of this process's samples.
+
+    Every pass takes the next samples of a shuffled data set; ranks share each global batch.
+    """
+
+    length: int  # of the data set
+    optim: OptimConfig
+    start: int
+    rank: int
+    world: int
+
+    def __len__(self) -> int:
+        return self.optim.steps * self.optim.accumulate - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        batch, together = self.optim.batch, self.optim.batch * self.world
+        for forward in range(self.start, self.optim.steps * self.optim.accumulate):
+            first = forward * together + self.rank * batch
+            yield [self._key(number) for number in range(first, first + batch)]
+
+    def _key(self, number: int) -> tuple[int, int]:
+        epoch, place = divmod(number, self.length)
+        order = np.random.default_rng((self.optim.seed, epoch)).permutation(self.length)
+        seed = np.random.SeedSequence((self.optim.seed, number)).generate_state(1)
+        return int(order[place]), int(seed[0])
+
+
+def draw_noise(settings: Config, batch: Batch, forward: int, rank: int, world: int) -> Noise:
+    """What one forward pass draws: for the global batch, of which this is the rank's share."""
+    generator = torch.Generator().manual_seed(settings.optim.seed * 1_000_003 + forward)
+    render, count = settings.render, settings.optim.batch
+    _, cameras, _, *size = batch.target.images.shape
+    mine, rays = slice(rank * count, (rank + 1) * count), math.prod(render.rays)
+    stride = torch.rand(4, generator=generator)
+    numbers = torch.rand(world * count, cameras, rays, 4, generator=generator)[mine]
+    shift = torch.rand(world * count, 3, generator=generator)[mine]
+    pixels = cellular_pixels(render.rays, size, stride, render.spread)
+    return Noise(pixels, numbers[..., 0], numbers[..., 1:], shift)
+
+
 def make_optimizer(model: SelfOcc, optim: OptimConfig) -> torch.optim.AdamW:
-    backbone = {id(p) for p in model.backbone.parameters()}
+    """AdamW; the backbone learns more slowly. A group's `base` is what its schedule starts from."""
+    inside = {id(p) for p in model.backbone.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if id(p) not in backbone], "base": optim.lr},
+        {"params": [p for p in trained if id(p) not in inside], "base": optim.lr},
         {
-            "params": [p for p in trained if id(p) in backbone],
+            "params": [p for p in trained if id(p) in inside],
             "base": optim.lr * optim.backbone_factor,
         },
     ]
     return torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
 
 
-def draw_noise(settings: Config, cameras: int, forward: int, rank: int, world: int) -> Noise:
-    """The random numbers of one forward pass: drawn for the global batch, this rank's share."""
-    generator = torch.Generator().manual_seed(settings.optim.seed * 1_000_003 + forward)
-    batch, rays = settings.optim.batch, math.prod(settings.render.rays)
-    mine = slice(rank * batch, (rank + 1) * batch)
-    pixels = torch.rand(4, generator=generator)
-    numbers = torch.rand(world * batch, cameras, rays, 4, generator=generator)[mine]
-    shift = torch.rand(world * batch, 3, generator=generator)[mine]
-    return Noise(pixels, numbers[..., 0], numbers[..., 1:], shift)
+def learning_rate(optim: OptimConfig, base: float, step: int) -> float:
+    """Linear warm-up, then cosine or one drop; the published schedule lags one step.
+
+    The published drop (timm's) counts from the end of the warm-up and comes one step early.
+    """
+    step = min(max(step - 1, 0), optim.steps)
+    if step < optim.warmup:
+        return optim.warmup_lr + (base - optim.warmup_lr) * step / optim.warmup
+    if optim.schedule == "step":
+        return base * (0.1 if step - optim.warmup + 1 >= optim.drop_at * optim.steps else 1.0)
+    return optim.min_lr + 0.5 * (base - optim.min_lr) * (1 + math.cos(math.pi * step / optim.steps))
+
+
+def training_step(
+    settings: Config,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[Batch],
+    step: int,
+    rank: int = 0,
+    world: int = 1,
+    mark: Callable[[str], None] = lambda stage: None,
+) -> tuple[Batch, View, dict[str, Tensor], Tensor]:
+    """One step of the optimiser; returns the last batch, its view and losses, and the gradient's
+    norm, which the caller has to find finite.
+
+    model: SelfOcc, or that in DistributedDataParallel. `mark` is told the stage that has ended.
+    """
+    optim, device = settings.optim, next(model.parameters()).device
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(optim, group["base"], step)
+    getattr(model, "module", model).set_progress(step)
+    optimizer.zero_grad(set_to_none=True)
+    for forward in range(step * optim.accumulate, (step + 1) * optim.accumulate):
+        batch = next(batches).to(device)
+        torch.manual_seed((optim.seed * 1_000_003 + forward) * world + rank)  # dropout
+        noise = draw_noise(settings, batch, forward, rank, world)
+        noise = (noise.pin_memory() if device.type == "cuda" else noise).to(device)
+        scene = photometric_scene(batch, noise.pixels, settings.quirks)
+        mark("data to device")
+        volume, view = model(batch, noise, None if needs_samples(settings.loss) else scene)
+        mark("render")
+        losses = objective(settings, batch, volume, view, scene, noise.shift)
+        mark("losses")
+        (sum(losses.values()) / optim.accumulate).backward()
+        mark("backward")
+    norm = nn.utils.clip_grad_norm_(model.parameters(), optim.clip)
+    optimizer.step()
+    mark("optimiser")
+    return batch, view, losses, norm

@@ -18,7 +18,7 @@ from selfocc.config import Config
 from selfocc.encoder import project_points
 from selfocc.field import shifted_grid_sdf
 from selfocc.geometry import image_projection, node_spacing
-from selfocc.losses import objective
+from selfocc.losses import objective, photometric_scene
 from selfocc.model import SelfOcc
 from tests import goldens
 
@@ -179,7 +179,8 @@ def compare(record: Record) -> Errors:
     shift = out["rand_like.0"].view(1, *shape, 3)
     uniform = shifted_grid_sdf(volume, model.config.volume.box, tuple(shape), shift)
     errors.add("uniform SDF", uniform, out["out.uniform_sdf"])
-    losses = objective(model.config, batch, volume, view, shift)
+    scene = photometric_scene(batch, view.pixels, model.config.quirks)
+    losses = objective(model.config, batch, volume, view, scene, shift)
     for theirs, ours in LOSSES.items():
         if f"loss.{theirs}" in out:
             errors.add(f"loss: {ours}", losses[ours], out[f"loss.{theirs}"])

@@ -20,7 +20,6 @@ FILES = (
     "extra/aabb.npz",
     "losses/AdaptiveSparsityLoss.npz",
     "losses/EdgeLoss3DMS.npz",
-    "losses/EikonalLoss.npz",
     "losses/RGBLossMS.npz",
     "losses/SSIM.npz",
     "losses/SecondGradLoss.npz",

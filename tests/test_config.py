@@ -179,11 +179,3 @@ def test_saved_field_this_version_lacks():
     values["optim"]["momentum"] = 0.9
     with pytest.raises(InputError, match=r"optim\.momentum"):
         config.from_dict(values)
-
-
-def test_quirks_had_no_section_once():
-    saved = config.to_dict(presets.build("kitti"))
-    del saved["quirks"]
-    saved["encoder"]["transposed_bev_grid"] = True
-    quirks = config.from_dict(saved).quirks
-    assert quirks.transposed_bev_grid and not quirks.white_256

@@ -76,7 +76,7 @@ def planes_of(outputs, name, planes):
 def test_published_positional_encoding(record):
     encoder, _, outputs, _ = record
     theirs = torch.cat(planes_of(outputs, "pos_enc", encoder.planes))
-    # the published angles are float32, up to 3217 (spec section 4)
+    # the published angles are float32, up to 3217
     assert_near(encoder.positional_encoding(), theirs, 1e-3, "pos_enc")
 
 

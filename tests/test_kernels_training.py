@@ -8,13 +8,11 @@ import torch
 import kernels
 from kernels import dispatch
 from selfocc import presets
-from selfocc.batch import Noise, collate
+from selfocc.batch import collate
 from selfocc.datasets import Folders, open_dataset
-from selfocc.geometry import cellular_pixels
-from selfocc.losses import objective
 from selfocc.model import SelfOcc
+from selfocc.training import Keys, make_optimizer, training_step
 from tests import tiny
-from train import Keys, draw_noise, make_optimizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STEPS = 2
@@ -33,22 +31,13 @@ def _steps(settings, samples) -> tuple[list[dict[str, float]], dict[str, torch.T
     model = SelfOcc(settings).to(DEVICE).train()
     optimizer = make_optimizer(model, settings.optim)
     history = []
-    for step, sample in enumerate(samples):
-        batch = collate([sample]).to(DEVICE)
-        noise = draw_noise(settings, 1, step, 0, 1)
-        noise = Noise(*(getattr(noise, name).to(DEVICE) for name in Noise.__annotations__))
-        size = batch.target.images.shape[-2:]
-        pixels = cellular_pixels(settings.render.rays, size, noise.pixels).to(DEVICE)
-        model.set_progress(step)
-        optimizer.zero_grad()
-        volume, view = model(batch, pixels, noise)
-        losses = objective(settings, batch, volume, view, noise.shift)
-        sum(losses.values()).backward()
+    batches = iter([collate([sample]) for sample in samples])
+    for step in range(len(samples)):
+        _, _, losses, _ = training_step(settings, model, optimizer, batches, step)
         history.append({name: loss.item() for name, loss in losses.items()})
         if step == 0:  # later ones start from weights that Adam has driven apart
             named = model.named_parameters()
             gradients = {name: p.grad.clone() for name, p in named if p.grad is not None}
-        optimizer.step()
     return history, gradients
 
 
@@ -56,7 +45,7 @@ def test_training_steps_agree_between_backends(backend, cache: Path, monkeypatch
     if DEVICE.type == "cpu" and not dispatch.interpreting():
         pytest.skip("Triton needs a GPU or TRITON_INTERPRET=1")
     monkeypatch.setenv("SELFOCC_CACHE", str(cache))
-    changes = tiny.overrides(optim__batch="1", volume__nodes="9,9,5")
+    changes = tiny.overrides(optim__batch="1", optim__accumulate="1", volume__nodes="9,9,5")
     settings = presets.build("synthetic", changes)
     training = open_dataset(settings, "train", Folders())
     keys = Keys(len(training), settings.optim, 0, 0, 1)

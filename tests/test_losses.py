@@ -179,12 +179,6 @@ def test_edge(far):
     check(g, "f64.use_inf_mask." if far else "f64.default.", result, **inputs)
 
 
-def test_eikonal():
-    g = golden("losses/EikonalLoss.npz")
-    gradients = g["in.eik_grad"].requires_grad_()
-    check(g, "f64.", losses.eikonal_loss(gradients), eik_grad=gradients)
-
-
 @pytest.mark.parametrize(
     ("name", "function"),
     [
@@ -277,7 +271,8 @@ def step(overrides=(), semantics=True):
     pixels = torch.rand(rays, 2) * torch.tensor([19.0, 11.0])
     proposals = 1 + 20 * torch.rand(*shape, samples).sort(-1).values
     view = View(pixels=pixels, opacity=torch.ones(shape), proposals=proposals, **leaf)
-    result = losses.objective(settings, data, volume, view, torch.rand(batch, 3))
+    scene = losses.photometric_scene(data, pixels, settings.quirks)
+    result = losses.objective(settings, data, volume, view, scene, torch.rand(batch, 3))
     return result, dict(leaf, volume=volume)
 
 

@@ -6,7 +6,7 @@ import torch
 from selfocc import config, presets, published
 from selfocc.encoder import Encoder
 from selfocc.field import shifted_grid_sdf
-from selfocc.losses import objective
+from selfocc.losses import objective, photometric_scene
 from selfocc.model import SelfOcc
 from tests import goldens, parity
 from tests.parity_small import EVERY, IMAGES
@@ -89,7 +89,8 @@ def test_the_tpv_network_from_image_features_to_losses():
     shift = out["rand_like.0"].view(1, *grid, 3)
     uniform = shifted_grid_sdf(volume, settings.volume.box, grid, shift)
     errors.add("uniform SDF", uniform, out["out.uniform_sdf"])
-    losses = objective(settings, batch, volume, view, shift)
+    scene = photometric_scene(batch, view.pixels, settings.quirks)
+    losses = objective(settings, batch, volume, view, scene, shift)
     losses["total"] = sum(losses.values())
     for theirs, ours in {**parity.LOSSES, "total": "total"}.items():
         if f"loss.{theirs}" in out:

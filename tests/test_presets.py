@@ -9,7 +9,7 @@ from selfocc import presets, published
 from selfocc.batch import Noise
 from selfocc.bench import random_batch
 from selfocc.geometry import fixed_pixels
-from selfocc.losses import objective
+from selfocc.losses import needs_samples, objective, photometric_scene
 from selfocc.model import SelfOcc
 
 # weights of: photometric, colour, eikonal, second differences, semantics, sparsity, edges
@@ -22,7 +22,7 @@ WEIGHTS = {
     "nuscenes_novel_depth": (1.0, 0.1, 0.1, 0.01, 0.0, 0.0, 0.0),
     "nuscenes_depth": (1.0, 0.0, 0.1, 0.0, 0.0, 0.0, 0.01),
 }
-# fractions of the cropped image over those of the padded input, x and y (spec section 1)
+# fractions of the cropped image over those of the padded input, x and y, as published
 FOCAL_RATIOS = {
     "kitti": (1.0, 1.0),
     "kitti_novel_depth": (1.0, 0.96339),
@@ -67,11 +67,13 @@ def test_a_training_step(preset):
     model = SelfOcc(settings).train()
     batch = random_batch(settings, seed=0)
     cameras, rays = settings.data.cameras, 24
-    pixels = fixed_pixels(settings.render.rays, (64, 96))
     shape = (1, cameras, rays)
-    noise = Noise(torch.rand(4), torch.rand(shape), torch.rand(*shape, 3), torch.rand(1, 3))
-    volume, view = model(batch, pixels, noise)
-    losses = objective(settings, batch, volume, view, noise.shift)
+    pixels = fixed_pixels(settings.render.rays, (64, 96))
+    noise = Noise(pixels, torch.rand(shape), torch.rand(*shape, 3), torch.rand(1, 3))
+    scene = photometric_scene(batch, pixels, settings.quirks)
+    assert not needs_samples(settings.loss)
+    volume, view = model(batch, noise, scene)
+    losses = objective(settings, batch, volume, view, scene, noise.shift)
     assert len(losses) == sum(w > 0 for w in WEIGHTS[preset]) + (WEIGHTS[preset][3] == 0)
     sum(losses.values()).backward()
     for name, parameter in model.named_parameters():
