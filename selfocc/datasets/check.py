@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from selfocc import InputError, counted, pictures, presets
 from selfocc.batch import Sequence
-from selfocc.commandline import Parser, add_data_options, count, folders, run
+from selfocc.commandline import Parser, add_data_options, count, folders, overrides, run
 from selfocc.config import DataConfig
 from selfocc.datasets import Folders, open_sequences
 from selfocc.datasets.epipolar import epipolar_offset, scan_agreement
@@ -313,9 +313,6 @@ def _main(words: list[str] | None) -> None:
         help="frames to read of each split, evenly spread, 0 for all; default: 100",
     )  # fmt: skip
     parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change a setting"
-    )
-    parser.add_argument(
         "--out", type=Path, default=Path("check"), metavar="DIR", help="pictures; default: check"
     )
     chosen = parser.parse_args(words)
@@ -341,10 +338,7 @@ def _main(words: list[str] | None) -> None:
 def _settings(chosen) -> DataConfig:
     if chosen.preset is None and chosen.dataset is None:
         raise InputError("--dataset is needed, or --preset, which knows its data set")
-    named = {"data.dataset": chosen.dataset, "data.train": chosen.train, "data.val": chosen.val}
-    named |= {"data.label_map": chosen.label_map, "data.version": chosen.version}
-    overrides = [f"{path}={value}" for path, value in named.items() if value]
-    data = presets.build(chosen.preset or chosen.dataset, overrides + chosen.set).data
+    data = presets.build(chosen.preset or chosen.dataset, overrides(chosen)).data
     if data.dataset == "synthetic":  # nothing can be missing; a scene of each split shows it
         data = dataclasses.replace(data, scenes=1, scenes_val=1)
     return data
