@@ -40,7 +40,7 @@ class Launch:
     kernel: object  # the function under @triton.jit
     grid: tuple[int, ...]
     signature: dict[str, str]  # argument name -> "*fp32", "i32", ..., "constexpr"
-    constants: dict[str, object]
+    constants: dict[str, object]  # by name, or "name.place" in a tuple
     warps: int
     registers: int | None = None  # at most, a thread
     aligned: tuple[str, ...] = ()  # arguments that are multiples of 16, on which loads rely
@@ -113,24 +113,22 @@ def launch(
     names = [name for name in kernel.arg_names if name not in arguments]
     arguments |= dict(zip(names, positional, strict=True))
     if _recorded is not None:
-        kinds = kernel.fn.__annotations__
-        # as Triton does at a launch: what is one is a constant
-        constants = {
-            name: x
-            for name, x in arguments.items()
-            if kinds.get(name) is tl.constexpr or (type(x) is int and x == 1)
-        }
-        types = {
-            name: "constexpr" if name in constants else _type(arguments[name])
-            for name in kernel.arg_names
-        }
-        aligned = tuple(
-            name
-            for name in kernel.arg_names
-            if isinstance(x := arguments[name], Tensor)
-            or (type(x) is int and x % 16 == 0 and kinds.get(name) is not tl.constexpr)
-        )
-        _recorded.append(Launch(kernel, grid, types, constants, warps, registers, aligned))
+        types, constants, aligned = {}, {}, []
+
+        def kind(x, path: str, constant: bool = False) -> str | tuple:  # as Triton has it
+            if constant or (type(x) is int and x == 1):
+                constants[path] = x
+                return "constexpr"
+            if isinstance(x, tuple):
+                return tuple(kind(y, f"{path}.{i}") for i, y in enumerate(x))
+            if isinstance(x, Tensor) or (type(x) is int and x % 16 == 0):
+                aligned.append(path)
+            return _type(x)
+
+        for name in kernel.arg_names:
+            constant = kernel.fn.__annotations__.get(name) is tl.constexpr
+            types[name] = kind(arguments[name], name, constant)
+        _recorded.append(Launch(kernel, grid, types, constants, warps, registers, tuple(aligned)))
         return
     first = next(x for x in arguments.values() if isinstance(x, Tensor))
     with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
@@ -153,11 +151,9 @@ def record():
         _recorded = before
 
 
-def _type(argument) -> str | tuple:
+def _type(argument) -> str:
     if isinstance(argument, Tensor):
         return "*" + _TYPES[argument.dtype]
-    if isinstance(argument, tuple):
-        return tuple(_type(x) for x in argument)
     if isinstance(argument, int):
         return "i32" if abs(argument) < 2**31 else "i64"
     return "fp32"

@@ -57,9 +57,14 @@ def compile_ahead(launch: Launch, target: str) -> Report:
     from triton.compiler import ASTSource
 
     names = list(launch.signature)
-    places = {(names.index(name),): value for name, value in launch.constants.items()}
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
-    source = ASTSource(launch.kernel, launch.signature, constexprs=places, attrs=aligned)
+
+    def place(path: str) -> tuple[int, ...]:
+        name, *inner = path.split(".")
+        return names.index(name), *map(int, inner)
+
+    constants = {place(path): value for path, value in launch.constants.items()}
+    aligned = {place(path): [["tt.divisibility", 16]] for path in launch.aligned}
+    source = ASTSource(launch.kernel, launch.signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": launch.warps}
     if launch.registers and target.startswith("cuda"):
         options["maxnreg"] = launch.registers
