@@ -278,17 +278,19 @@ def test_nothing_a_sample_is_kept():
 def test_operators_are_registered_soundly(pairs):
     arguments = problem(batch=2, heads=1, points=2, levels=1, pairs=pairs)
     value, shapes, reference, offsets, logits, pairs = arguments
-    lists = (None, None) if pairs is None else deformable._pairs_by_query(pairs, 10)
+    paired = [] if pairs is None else [pairs, *deformable._pairs_by_query(pairs, 10)]
     sizes = [side for shape in shapes for side in shape]
     tensors = [x.requires_grad_() for x in (value, reference, offsets, logits)]
-    inputs = (tensors[0], sizes, *tensors[1:], pairs, *lists)
-    torch.library.opcheck(deformable._forward_triton, inputs)
+    inputs = (tensors[0], sizes, *tensors[1:], paired)
+    torch.library.opcheck(deformable._deformable_op, inputs)
     inputs = [x.detach() if torch.is_tensor(x) else x for x in inputs]
-    out, norms = deformable._forward_triton(*inputs)
+    out, norms = deformable._deformable_op(*inputs)
     for wanted in (True, False):
-        gradient = (torch.ones_like(out), *inputs, out, norms, wanted, wanted)
+        gradient = (torch.ones_like(out), out, norms, *inputs, wanted, wanted)
         torch.library.opcheck(
-            deformable._backward_triton, gradient, test_utils=("test_schema", "test_faketensor")
+            deformable._deformable_gradient_op,
+            gradient,
+            test_utils=("test_schema", "test_faketensor"),
         )
 
 
