@@ -164,11 +164,10 @@ def _located(
     """Samples in a turn: pixels x, y to their upper left, how far from there, offsets of that pixel
     in value and of the reference point, and which exist.
     """
-    point, sample, exists, _, offset_x, offset_y = samples
+    point, sample, exists, _attention, offset_x, offset_y = samples
     if PAIRS:
-        begin, count, _, _ = turns
-        there = turn < count
-        pair = tl.load(paired[1] + begin + turn, there, other=0)
+        there = turn < turns[1]
+        pair = tl.load(paired[1] + turns[0] + turn, there, other=0)
         image = tl.load(paired[0] + 2 * pair, there, other=0) * tokens * ROW
         at = pair[:, None].to(tl.int32) * (2 * POINTS) + 2 * point
         exists = there[:, None] & exists
@@ -254,7 +253,7 @@ def deformable_forward(
     logits += row[:, None] * SAMPLES
     value += head * WIDTH + channel[None, None, :]
     turns = _turns(paired, query, PAIRS)
-    _, count, rounds, seen = turns
+    count, rounds, seen = turns[1], turns[2], turns[3]
     if not PAIRS:
         value += ((query // queries).to(tl.int64) * tokens * ROW)[:, None, None]
         reference_points += (query % references).to(tl.int64)[:, None] * (2 * SAMPLES)
@@ -267,7 +266,7 @@ def deformable_forward(
         for start in range(0, POINTS, BLOCK_P):
             samples = _samples(logits, offsets, norm, seen, level, start, POINTS, BLOCK_P)
             for turn in range(rounds):
-                x, y, fx, fy, pixel, _, _ = _located(
+                x, y, fx, fy, pixel, _at, _exists = _located(
                     reference_points, paired, turns, turn, samples, h, w, tokens, POINTS, ROW, PAIRS
                 )
                 pixels = _corners(value + pixel, w * ROW, ROW)
@@ -358,7 +357,7 @@ def deformable_backward(
     mean = tl.sum(upstream * tl.load(out + of_row, there, other=0.0).to(tl.float32), axis=2)
     norm = tl.load(norms + row)
     turns = _turns(paired, query, PAIRS)
-    _, count, rounds, seen = turns
+    count, rounds, seen = turns[1], turns[2], turns[3]
     if PAIRS:
         upstream = upstream / tl.maximum(count, 1)[:, None, None]
     else:
@@ -373,7 +372,7 @@ def deformable_backward(
         h, w = sizes[2 * level], sizes[2 * level + 1]
         for start in range(0, POINTS, BLOCK_P):
             samples = _samples(logits, offsets, norm, seen, level, start, POINTS, BLOCK_P)
-            point, sample, _, attention, offset_x, offset_y = samples
+            point, sample, _valid, attention, offset_x, offset_y = samples
             by_attention = tl.zeros([BLOCK_Q, BLOCK_P], tl.float32)
             by_x = tl.zeros([BLOCK_Q, BLOCK_P], tl.float32)
             by_y = tl.zeros([BLOCK_Q, BLOCK_P], tl.float32)

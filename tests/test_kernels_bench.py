@@ -74,8 +74,8 @@ def test_no_spills_from_ampere_on(compiled):
         ("render_photometric._backward", 16),
         ("render_triton.render_forward", 16),
         ("render_triton.render_backward", 16),
-        ("deformable._forward", 13),
-        ("deformable._backward", 12),
+        ("deformable.deformable_forward", 13),
+        ("deformable.deformable_backward", 12),
     ],
 )
 def test_lanes_read_16_bytes_at_once(compiled, kernel, loads):
