@@ -7,6 +7,7 @@ are not there with exactly the types and constants of a real call.
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -35,15 +36,19 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel: what a compiler needs to know of it."""
+    """One launch of a kernel: what a compiler needs to know of it. A path is the name of an
+    argument, or that and an index for what lies in a tuple, and another for a tuple in a tuple.
+    """
 
     kernel: object  # the function under @triton.jit
     grid: tuple[int, ...]
-    signature: dict[str, str]  # argument name -> "*fp32", "i32", ..., "constexpr"
-    constants: dict[str, object]  # by name, or "name.place" in a tuple
+    signature: dict[
+        str, object
+    ]  # argument name -> "*fp32", "i32", ..., "constexpr", tuples thereof
+    constants: dict[tuple, object]  # by path
     warps: int
     registers: int | None = None  # at most, a thread
-    aligned: tuple[str, ...] = ()  # arguments that are multiples of 16, on which loads rely
+    aligned: tuple[tuple, ...] = ()  # paths of multiples of 16, on which loads rely
 
 
 _chosen = "auto"
@@ -114,26 +119,42 @@ def launch(
     arguments |= dict(zip(names, positional, strict=True))
     if _recorded is not None:
         types, constants, aligned = {}, {}, []
-
-        def kind(x, path: str, constant: bool = False) -> str | tuple:  # as Triton has it
-            if constant or (type(x) is int and x == 1):
-                constants[path] = x
-                return "constexpr"
-            if isinstance(x, tuple):
-                return tuple(kind(y, f"{path}.{i}") for i, y in enumerate(x))
-            if isinstance(x, Tensor) or (type(x) is int and x % 16 == 0):
-                aligned.append(path)
-            return _type(x)
-
         for name in kernel.arg_names:
-            constant = kernel.fn.__annotations__.get(name) is tl.constexpr
-            types[name] = kind(arguments[name], name, constant)
+            if kernel.fn.__annotations__.get(name) is tl.constexpr:
+                types[name], constants[name,] = "constexpr", arguments[name]
+            else:
+                types[name] = _type(arguments[name], (name,), constants, aligned)
         _recorded.append(Launch(kernel, grid, types, constants, warps, registers, tuple(aligned)))
         return
-    first = next(x for x in arguments.values() if isinstance(x, Tensor))
+    first = next(x for x in _flat(arguments.values()) if isinstance(x, Tensor))
     with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
         limit = {"maxnreg": registers} if registers and not torch.version.hip else {}
         kernel[grid](**arguments, num_warps=warps, **limit)
+
+
+def _flat(arguments) -> Iterator:
+    for x in arguments:
+        yield from _flat(x) if isinstance(x, tuple) else (x,)
+
+
+def _type(argument, path: tuple, constants: dict[tuple, object], aligned: list[tuple]):
+    """The type of an argument that lies at a path, as Triton takes it at a launch: what is one is a
+    constant, and what is a multiple of 16 is known to be.
+    """
+    if isinstance(argument, tuple):
+        types = [_type(x, (*path, i), constants, aligned) for i, x in enumerate(argument)]
+        return type(argument)(*types) if hasattr(argument, "_fields") else tuple(types)
+    if argument is None or (type(argument) is int and argument == 1):
+        constants[path] = argument
+        return "constexpr"
+    if isinstance(argument, Tensor):
+        aligned.append(path)
+        return "*" + _TYPES[argument.dtype]
+    if isinstance(argument, int):
+        if type(argument) is int and argument % 16 == 0:
+            aligned.append(path)
+        return "i32" if abs(argument) < 2**31 else "i64"
+    return "fp32"
 
 
 @contextlib.contextmanager
@@ -149,14 +170,6 @@ def record():
         yield _recorded
     finally:
         _recorded = before
-
-
-def _type(argument) -> str:
-    if isinstance(argument, Tensor):
-        return "*" + _TYPES[argument.dtype]
-    if isinstance(argument, int):
-        return "i32" if abs(argument) < 2**31 else "i64"
-    return "fp32"
 
 
 try:

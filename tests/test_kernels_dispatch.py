@@ -52,7 +52,7 @@ def test_recorded_launches_carry_types_and_constants_and_do_not_run():
         dispatch.launch(fill, (0,), out, 0.5, 100, BLOCK=32)  # nothing to do
     (one,) = launches
     assert one.signature == {"out": "*bf16", "value": "fp32", "count": "i64", "BLOCK": "constexpr"}
-    assert one.constants == {"BLOCK": 32} and one.warps == 2 and one.grid == (4,)
+    assert one.constants == {("BLOCK",): 32} and one.warps == 2 and one.grid == (4,)
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])

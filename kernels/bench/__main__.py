@@ -383,7 +383,7 @@ def compiled(labelled: list[tuple[str, Launch]], targets: list[str], processes: 
         {
             "kernel": _kernel_name(launch),
             "case": label,
-            "constants": launch.constants,
+            "constants": {".".join(map(str, p)): str(x) for p, x in launch.constants.items()},
             "warps": launch.warps,
             "grid": launch.grid,
             "targets": {

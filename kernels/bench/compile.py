@@ -56,15 +56,10 @@ def compile_ahead(launch: Launch, target: str) -> Report:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = list(launch.signature)
-
-    def place(path: str) -> tuple[int, ...]:
-        name, *inner = path.split(".")
-        return names.index(name), *map(int, inner)
-
-    constants = {place(path): value for path, value in launch.constants.items()}
-    aligned = {place(path): [["tt.divisibility", 16]] for path in launch.aligned}
-    source = ASTSource(launch.kernel, launch.signature, constexprs=constants, attrs=aligned)
+    index = {name: i for i, name in enumerate(launch.signature)}
+    places = {(index[name], *rest): value for (name, *rest), value in launch.constants.items()}
+    aligned = {(index[name], *rest): [["tt.divisibility", 16]] for name, *rest in launch.aligned}
+    source = ASTSource(launch.kernel, launch.signature, constexprs=places, attrs=aligned)
     options = {"num_warps": launch.warps}
     if launch.registers and target.startswith("cuda"):
         options["maxnreg"] = launch.registers
