@@ -1,4 +1,4 @@
-"""Multi-scale deformable sampling (Zhu et al. 2021, eq. 3; spec section 4).
+"""Multi-scale deformable sampling (Zhu et al. 2021, eq. 3).
 
     a         = softmax(logits)                          over the levels l and points p
     (x, y)    = reference * (w_l, h_l) + displacement(offset) - 1/2         pixels of level l
@@ -13,25 +13,26 @@ a time. Its tiles are [BLOCK_Q, BLOCK_P] for what belongs to a sample and [.., B
 channels, and lanes of a warp lie beside each other along the channels first: with 16 float32
 channels, four lanes read the 64 bytes of a pixel at once, and a warp reads four samples of two
 queries. What belongs to a sample is computed by those four lanes alike, which costs less than
-passing it around. The reference is in `deformable_cpu.py`.
+passing it around. What CPUs use is in `deformable_cpu.py`.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
+from kernels.checks import check
 from kernels.deformable_cpu import Sampling
 from kernels.dispatch import launch, tl, triton, use_triton
 
-# Chosen from the binaries for sm_80 to sm_120, not timed: at published sizes 53 to 98 registers a
-# thread (126 forward on sm_86, which has room), no spills, and on sm_90 about 95 instructions
-# forward and 170 backward for the eight samples that a warp does at once. One warp a program needs
-# no barriers, and 32 of them fit on a processor of sm_90; with two or four ptxas spills. A lane
-# reads 16 bytes of a pixel forward; backward it has four channels, which sm_90 and later add to the
-# sums with one instruction (red.v4.f32). Two lanes a pixel at least: then a tile of samples has
-# fewer elements than there are lanes, and Triton lets each lane load the numbers of its own sample,
-# rather than passing them through shared memory.
+# Chosen from the binaries for sm_80 to sm_120, then found among the fastest on an H200. One warp a
+# program needs no barriers, and 32 of them fit on a processor of sm_90; with two or four ptxas
+# spills. A lane reads 16 bytes of a pixel forward; backward it has four channels, which sm_90 and
+# later add to the sums with one instruction (red.v4.f32). Two lanes a pixel at least: then a tile
+# of samples has fewer elements than there are lanes, and Triton lets each lane load the numbers of
+# its own sample, rather than passing them through shared memory.
 WARPS = 1
-REGISTERS, REGISTERS_FIXED = 104, 128  # of backward; left alone, ptxas spills up to 24 bytes
+REGISTERS, REGISTERS_FIXED = 104, 128  # of backward; left alone, ptxas spills
 BLOCK_P = 4
 FORWARD_BYTES = 16
 BACKWARD_CHANNELS = 4
@@ -109,11 +110,77 @@ def _bilinear_derivatives(corners, fx, fy):
 
 
 @triton.jit
-def _pair(pairs, by_query, begin, count, turn):
-    """Of queries [BLOCK_Q]: their pair in this turn, the map it reads, whether there is one."""
-    exists = turn < count
-    pair = tl.load(by_query + begin + turn, exists, other=0)
-    return pair, tl.load(pairs + 2 * pair, exists, other=0), exists
+def _program(total, HEADS: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """Head, queries [BLOCK_Q], which of them are the program's own, and their rows of heads."""
+    head = tl.program_id(0) % HEADS
+    query = tl.program_id(0) // HEADS * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    mine = query < total
+    query = tl.minimum(query, total - 1)  # instead of masks, the last one is computed repeatedly
+    return head, query, mine, query.to(tl.int64) * HEADS + head
+
+
+@triton.jit
+def _turns(paired, query, PAIRS: tl.constexpr):
+    """Of queries [BLOCK_Q]: their first pair in by_query, how many, the most, whether any."""
+    if PAIRS:
+        begin = tl.load(paired[2] + query)
+        count = tl.load(paired[2] + query + 1) - begin
+        out = (begin, count, tl.max(count, axis=0), count > 0)
+    else:
+        out = (query, query, 1, query >= 0)
+    return out
+
+
+@triton.jit
+def _samples(
+    logits, offsets, norm, seen, level, start, POINTS: tl.constexpr, BLOCK_P: tl.constexpr
+):
+    """BLOCK_P points of a level: point, sample, which there are, attention, offset by x and y."""
+    point = start + tl.arange(0, BLOCK_P)[None, :]
+    valid = seen[:, None]
+    if POINTS % BLOCK_P != 0:
+        valid = valid & (point < POINTS)
+    sample = level * POINTS + point
+    logit = tl.load(logits + sample, valid, other=-float("inf")).to(tl.float32)
+    offset_x = tl.load(offsets + 2 * sample, valid, other=0.0).to(tl.float32)
+    offset_y = tl.load(offsets + 2 * sample + 1, valid, other=0.0).to(tl.float32)
+    return point, sample, valid, tl.exp(logit - norm[:, None]), offset_x, offset_y
+
+
+@triton.jit
+def _located(
+    reference_points,
+    paired,
+    turns,
+    turn,
+    samples,
+    h,
+    w,
+    tokens,
+    POINTS: tl.constexpr,
+    ROW: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """Samples in a turn: pixels x, y to their upper left, how far from there, offsets of that pixel
+    in value and of the reference point, and which exist.
+    """
+    point, sample, exists, _attention, offset_x, offset_y = samples
+    if PAIRS:
+        there = turn < turns[1]
+        pair = tl.load(paired[1] + turns[0] + turn, there, other=0)
+        image = tl.load(paired[0] + 2 * pair, there, other=0) * tokens * ROW
+        at = pair[:, None].to(tl.int32) * (2 * POINTS) + 2 * point
+        exists = there[:, None] & exists
+    else:
+        at = 2 * sample
+    reference_x = tl.load(reference_points + at, exists, other=0.0).to(tl.float32)
+    reference_y = tl.load(reference_points + at + 1, exists, other=0.0).to(tl.float32)
+    x, fx = _locate(reference_x, w, offset_x, exists)
+    y, fy = _locate(reference_y, h, offset_y, exists)
+    pixel = ((y * w + x) * ROW)[:, :, None]
+    if PAIRS:
+        pixel = image[:, None, None] + pixel
+    return x, y, fx, fy, pixel, at, exists
 
 
 @triton.jit
@@ -152,21 +219,16 @@ def _log_norm(
 
 
 @triton.jit
-def _forward(
+def deformable_forward(
     value,
     reference_points,
     offsets,
     logits,
-    pairs,
-    by_query,
-    first,
+    paired,
     out,
     norms,
     sizes,
-    queries,
-    total,
-    references,
-    tokens,
+    counts,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -178,28 +240,21 @@ def _forward(
 ):
     """out [total, HEADS, WIDTH], norms [total, HEADS]: log sum exp of the logits.
 
-    total = B * queries; sizes: h, w of every level; references: rows of reference points.
+    paired: pairs, by_query, first; sizes: h, w of every level; counts: queries, total = B queries,
+    rows of reference points, tokens.
     """
     SAMPLES: tl.constexpr = LEVELS * POINTS
     ROW: tl.constexpr = HEADS * WIDTH
-    head = tl.program_id(0) % HEADS
-    query = tl.program_id(0) // HEADS * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    mine = query < total
-    query = tl.minimum(query, total - 1)  # instead of masks, the last one is computed repeatedly
+    queries, total, references, tokens = counts
+    head, query, mine, row = _program(total, HEADS, BLOCK_Q)
     channel = tl.arange(0, BLOCK_C)
     inside = (channel < WIDTH)[None, None, :]
-    row = query.to(tl.int64) * HEADS + head
     offsets += row[:, None] * (2 * SAMPLES)
     logits += row[:, None] * SAMPLES
     value += head * WIDTH + channel[None, None, :]
-    if PAIRS:
-        begin = tl.load(first + query)
-        count = tl.load(first + query + 1) - begin
-        rounds = tl.max(count, axis=0)
-        seen = count > 0
-    else:
-        rounds = 1
-        seen = tl.full([BLOCK_Q], True, tl.int1)
+    turns = _turns(paired, query, PAIRS)
+    count, rounds, seen = turns[1], turns[2], turns[3]
+    if not PAIRS:
         value += ((query // queries).to(tl.int64) * tokens * ROW)[:, None, None]
         reference_points += (query % references).to(tl.int64)[:, None] * (2 * SAMPLES)
 
@@ -209,30 +264,14 @@ def _forward(
     for level in tl.static_range(LEVELS):
         h, w = sizes[2 * level], sizes[2 * level + 1]
         for start in range(0, POINTS, BLOCK_P):
-            point = start + tl.arange(0, BLOCK_P)[None, :]
-            valid = seen[:, None]
-            if POINTS % BLOCK_P != 0:
-                valid = valid & (point < POINTS)
-            sample = level * POINTS + point
-            logit = tl.load(logits + sample, valid, other=-float("inf")).to(tl.float32)
-            attention = tl.exp(logit - norm[:, None])
-            offset_x = tl.load(offsets + 2 * sample, valid, other=0.0).to(tl.float32)
-            offset_y = tl.load(offsets + 2 * sample + 1, valid, other=0.0).to(tl.float32)
+            samples = _samples(logits, offsets, norm, seen, level, start, POINTS, BLOCK_P)
             for turn in range(rounds):
-                if PAIRS:
-                    pair, image, exists = _pair(pairs, by_query, begin, count, turn)
-                    at = reference_points + pair[:, None] * (2 * POINTS) + 2 * point
-                    pixels = value + (image * tokens * ROW)[:, None, None]
-                    exists = exists[:, None] & valid
-                else:
-                    at, pixels, exists = reference_points + 2 * sample, value, valid
-                reference_x = tl.load(at, exists, other=0.0).to(tl.float32)
-                reference_y = tl.load(at + 1, exists, other=0.0).to(tl.float32)
-                x, fx = _locate(reference_x, w, offset_x, exists)
-                y, fy = _locate(reference_y, h, offset_y, exists)
-                pixels = _corners(pixels + ((y * w + x) * ROW)[:, :, None], w * ROW, ROW)
+                x, y, fx, fy, pixel, _at, _exists = _located(
+                    reference_points, paired, turns, turn, samples, h, w, tokens, POINTS, ROW, PAIRS
+                )
+                pixels = _corners(value + pixel, w * ROW, ROW)
                 exist = _corners_exist(x, y, h, w, inside)
-                weights = _corner_weights(fx, fy, attention)
+                weights = _corner_weights(fx, fy, samples[3])
                 corners = ()
                 for i in tl.static_range(4):
                     corners += (tl.load(pixels[i], exist[i], other=0.0),)
@@ -263,27 +302,19 @@ def _scatter(sums, numbers, mask, scale, FIXED: tl.constexpr):
 
 
 @triton.jit
-def _backward(
+def deformable_backward(
     grad,
     value,
     reference_points,
     offsets,
     logits,
-    pairs,
-    by_query,
-    first,
+    paired,
     out,
     norms,
-    grad_value,
-    grad_reference,
-    grad_offsets,
-    grad_logits,
+    grads,
     scales,
     sizes,
-    queries,
-    total,
-    references,
-    tokens,
+    counts,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -296,19 +327,18 @@ def _backward(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Derivatives of sum(grad * out). With VALUE, with REFERENCE: adds those to sums of zero.
+    """grads of value, reference_points, offsets and logits, given that of out. With VALUE, with
+    REFERENCE: adds to the first, to the second, which are zero.
 
     Through the softmax: by logit = a (by a - sum of a by a), the sum being grad * out.
     """
     SAMPLES: tl.constexpr = LEVELS * POINTS
     ROW: tl.constexpr = HEADS * WIDTH
-    head = tl.program_id(0) % HEADS
-    query = tl.program_id(0) // HEADS * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    mine = query < total
-    query = tl.minimum(query, total - 1)
+    queries, total, references, tokens = counts
+    grad_value, grad_reference, grad_offsets, grad_logits = grads
+    head, query, mine, row = _program(total, HEADS, BLOCK_Q)
     channel = tl.arange(0, BLOCK_C)
     inside = (channel < WIDTH)[None, None, :]
-    row = query.to(tl.int64) * HEADS + head
     offsets += row[:, None] * (2 * SAMPLES)
     logits += row[:, None] * SAMPLES
     grad_offsets += row[:, None] * (2 * SAMPLES)
@@ -325,16 +355,12 @@ def _backward(
     of_row = row[:, None, None] * WIDTH + channel[None, None, :]
     upstream = tl.load(grad + of_row, there, other=0.0).to(tl.float32)  # [BLOCK_Q, 1, BLOCK_C]
     mean = tl.sum(upstream * tl.load(out + of_row, there, other=0.0).to(tl.float32), axis=2)
-    norm = tl.load(norms + row)[:, None]
+    norm = tl.load(norms + row)
+    turns = _turns(paired, query, PAIRS)
+    count, rounds, seen = turns[1], turns[2], turns[3]
     if PAIRS:
-        begin = tl.load(first + query)
-        count = tl.load(first + query + 1) - begin
-        rounds = tl.max(count, axis=0)
-        seen = count > 0
         upstream = upstream / tl.maximum(count, 1)[:, None, None]
     else:
-        rounds = 1
-        seen = tl.full([BLOCK_Q], True, tl.int1)
         image = ((query // queries).to(tl.int64) * tokens * ROW)[:, None, None]
         value += image
         grad_value += image
@@ -345,39 +371,21 @@ def _backward(
     for level in tl.static_range(LEVELS):
         h, w = sizes[2 * level], sizes[2 * level + 1]
         for start in range(0, POINTS, BLOCK_P):
-            point = start + tl.arange(0, BLOCK_P)[None, :]
-            valid = seen[:, None]
-            if POINTS % BLOCK_P != 0:
-                valid = valid & (point < POINTS)
-            sample = level * POINTS + point
-            logit = tl.load(logits + sample, valid, other=-float("inf")).to(tl.float32)
-            attention = tl.exp(logit - norm)
-            offset_x = tl.load(offsets + 2 * sample, valid, other=0.0).to(tl.float32)
-            offset_y = tl.load(offsets + 2 * sample + 1, valid, other=0.0).to(tl.float32)
+            samples = _samples(logits, offsets, norm, seen, level, start, POINTS, BLOCK_P)
+            point, sample, _valid, attention, offset_x, offset_y = samples
             by_attention = tl.zeros([BLOCK_Q, BLOCK_P], tl.float32)
             by_x = tl.zeros([BLOCK_Q, BLOCK_P], tl.float32)
             by_y = tl.zeros([BLOCK_Q, BLOCK_P], tl.float32)
             for turn in range(rounds):
-                if PAIRS:
-                    pair, image, exists = _pair(pairs, by_query, begin, count, turn)
-                    at = pair[:, None].to(tl.int32) * (2 * POINTS) + 2 * point
-                    image = (image * tokens * ROW)[:, None, None]
-                    exists = exists[:, None] & valid
-                else:
-                    at, exists = 2 * sample, valid
-                reference_x = tl.load(reference_points + at, exists, other=0.0).to(tl.float32)
-                reference_y = tl.load(reference_points + at + 1, exists, other=0.0).to(tl.float32)
-                x, fx = _locate(reference_x, w, offset_x, exists)
-                y, fy = _locate(reference_y, h, offset_y, exists)
-                first_pixel = ((y * w + x) * ROW)[:, :, None]
-                if PAIRS:
-                    first_pixel = image + first_pixel
-                pixels = _corners(value + first_pixel, w * ROW, ROW)
+                x, y, fx, fy, pixel, at, exists = _located(
+                    reference_points, paired, turns, turn, samples, h, w, tokens, POINTS, ROW, PAIRS
+                )
+                pixels = _corners(value + pixel, w * ROW, ROW)
                 exist = _corners_exist(x, y, h, w, inside)
                 dots = ()
                 for i in tl.static_range(4):
-                    pixel = tl.load(pixels[i], exist[i], other=0.0).to(tl.float32)
-                    dots += (tl.sum(pixel * upstream, axis=2),)
+                    corner = tl.load(pixels[i], exist[i], other=0.0).to(tl.float32)
+                    dots += (tl.sum(corner * upstream, axis=2),)
                 slopes = _bilinear_derivatives(dots, fx, fy)
                 by_attention += slopes[0]
                 by_x += slopes[1]
@@ -389,7 +397,7 @@ def _backward(
                     _scatter(grad_reference + at + 1, slope_y, exists, reference_scale, FIXED)
                 if VALUE:
                     weights = _corner_weights(fx, fy, attention)
-                    sums = _corners(grad_value + first_pixel, w * ROW, ROW)
+                    sums = _corners(grad_value + pixel, w * ROW, ROW)
                     for i in tl.static_range(4):
                         share = weights[i][:, :, None] * upstream
                         _scatter(sums[i], share, exist[i], value_scale, FIXED)
@@ -423,73 +431,79 @@ def _problem(
     reference_points: Tensor,
     offsets: Tensor,
     logits: Tensor,
-    *pairs: Tensor | None,
-) -> tuple[tuple[int], list[Tensor], tuple, dict[str, int]]:
-    """What both launches share: grid, inputs, sizes, constants. Lanes read lane_bytes of value."""
+    paired: list[Tensor],
+) -> dict[str, object]:
+    """What both launches share. Lanes read lane_bytes of value."""
     batch, queries, heads, levels, points, _ = offsets.shape
     tokens, _, width = value.shape[1:]
     block_c = triton.next_power_of_2(width)
     block_p = min(BLOCK_P, triton.next_power_of_2(points))
     lanes = max(2, block_c * value.element_size() // lane_bytes)
     block_q = max(1, 32 * WARPS // (lanes * block_p))
-    programs = triton.cdiv(batch * queries, block_q) * heads
-    tensors = [x.contiguous() for x in (value, reference_points, offsets, logits)]
-    tensors += [logits if x is None else x.contiguous() for x in pairs]
     # with pairs nobody asks, and a number that changes from batch to batch would be compiled anew
-    references = reference_points.shape[0] * queries if pairs[0] is None else 1
-    counts = (tuple(sizes), queries, batch * queries, references, tokens)
-    constants = dict(HEADS=heads, WIDTH=width, LEVELS=levels, POINTS=points)
-    constants |= dict(PAIRS=pairs[0] is not None)
-    constants |= dict(BLOCK_Q=block_q, BLOCK_P=block_p, BLOCK_C=block_c)
-    return (programs,), tensors, counts, constants
+    references = 1 if paired else reference_points.shape[0] * queries
+    return dict(
+        grid=(triton.cdiv(batch * queries, block_q) * heads,),
+        value=value.contiguous(),
+        reference_points=reference_points.contiguous(),
+        offsets=offsets.contiguous(),
+        logits=logits.contiguous(),
+        paired=tuple(x.contiguous() for x in paired or [logits] * 3),
+        sizes=tuple(sizes),
+        counts=(queries, batch * queries, references, tokens),
+        HEADS=heads,
+        WIDTH=width,
+        LEVELS=levels,
+        POINTS=points,
+        PAIRS=bool(paired),
+        BLOCK_Q=block_q,
+        BLOCK_P=block_p,
+        BLOCK_C=block_c,
+        warps=WARPS,
+    )
+
+
+def _results(value: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """out and norms, not yet filled."""
+    batch, queries, heads = offsets.shape[:3]
+    out = value.new_empty(batch, queries, heads * value.shape[3], dtype=torch.float32)
+    return out, out.new_empty(batch, queries, heads)
 
 
 @torch.library.custom_op("selfocc::deformable_sampling", mutates_args=())
-def _forward_triton(
+def _deformable_op(
     value: Tensor,
     sizes: list[int],
     reference_points: Tensor,
     offsets: Tensor,
     logits: Tensor,
-    pairs: Tensor | None,
-    by_query: Tensor | None,
-    first: Tensor | None,
+    paired: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    batch, queries, heads = offsets.shape[:3]
-    inputs = (value, sizes, reference_points, offsets, logits, pairs, by_query, first)
-    grid, tensors, counts, constants = _problem(FORWARD_BYTES, *inputs)
-    out = value.new_empty(batch, queries, heads * value.shape[3], dtype=torch.float32)
-    norms = value.new_empty(batch, queries, heads, dtype=torch.float32)
-    launch(_forward, grid, *tensors, out, norms, *counts, warps=WARPS, **constants)
+    out, norms = _results(value, offsets)
+    told = _problem(FORWARD_BYTES, value, sizes, reference_points, offsets, logits, paired)
+    launch(deformable_forward, out=out, norms=norms, **told)
     return out, norms
 
 
-@_forward_triton.register_fake
-def _(value, sizes, reference_points, offsets, logits, pairs, by_query, first):
-    batch, queries, heads = offsets.shape[:3]
-    out = value.new_empty(batch, queries, heads * value.shape[3], dtype=torch.float32)
-    return out, value.new_empty(batch, queries, heads, dtype=torch.float32)
+@_deformable_op.register_fake
+def _(value, sizes, reference_points, offsets, logits, paired):
+    return _results(value, offsets)
 
 
 @torch.library.custom_op("selfocc::deformable_sampling_gradient", mutates_args=())
-def _backward_triton(
+def _deformable_gradient_op(
     grad: Tensor,
+    out: Tensor,
+    norms: Tensor,
     value: Tensor,
     sizes: list[int],
     reference_points: Tensor,
     offsets: Tensor,
     logits: Tensor,
-    pairs: Tensor | None,
-    by_query: Tensor | None,
-    first: Tensor | None,
-    out: Tensor,
-    norms: Tensor,
+    paired: list[Tensor],
     wanted_value: bool,
     wanted_reference: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = (value, sizes, reference_points, offsets, logits, pairs, by_query, first)
-    lane_bytes = BACKWARD_CHANNELS * value.element_size()
-    grid, tensors, counts, constants = _problem(lane_bytes, *inputs)
     fixed = torch.are_deterministic_algorithms_enabled()
     dtype = torch.int64 if fixed else torch.float32
     scales = _scales(grad, value, norms, max(sizes), len(offsets)) if fixed else norms
@@ -497,25 +511,19 @@ def _backward_triton(
     by_reference = value.new_zeros(reference_points.shape if wanted_reference else 0, dtype=dtype)
     by_offsets = torch.empty_like(offsets, memory_format=torch.contiguous_format)
     by_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    lane_bytes = BACKWARD_CHANNELS * value.element_size()
     launch(
-        _backward,
-        grid,
-        grad.contiguous(),
-        *tensors,
-        out,
-        norms,
-        by_value,
-        by_reference,
-        by_offsets,
-        by_logits,
-        scales,
-        *counts,
-        warps=WARPS,
+        deformable_backward,
+        grad=grad.contiguous(),
+        out=out,
+        norms=norms,
+        grads=(by_value, by_reference, by_offsets, by_logits),
+        scales=scales,
         registers=REGISTERS_FIXED if fixed else REGISTERS,
         VALUE=wanted_value,
         REFERENCE=wanted_reference,
         FIXED=fixed,
-        **constants,
+        **_problem(lane_bytes, value, sizes, reference_points, offsets, logits, paired),
     )
     if fixed:
         by_value, by_reference = by_value.float() / scales[0], by_reference.float() / scales[1]
@@ -523,12 +531,11 @@ def _backward_triton(
     return by_value, by_reference, by_offsets, by_logits
 
 
-@_backward_triton.register_fake
-def _(grad, value, sizes, reference_points, offsets, logits, *others):
-    wanted_value, wanted_reference = others[-2:]
+@_deformable_gradient_op.register_fake
+def _(grad, out, norms, value, sizes, reference_points, offsets, logits, paired, *wanted):
     return (
-        value.new_empty(value.shape if wanted_value else 0),
-        reference_points.new_empty(reference_points.shape if wanted_reference else 0),
+        value.new_empty(value.shape if wanted[0] else 0),
+        reference_points.new_empty(reference_points.shape if wanted[1] else 0),
         torch.empty_like(offsets, memory_format=torch.contiguous_format),
         torch.empty_like(logits, memory_format=torch.contiguous_format),
     )
@@ -550,21 +557,24 @@ def _scales(grad: Tensor, value: Tensor, norms: Tensor, longest: int, batch: int
     return (61 - bounds.log2()).floor().clamp(-120, 120).exp2().float()
 
 
-def _setup(ctx, inputs, output):
-    value, ctx.sizes, *tensors = inputs
-    ctx.save_for_backward(value, *tensors, *output)
+def _deformable_setup(ctx, inputs, output):
+    value, ctx.sizes, *tensors, paired = inputs
+    ctx.save_for_backward(*output, value, *tensors, *paired)
     ctx.mark_non_differentiable(output[1])
 
 
-def _autograd(ctx, grad, _):
-    value, *tensors = ctx.saved_tensors
+def _deformable_autograd(ctx, grad, _):
+    out, norms, value, *tensors = ctx.saved_tensors
+    tensors, paired = tensors[:3], tensors[3:]
     wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[2])
-    by_value, by_reference, *others = _backward_triton(grad, value, ctx.sizes, *tensors, *wanted)
+    by_value, by_reference, *others = _deformable_gradient_op(
+        grad, out, norms, value, ctx.sizes, *tensors, paired, *wanted
+    )
     by_value, by_reference = by_value if wanted[0] else None, by_reference if wanted[1] else None
-    return by_value, None, by_reference, *others, None, None, None
+    return by_value, None, by_reference, *others, [None] * len(paired)
 
 
-_forward_triton.register_autograd(_autograd, setup_context=_setup)
+_deformable_op.register_autograd(_deformable_autograd, setup_context=_deformable_setup)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -594,36 +604,32 @@ def deformable_sampling(
     Returns [B, Q, heads * dh] in value's dtype, differentiable in all four; sums are in float32, or
     float64 for float64 values. On a GPU, what is not contiguous is copied. Under
     `torch.use_deterministic_algorithms(True)` gradients are the same bit for bit in every run.
-    Raises TypeError and ValueError that name the argument.
+    Raises ValueError that names the argument.
     """
     _check(value, level_shapes, reference_points, offsets, logits, pairs)
     shapes = [(int(h), int(w)) for h, w in level_shapes]
     if not use_triton(value):
         moves = displacement(offsets)
         return Sampling.apply(value, shapes, reference_points, moves, logits, pairs)
-    by_query, first = None, None
+    paired = []
     if pairs is not None:
-        by_query, first = _pairs_by_query(pairs, offsets.shape[0] * offsets.shape[1])
+        paired = [pairs, *_pairs_by_query(pairs, offsets.shape[0] * offsets.shape[1])]
     sizes = [side for shape in shapes for side in shape]
-    out, _ = _forward_triton(
-        value, sizes, reference_points, offsets, logits, pairs, by_query, first
-    )
+    out, _ = _deformable_op(value, sizes, reference_points, offsets, logits, paired)
     return out.to(value.dtype)
 
 
 def _check(value, level_shapes, reference_points, offsets, logits, pairs) -> None:
-    if value.ndim != 4:
-        raise ValueError(f"value must be [M, V, heads, dh], got {list(value.shape)}")
-    if offsets.ndim != 6 or offsets.shape[2] != value.shape[2] or offsets.shape[5] != 2:
-        raise ValueError(
-            f"offsets must be [B, Q, {value.shape[2]} heads, L, P, 2], got {list(offsets.shape)}"
-        )
-    batch, queries, heads, levels, points, _ = offsets.shape
-    if 0 in (levels, points, value.shape[3]):
-        raise ValueError(
-            f"offsets {list(offsets.shape)} and value {list(value.shape)} must have a level, a "
-            "point and a channel at least"
-        )
+    references = "1" if reference_points.shape[:1] == (1,) else "B"
+    check(
+        {"LP": math.prod(offsets.shape[3:5])},
+        value=(value, "B V heads dh>=1" if pairs is None else "M V heads dh>=1"),
+        offsets=(offsets, "B Q heads L>=1 P>=1 2"),
+        logits=(logits, "B Q heads LP"),
+        pairs=(pairs, "K 2", torch.int64),
+        reference_points=(reference_points, f"{references} Q L P 2" if pairs is None else "K P 2"),
+    )
+    levels = offsets.shape[3]
     if len(level_shapes) != levels:
         raise ValueError(f"level_shapes has {len(level_shapes)} levels, offsets {levels}")
     tokens = sum(h * w for h, w in level_shapes)
@@ -631,36 +637,9 @@ def _check(value, level_shapes, reference_points, offsets, logits, pairs) -> Non
         raise ValueError(
             f"value has {value.shape[1]} tokens, level_shapes {list(level_shapes)} make {tokens}"
         )
-    if logits.shape != (batch, queries, heads, levels * points):
-        raise ValueError(
-            f"logits must be {[batch, queries, heads, levels * points]}, got {list(logits.shape)}"
-        )
-    for name, tensor in (("value", value), ("offsets", offsets), ("logits", logits)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
-    tensors = {"reference_points": reference_points, "offsets": offsets, "logits": logits}
-    if pairs is None:
-        expected = [[n, queries, levels, points, 2] for n in (1, batch)]
-        if value.shape[0] != batch:
-            raise ValueError(
-                f"value has {value.shape[0]} maps for a batch of {batch}; "
-                "pairs say which map a query reads"
-            )
-    else:
-        tensors["pairs"] = pairs
-        if pairs.dtype != torch.int64 or pairs.ndim != 2 or pairs.shape[1] != 2:
-            raise TypeError(f"pairs must be int64 [K, 2], got {pairs.dtype} {list(pairs.shape)}")
-        expected = [[len(pairs), points, 2]]
-    if list(reference_points.shape) not in expected:
-        raise ValueError(
-            f"reference_points must be {expected[-1]}, got {list(reference_points.shape)}"
-        )
     for name, size in (
         ("value", value.shape[1:].numel()),
         ("reference_points", reference_points.numel()),
     ):
         if size >= 2**31:
             raise ValueError(f"{name} is too large: the kernels count to 2^31, not {size}")
-    for name, tensor in tensors.items():
-        if tensor.device != value.device:
-            raise ValueError(f"{name} is on {tensor.device}, value on {value.device}")

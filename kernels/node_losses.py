@@ -1,4 +1,4 @@
-"""Finite differences between the nodes of a volume, and losses made of them (spec 6 and 11).
+"""Finite differences between the nodes of a volume, and SelfOcc's eikonal and Hessian losses.
 
 Along one axis, with the ends replicated and nodes `step` metres apart:
 
@@ -12,15 +12,17 @@ Differences along different axes commute. The transpose of D reads its neighbour
 so that all kernels here are gathers: no atomics, nothing kept for backward but the volume itself.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.checks import at_least_float32, check
 from kernels.dispatch import launch, tl, triton, use_triton
 from kernels.ray import pack
 
-# Nodes a program and warps: four nodes a lane in the copies (32 to 40 registers when compiled for
-# cuda 90), one where many neighbours are read (32 forward, 72 to 80 backward).
+# Nodes a program and warps: four nodes a lane in the copies, one where many neighbours are read.
 COPY, LOSSES, WARPS = 512, 128, 4
 
 Spacing = tuple[float, float, float]  # between nodes along x, y and z, metres
@@ -220,12 +222,10 @@ def _sign(x):
 
 
 @triton.jit
-def _node_table_forward(
+def node_table_forward(
     sdf,
     table,
-    half_x,
-    half_y,
-    half_z,
+    half,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -247,25 +247,23 @@ def _node_table_forward(
     here = sdf + (y * Y + x * X + z * Z)
     upper = sdf + (y * Y + _inside(x + 1, WIDTH) * X + z * Z)
     lower = sdf + (y * Y + _inside(x - 1, WIDTH) * X + z * Z)
-    by_x = half_x * (tl.load(upper).to(tl.float32) - tl.load(lower).to(tl.float32))
+    by_x = half[0] * (tl.load(upper).to(tl.float32) - tl.load(lower).to(tl.float32))
     upper = sdf + (_inside(y + 1, HEIGHT) * Y + x * X + z * Z)
     lower = sdf + (_inside(y - 1, HEIGHT) * Y + x * X + z * Z)
-    by_y = half_y * (tl.load(upper).to(tl.float32) - tl.load(lower).to(tl.float32))
+    by_y = half[1] * (tl.load(upper).to(tl.float32) - tl.load(lower).to(tl.float32))
     upper = sdf + (y * Y + x * X + _inside(z + 1, DEPTH) * Z)
     lower = sdf + (y * Y + x * X + _inside(z - 1, DEPTH) * Z)
-    by_z = half_z * (tl.load(upper).to(tl.float32) - tl.load(lower).to(tl.float32))
+    by_z = half[2] * (tl.load(upper).to(tl.float32) - tl.load(lower).to(tl.float32))
     rows = table + item * (4 * HEIGHT * WIDTH * DEPTH) + 4 * index
     row = pack(tl.load(here).to(tl.float32), by_x, by_y, by_z)
     tl.store(rows[:, :, None] + tl.arange(0, 4)[None, None, :], row, mask[:, :, None])
 
 
 @triton.jit
-def _node_table_backward(
+def node_table_backward(
     rows,
     grad_sdf,
-    half_x,
-    half_y,
-    half_z,
+    half,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -289,53 +287,43 @@ def _node_table_backward(
             there, sign = _neighbour(node, (HEIGHT, WIDTH, DEPTH), axis, 2 * side - 1)
             at = (there[0] * WIDTH + there[1]) * DEPTH + there[2]
             total += sign * tl.load(rows + 4 * at + (1 + axis))
-        out += total * (half_x if axis == 0 else half_y if axis == 1 else half_z)
+        out += half[axis] * total
     tl.store(grad_sdf + item * ITEM + (y * Y + x * X + z * Z), out, mask)
-
-
-def _halves(spacing) -> list[float]:
-    return [0.5 / step for step in spacing]
 
 
 def node_table(volume: Tensor, spacing: Spacing) -> Tensor:
     """[B, H, W, Z, 4], float32: channel 0 of a volume [B, C, H, W, Z] and its gradient x, y, z."""
-    batch, _, height, width, depth = volume.shape
-    table = volume.new_empty(batch, height, width, depth, 4, dtype=torch.float32)
-    launch(
-        _node_table_forward,
-        (triton.cdiv(height * width * depth, COPY), batch),
-        volume,
-        table,
-        *_halves(spacing),
-        warps=WARPS,
-        **_layout(volume),
-        BLOCK=COPY,
-    )
+    batch, _, *nodes = volume.shape
+    table = volume.new_empty(batch, *nodes, 4, dtype=torch.float32)
+    launch(node_table_forward, sdf=volume, table=table, **_copy(volume, spacing))
     return table
 
 
 def node_table_adjoint(rows: Tensor, spacing: Spacing, grad_volume: Tensor) -> None:
     """Writes into channel 0 of grad_volume the gradient of the SDF, given that of its table."""
-    batch, _, height, width, depth = grad_volume.shape
-    launch(
-        _node_table_backward,
-        (triton.cdiv(height * width * depth, COPY), batch),
-        rows,
-        grad_volume,
-        *_halves(spacing),
-        warps=WARPS,
-        **_layout(grad_volume),
-        BLOCK=COPY,
-    )
+    launch(node_table_backward, rows=rows, grad_sdf=grad_volume, **_copy(grad_volume, spacing))
 
 
-def _layout(volume: Tensor) -> dict[str, int]:
-    """Sizes and strides as constants: divisions become multiplications, aligned rows are read as
-    such.
+def _copy(volume: Tensor, spacing: Spacing) -> dict[str, object]:
+    """What both launches share. Sizes and strides are constants: divisions become multiplications,
+    aligned rows are read as such.
     """
-    _, _, height, width, depth = volume.shape
     item, _, y, x, z = volume.stride()
-    return dict(HEIGHT=height, WIDTH=width, DEPTH=depth, ITEM=item, Y=y, X=x, Z=z)
+    return _lattice(volume[:, 0], spacing, COPY) | dict(ITEM=item, Y=y, X=x, Z=z)
+
+
+def _lattice(sdf: Tensor, spacing: Spacing, block: int) -> dict[str, object]:
+    """Grid and constants of a launch over the nodes of [B, H, W, Z], `block` of them a program."""
+    batch, height, width, depth = sdf.shape
+    return dict(
+        grid=(triton.cdiv(height * width * depth, block), batch),
+        half=tuple(0.5 / step for step in spacing),
+        HEIGHT=height,
+        WIDTH=width,
+        DEPTH=depth,
+        BLOCK=block,
+        warps=WARPS,
+    )
 
 
 # -----------------------------------------------------------------------------------------------
@@ -343,12 +331,10 @@ def _layout(volume: Tensor) -> dict[str, int]:
 
 
 @triton.jit
-def _node_losses_forward(
+def node_losses_forward(
     sdf,
     partial,
-    half_x,
-    half_y,
-    half_z,
+    half,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -364,7 +350,6 @@ def _node_losses_forward(
     mask = index < nodes
     node = _node_of(tl.where(mask, index, 0), HEIGHT, WIDTH, DEPTH)
     lattice = (HEIGHT, WIDTH, DEPTH)
-    half = (half_x, half_y, half_z)
     sdf += item * nodes
     squares, total = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for axis in tl.static_range(3):
@@ -383,13 +368,11 @@ def _node_losses_forward(
 
 
 @triton.jit
-def _node_losses_backward(
+def node_losses_backward(
     grad,
     sdf,
     grad_sdf,
-    half_x,
-    half_y,
-    half_z,
+    half,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -403,7 +386,6 @@ def _node_losses_backward(
     mask = index < nodes
     node = _node_of(tl.where(mask, index, 0), HEIGHT, WIDTH, DEPTH)
     lattice = (HEIGHT, WIDTH, DEPTH)
-    half = (half_x, half_y, half_z)
     sdf += item * nodes
     by_eikonal, by_hessian = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for axis in tl.static_range(3):
@@ -441,47 +423,12 @@ def _eikonal_slope(sdf, node, lattice, half, AXIS: tl.constexpr):
     return tl.where(norm > 0, 2 - 2 / norm, 0.0) * slopes[AXIS]
 
 
-def _losses_constants(sdf: Tensor, compact: bool) -> dict[str, object]:
-    _, height, width, depth = sdf.shape
-    return dict(HEIGHT=height, WIDTH=width, DEPTH=depth, COMPACT=compact, BLOCK=LOSSES)
-
-
-def _node_losses_forward_triton(sdf: Tensor, spacing: list[float], compact: bool) -> Tensor:
-    blocks = triton.cdiv(sdf[0].numel(), LOSSES) if sdf.numel() else 0
-    partial = sdf.new_empty(2, sdf.shape[0] * blocks, dtype=torch.float32)
-    launch(
-        _node_losses_forward,
-        (blocks, sdf.shape[0]),
-        sdf.contiguous(),
-        partial,
-        *_halves(spacing),
-        warps=WARPS,
-        **_losses_constants(sdf, compact),
-    )
-    return partial.sum(1)
-
-
-def _node_losses_backward_triton(
-    grad: Tensor, sdf: Tensor, spacing: list[float], compact: bool
-) -> Tensor:
-    out = sdf.new_empty(sdf.shape, dtype=torch.float32)
-    blocks = triton.cdiv(sdf[0].numel(), LOSSES) if sdf.numel() else 0
-    launch(
-        _node_losses_backward,
-        (blocks, sdf.shape[0]),
-        grad.contiguous(),
-        sdf.contiguous(),
-        out,
-        *_halves(spacing),
-        warps=WARPS,
-        **_losses_constants(sdf, compact),
-    )
-    return out
-
-
 @torch.library.custom_op("selfocc::node_losses", mutates_args=())
 def _node_losses_op(sdf: Tensor, spacing: list[float], compact: bool) -> Tensor:
-    return _node_losses_forward_triton(sdf, spacing, compact)
+    told = _lattice(sdf, spacing, LOSSES)
+    partial = sdf.new_empty(2, math.prod(told["grid"]), dtype=torch.float32)
+    launch(node_losses_forward, sdf=sdf.contiguous(), partial=partial, COMPACT=compact, **told)
+    return partial.sum(1)
 
 
 @_node_losses_op.register_fake
@@ -493,7 +440,10 @@ def _(sdf, spacing, compact):
 def _node_losses_gradient_op(
     grad: Tensor, sdf: Tensor, spacing: list[float], compact: bool
 ) -> Tensor:
-    return _node_losses_backward_triton(grad, sdf, spacing, compact)
+    out = sdf.new_empty(sdf.shape, dtype=torch.float32)
+    told = dict(grad=grad.contiguous(), sdf=sdf.contiguous(), grad_sdf=out, COMPACT=compact)
+    launch(node_losses_backward, **told, **_lattice(sdf, spacing, LOSSES))
+    return out
 
 
 @_node_losses_gradient_op.register_fake
@@ -526,10 +476,8 @@ def node_losses(sdf: Tensor, spacing: Spacing, compact: bool) -> tuple[Tensor, T
     Returns, both 0-d, the sum of (|gradient| - 1)^2 and the mean absolute second difference.
     Raises ValueError naming the argument at fault.
     """
-    if sdf.ndim != 4 or min(sdf.shape[1:]) < 2:
-        raise ValueError(f"sdf must be [B, H, W, Z], two nodes or more an axis, got {[*sdf.shape]}")
+    check(sdf=(sdf, "B H>=2 W>=2 Z>=2"))
     if use_triton(sdf):
         eikonal, hessian = _node_losses_op(sdf, list(spacing), compact).unbind()
         return eikonal, hessian / max(1, 9 * sdf.numel())
-    sdf = sdf.float() if sdf.dtype in (torch.float16, torch.bfloat16) else sdf
-    return _NodeLosses.apply(sdf, spacing, compact)
+    return _NodeLosses.apply(at_least_float32(sdf), spacing, compact)

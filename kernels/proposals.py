@@ -1,11 +1,11 @@
-"""Photometric error of all depth proposals of a ray (spec section 11).
+"""Photometric error of all depth proposals of a ray (SelfOcc, MVS-embedded depth).
 
 For source k and a ray through pixel (u, v) with proposals t_s (z-depth) of weight w_s:
 
     (x, y)_s = projection of (u t_s, v t_s, t_s, 1)
     valid_s  = in front of the source and inside its image
     c_s      = source colour at (x, y)_s, bilinear
-    d_s      = mean_channels robust(target - c_s)         (`similarity.robust`: |.|)
+    d_s      = mean_channels robust(target - c_s)         (`ssim.robust`: |.|)
     W        = max(sum w valid, eps)
     l1       = sum_s w_s valid_s d_s / W                  (not the difference of the expectation)
     color    = sum_s w_s valid_s c_s / W
@@ -23,15 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.checks import at_least_float32, check
 from kernels.dispatch import launch, tl, triton, use_triton
-from kernels.ssim import at_least_float32, robust, robust_cost
+from kernels.ssim import robust, robust_cost
 
 CHUNK = 1 << 20  # proposals whose corners the reference looks up at once
 
 # Proposals a program takes at once, for all sources: one a lane of its only warp, hence no barriers
-# and no exchange between lanes before the last sums. Compiled for cuda 90 with two sources: 72 to
-# 80 registers, 128 instructions a proposal and source, of which 12 are loads. 64 or 128 proposals
-# take as many or more (shuffles between layouts) and up to 221 registers.
+# and no exchange between lanes before the last sums. More take shuffles between layouts and up to
+# three times the registers.
 PROPOSALS, WARPS = 64 if torch.version.hip else 32, 1
 
 
@@ -50,7 +50,7 @@ def sample_image(images: Tensor, pixels: Tensor, published_pixels: bool = False)
 
 
 # -----------------------------------------------------------------------------------------------
-# Reference
+# Plain PyTorch
 
 
 def _reference(
@@ -290,7 +290,7 @@ def ray_in_sources(
 
 
 @triton.jit
-def _epipolar_forward(
+def epipolar_forward(
     weights,
     depths,
     pixels,
@@ -303,25 +303,18 @@ def _epipolar_forward(
     total,
     samples,
     sources,
-    height,
-    width,
-    target_batch,
-    target_camera,
-    target_ray,
-    target_channel,
-    image_batch,
-    image_source,
-    image_camera,
-    channel_stride,
-    row_stride,
-    column_stride,
-    scale_x,
-    scale_y,
+    size,
+    target_strides,
+    image_strides,
+    scale,
     COMBINE: tl.constexpr,
     SOURCES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """weights, depths [B, N, R, S] -> l1, color, valid, total (sum w valid) [B, K or 1, N, R]."""
+    """weights, depths [B, N, R, S] -> l1, color, valid, total (sum w valid) [B, K or 1, N, R].
+
+    size: rows and columns of images; scale: what pixels (x, y) are multiplied by.
+    """
     ray, rays = tl.program_id(0), tl.num_programs(0)
     camera, cameras = tl.program_id(1), tl.num_programs(1)
     item = tl.program_id(2).to(tl.int64)
@@ -332,11 +325,12 @@ def _epipolar_forward(
         projections,
         (item, camera, ray),
         (cameras, rays, sources),
-        (target_batch, target_camera, target_ray, target_channel),
-        (image_batch, image_source, image_camera),
+        target_strides,
+        image_strides,
         COMBINE,
         SOURCES,
     )
+    strides = (image_strides[3], image_strides[4], image_strides[5])
     first = ((item * cameras + camera) * rays + ray) * samples
     zero = tl.zeros([1 if COMBINE else SOURCES, BLOCK], tl.float32)
     sum_l1, sum_red, sum_green, sum_blue, sum_weight, ever = zero, zero, zero, zero, zero, zero
@@ -346,15 +340,7 @@ def _epipolar_forward(
         t = tl.load(depths + first + sample, inside, other=0.0).to(tl.float32)
         weight = tl.load(weights + first + sample, inside, other=0.0).to(tl.float32)
         difference, red, green, blue, seen = compared_proposals(
-            line,
-            image,
-            (channel_stride, row_stride, column_stride),
-            t,
-            inside & known,
-            goal,
-            (height, width),
-            (scale_x, scale_y),
-            COMBINE,
+            line, image, strides, t, inside & known, goal, size, scale, COMBINE
         )
         sum_l1 += weight * difference
         sum_red += weight * red
@@ -364,17 +350,17 @@ def _epipolar_forward(
         ever = tl.maximum(ever, seen)
 
     all_weight = tl.sum(sum_weight, 1, keep_dims=True)
-    scale = 1 / at_least_epsilon(all_weight)
+    norm = 1 / at_least_epsilon(all_weight)
     tl.store(total + results, all_weight, answers)
     tl.store(valid + results, tl.max(ever, 1, keep_dims=True) > 0, answers)
-    tl.store(l1 + results, tl.sum(sum_l1, 1, keep_dims=True) * scale, answers)
-    tl.store(color + 3 * results, tl.sum(sum_red, 1, keep_dims=True) * scale, answers)
-    tl.store(color + 3 * results + 1, tl.sum(sum_green, 1, keep_dims=True) * scale, answers)
-    tl.store(color + 3 * results + 2, tl.sum(sum_blue, 1, keep_dims=True) * scale, answers)
+    tl.store(l1 + results, tl.sum(sum_l1, 1, keep_dims=True) * norm, answers)
+    tl.store(color + 3 * results, tl.sum(sum_red, 1, keep_dims=True) * norm, answers)
+    tl.store(color + 3 * results + 1, tl.sum(sum_green, 1, keep_dims=True) * norm, answers)
+    tl.store(color + 3 * results + 2, tl.sum(sum_blue, 1, keep_dims=True) * norm, answers)
 
 
 @triton.jit
-def _epipolar_backward(
+def epipolar_backward(
     grad_l1,
     grad_color,
     l1,
@@ -388,20 +374,10 @@ def _epipolar_backward(
     grad_weights,
     samples,
     sources,
-    height,
-    width,
-    target_batch,
-    target_camera,
-    target_ray,
-    target_channel,
-    image_batch,
-    image_source,
-    image_camera,
-    channel_stride,
-    row_stride,
-    column_stride,
-    scale_x,
-    scale_y,
+    size,
+    target_strides,
+    image_strides,
+    scale,
     COMBINE: tl.constexpr,
     SOURCES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -417,11 +393,12 @@ def _epipolar_backward(
         projections,
         (item, camera, ray),
         (cameras, rays, sources),
-        (target_batch, target_camera, target_ray, target_channel),
-        (image_batch, image_source, image_camera),
+        target_strides,
+        image_strides,
         COMBINE,
         SOURCES,
     )
+    strides = (image_strides[3], image_strides[4], image_strides[5])
     by_l1, by_red, by_green, by_blue, offset = result_gradient(
         grad_l1, grad_color, l1, color, total, results, answers
     )
@@ -431,129 +408,67 @@ def _epipolar_backward(
         inside = sample < samples
         t = tl.load(depths + first + sample, inside, other=0.0).to(tl.float32)
         difference, red, green, blue, seen = compared_proposals(
-            line,
-            image,
-            (channel_stride, row_stride, column_stride),
-            t,
-            inside & known,
-            goal,
-            (height, width),
-            (scale_x, scale_y),
-            COMBINE,
+            line, image, strides, t, inside & known, goal, size, scale, COMBINE
         )
         slope = by_l1 * difference + by_red * red + by_green * green + by_blue * blue
         slope = tl.sum(slope - offset * seen, 0, keep_dims=True)
         tl.store(grad_weights + first + sample, slope, inside)
 
 
-def _common(target: Tensor, sources: Tensor, combine: bool, published_pixels: bool):
-    """What both kernels are told of target and sources: arguments, and constants."""
+def _views(views: list[Tensor], combine: bool, published_pixels: bool) -> dict[str, object]:
+    """What both kernels are told of depths, pixels, target, sources and projections."""
+    depths, pixels, target, sources, projections = views
     _, count, _, _, height, width = sources.shape
-    scales = ((width - 1) / width, (height - 1) / height) if published_pixels else (1.0, 1.0)
-    arguments = (count, height, width, *target.stride(), *sources.stride(), *scales)
-    constants = dict(COMBINE=combine, SOURCES=triton.next_power_of_2(count), BLOCK=PROPOSALS)
-    return arguments, constants
+    return dict(
+        depths=depths.contiguous(),
+        pixels=pixels.contiguous(),
+        target=target,
+        images=sources,
+        projections=projections.contiguous(),
+        samples=depths.shape[-1],
+        sources=count,
+        size=(height, width),
+        target_strides=target.stride(),
+        image_strides=sources.stride(),
+        scale=((width - 1) / width, (height - 1) / height) if published_pixels else (1.0, 1.0),
+        COMBINE=combine,
+        SOURCES=triton.next_power_of_2(count),
+        BLOCK=PROPOSALS,
+        warps=WARPS,
+    )
 
 
-def _epipolar_forward_triton(
-    weights: Tensor,
-    depths: Tensor,
-    pixels: Tensor,
-    target: Tensor,
-    sources: Tensor,
-    projections: Tensor,
-    combine: bool,
-    published_pixels: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, cameras, rays, samples = weights.shape
-    count = 1 if combine else sources.shape[1]
+def _results(weights: Tensor, views: list[Tensor], combine: bool) -> tuple[Tensor, ...]:
+    """l1, color, valid and total, not yet filled."""
+    batch, cameras, rays, _ = weights.shape
+    count = 1 if combine else views[3].shape[1]
     l1 = weights.new_empty(batch, count, cameras, rays, dtype=torch.float32)
     color = l1.new_empty(*l1.shape, 3)
-    valid, total = torch.empty_like(l1, dtype=torch.bool), torch.empty_like(l1)
-    arguments, constants = _common(target, sources, combine, published_pixels)
-    launch(
-        _epipolar_forward,
-        (rays, cameras, batch),
-        weights.contiguous(),
-        depths.contiguous(),
-        pixels.contiguous(),
-        target,
-        sources,
-        projections.contiguous(),
-        l1,
-        color,
-        valid,
-        total,
-        samples,
-        *arguments,
-        warps=WARPS,
-        **constants,
-    )
-    return l1, color, valid, total
-
-
-def _epipolar_backward_triton(
-    grad_l1: Tensor,
-    grad_color: Tensor,
-    l1: Tensor,
-    color: Tensor,
-    total: Tensor,
-    depths: Tensor,
-    pixels: Tensor,
-    target: Tensor,
-    sources: Tensor,
-    projections: Tensor,
-    combine: bool,
-    published_pixels: bool,
-) -> Tensor:
-    batch, cameras, rays, samples = depths.shape
-    grad_weights = depths.new_empty(depths.shape, dtype=torch.float32)
-    arguments, constants = _common(target, sources, combine, published_pixels)
-    launch(
-        _epipolar_backward,
-        (rays, cameras, batch),
-        grad_l1.contiguous(),
-        grad_color.contiguous(),
-        l1,
-        color,
-        total,
-        depths.contiguous(),
-        pixels.contiguous(),
-        target,
-        sources,
-        projections.contiguous(),
-        grad_weights,
-        samples,
-        *arguments,
-        warps=WARPS,
-        **constants,
-    )
-    return grad_weights
+    return l1, color, torch.empty_like(l1, dtype=torch.bool), torch.empty_like(l1)
 
 
 @torch.library.custom_op("selfocc::epipolar_photometric", mutates_args=())
 def _epipolar_op(
-    weights: Tensor,
-    depths: Tensor,
-    pixels: Tensor,
-    target: Tensor,
-    sources: Tensor,
-    projections: Tensor,
-    combine: bool,
-    published_pixels: bool,
+    weights: Tensor, views: list[Tensor], combine: bool, published_pixels: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _epipolar_forward_triton(
-        weights, depths, pixels, target, sources, projections, combine, published_pixels
+    l1, color, valid, total = _results(weights, views, combine)
+    batch, cameras, rays, _ = weights.shape
+    launch(
+        epipolar_forward,
+        (rays, cameras, batch),
+        weights=weights.contiguous(),
+        l1=l1,
+        color=color,
+        valid=valid,
+        total=total,
+        **_views(views, combine, published_pixels),
     )
+    return l1, color, valid, total
 
 
 @_epipolar_op.register_fake
-def _(weights, depths, pixels, target, sources, projections, combine, published_pixels):
-    batch, cameras, rays, _ = weights.shape
-    count = 1 if combine else sources.shape[1]
-    l1 = weights.new_empty(batch, count, cameras, rays, dtype=torch.float32)
-    color = l1.new_empty(*l1.shape, 3)
-    return l1, color, torch.empty_like(l1, dtype=torch.bool), torch.empty_like(l1)
+def _(weights, views, combine, published_pixels):
+    return _results(weights, views, combine)
 
 
 @torch.library.custom_op("selfocc::epipolar_photometric_gradient", mutates_args=())
@@ -563,48 +478,44 @@ def _epipolar_gradient_op(
     l1: Tensor,
     color: Tensor,
     total: Tensor,
-    depths: Tensor,
-    pixels: Tensor,
-    target: Tensor,
-    sources: Tensor,
-    projections: Tensor,
+    views: list[Tensor],
     combine: bool,
     published_pixels: bool,
 ) -> Tensor:
-    return _epipolar_backward_triton(
-        grad_l1,
-        grad_color,
-        l1,
-        color,
-        total,
-        depths,
-        pixels,
-        target,
-        sources,
-        projections,
-        combine,
-        published_pixels,
+    batch, cameras, rays, _ = views[0].shape
+    grad_weights = views[0].new_empty(views[0].shape, dtype=torch.float32)
+    launch(
+        epipolar_backward,
+        (rays, cameras, batch),
+        grad_l1=grad_l1.contiguous(),
+        grad_color=grad_color.contiguous(),
+        l1=l1,
+        color=color,
+        total=total,
+        grad_weights=grad_weights,
+        **_views(views, combine, published_pixels),
     )
+    return grad_weights
 
 
 @_epipolar_gradient_op.register_fake
-def _(grad_l1, grad_color, l1, color, total, depths, *_):
-    return depths.new_empty(depths.shape, dtype=torch.float32)
+def _(grad_l1, grad_color, l1, color, total, views, *_):
+    return views[0].new_empty(views[0].shape, dtype=torch.float32)
 
 
 def _epipolar_setup(ctx, inputs, output):
-    weights, *seen, ctx.combine, ctx.published_pixels = inputs
+    weights, views, *ctx.options = inputs
     l1, color, valid, total = output
     ctx.dtype = weights.dtype
     ctx.mark_non_differentiable(valid, total)
-    ctx.save_for_backward(l1, color, total, *seen)
+    ctx.save_for_backward(l1, color, total, *views)
 
 
 def _epipolar_autograd(ctx, grad_l1, grad_color, *_):
-    saved = ctx.saved_tensors
-    options = ctx.combine, ctx.published_pixels
-    by_weights = _epipolar_gradient_op(grad_l1, grad_color, *saved, *options)
-    return by_weights.to(ctx.dtype), *[None] * 7
+    l1, color, total, *views = ctx.saved_tensors
+    grads = grad_l1, grad_color
+    by_weights = _epipolar_gradient_op(*grads, l1, color, total, views, *ctx.options)
+    return by_weights.to(ctx.dtype), [None] * len(views), None, None
 
 
 _epipolar_op.register_autograd(_epipolar_autograd, setup_context=_epipolar_setup)
@@ -624,7 +535,7 @@ def epipolar_photometric(
     combine: bool = False,
     published_pixels: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Photometric difference over all depth proposals of rays (spec section 11).
+    """Photometric difference over all depth proposals of rays.
 
     Differentiable in the weights only. Half precision is read as float32, and so are results.
 
@@ -645,33 +556,28 @@ def epipolar_photometric(
     K, N, R].
     Raises ValueError naming the argument at fault.
     """
-    if weights.ndim != 4:
-        raise ValueError(f"weights must be [B, N, R, S], got {[*weights.shape]}")
-    check_views(weights.shape, depths, pixels, target, sources, projections)
-    tensors = [weights, depths, pixels, target, sources]
-    if all(map(use_triton, tensors)):
-        return _epipolar_op(*tensors, projections, combine, published_pixels)[:3]
-    tensors = map(at_least_float32, tensors)
-    return _reference(*tensors, at_least_float32(projections), combine, published_pixels)
+    check(
+        weights=(weights, "B N R S"),
+        depths=(depths, "B N R S"),
+        **_expected(pixels, target, sources, projections),
+    )
+    views = [depths, pixels, target, sources, projections]
+    if all(map(use_triton, (weights, *views[:-1]))):
+        return _epipolar_op(weights, views, combine, published_pixels)[:3]
+    tensors = map(at_least_float32, (weights, *views))
+    return _reference(*tensors, combine, published_pixels)
 
 
-def check_views(shape, depths, pixels, target, sources, projections):
+def _expected(pixels, target, sources, projections) -> dict[str, tuple[Tensor, str]]:
+    return dict(
+        target=(target, "B N R 3"),
+        pixels=(pixels, "R 2"),
+        sources=(sources, "B K>=1 N 3 h>=2 w>=2"),
+        projections=(projections, "B K N 4 4"),
+    )
+
+
+def check_views(shape, depths, pixels, target, sources, projections) -> None:
     """Raises ValueError unless all belong to the same proposals of shape [B, N, R, S]."""
-    batch, cameras, rays, _ = shape
-    if sources.ndim != 6 or sources.shape[1] < 1 or min(sources.shape[-2:]) < 2:
-        raise ValueError(
-            f"sources must be [B, K, N, 3, h, w], one K and two pixels or more, got "
-            f"{[*sources.shape]}"
-        )
-    count = sources.shape[1]
-    expected = {
-        "pixels": (pixels, (rays, 2)),
-        "target": (target, (batch, cameras, rays, 3)),
-        "sources": (sources, (batch, count, cameras, 3, *sources.shape[-2:])),
-        "projections": (projections, (batch, count, cameras, 4, 4)),
-    }
-    if depths is not None:
-        expected["depths"] = (depths, shape)
-    for name, (tensor, wanted) in expected.items():
-        if tensor.shape != wanted:
-            raise ValueError(f"{name} must be {[*wanted]}, got {[*tensor.shape]}")
+    known = dict(zip("BNRS", shape, strict=True))
+    check(known, depths=(depths, "B N R S"), **_expected(pixels, target, sources, projections))

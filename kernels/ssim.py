@@ -1,4 +1,4 @@
-"""SSIM + L1 of images, and the least of it over sources and standing still (spec section 11).
+"""SSIM + L1 of images, and the least of it over sources and standing still (Godard et al. 2019).
 
 Over 3 x 3 windows with reflected borders, of every channel: means m, variances v, covariance c,
 
@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.checks import at_least_float32, check
 from kernels.dispatch import launch, tl, triton, use_triton
 
 SSIM_SHARE, L1_SHARE = 0.85, 0.15
 
 # One warp of pixels a program: a grid of rays is small (55 x 190), and its 330 programs are what
-# fills 132 processors. Compiled for cuda 80 to 120: 64 to 80 registers forward, 96 to 130 backward.
+# fills 132 processors.
 PIXELS, WARPS = 32, 1
 
 
@@ -47,12 +48,7 @@ def robust_slope(difference):
 
 
 # -----------------------------------------------------------------------------------------------
-# Reference
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """The reference computes in the precision of the kernels, or in float64."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+# Plain PyTorch
 
 
 def _ssim(x: Tensor, y: Tensor) -> Tensor:
@@ -105,25 +101,28 @@ def _reflect(index, count):
 
 
 @triton.jit
-def _moments(x, y, row, column, layout, mask):
-    """Means of x and y, their variances and covariance in the windows around pixels [BLOCK].
+def _read(x, y, row, column, layout, mask):
+    """x and y at pixels. layout: rows, columns, and what each is apart in x and in y."""
+    _, _, x_row, x_column, y_row, y_column = layout
+    here_x = tl.load(x + row * x_row + column * x_column, mask, other=0.0).to(tl.float32)
+    here_y = tl.load(y + row * y_row + column * y_column, mask, other=0.0).to(tl.float32)
+    return here_x, here_y
 
-    layout: rows, columns, and what a row and a column are apart in x and in y.
-    """
-    rows, columns, x_row, x_column, y_row, y_column = layout
-    x_first = tl.load(x + row * x_row + column * x_column, mask, other=0.0).to(tl.float32)
-    y_first = tl.load(y + row * y_row + column * y_column, mask, other=0.0).to(tl.float32)
+
+@triton.jit
+def _moments(x, y, row, column, layout, mask):
+    """Means of x and y, their variances and covariance in the windows around pixels [BLOCK]."""
+    x_first, y_first = _read(x, y, row, column, layout, mask)
     zero = tl.zeros_like(x_first)
     sum_x, sum_y, square_x, square_y, product = zero, zero, zero, zero, zero
     for i in tl.static_range(3):
-        at_row = _reflect(row + (i - 1), rows)
+        at_row = _reflect(row + (i - 1), layout[0])
         for j in tl.static_range(3):
-            at_column = _reflect(column + (j - 1), columns)
-            here_x = tl.load(x + at_row * x_row + at_column * x_column, mask, other=0.0)
-            here_y = tl.load(y + at_row * y_row + at_column * y_column, mask, other=0.0)
+            at_column = _reflect(column + (j - 1), layout[1])
+            here_x, here_y = _read(x, y, at_row, at_column, layout, mask)
             # as differences from the middle: the squares of smooth colours would cancel
-            here_x = here_x.to(tl.float32) - x_first
-            here_y = here_y.to(tl.float32) - y_first
+            here_x -= x_first
+            here_y -= y_first
             sum_x += here_x
             sum_y += here_y
             square_x += here_x * here_x
@@ -173,13 +172,11 @@ def _unlike_slopes(moments):
 @triton.jit
 def _compared(x, y, channels, x_channel, y_channel, row, column, layout, mask):
     """Sums over the channels of `_unlike` and of the cost of the difference, at pixels [BLOCK]."""
-    _, _, x_row, x_column, y_row, y_column = layout
     unlike = tl.zeros_like(row).to(tl.float32)
     cost = unlike
     for _ in range(channels):
         unlike += _unlike(_moments(x, y, row, column, layout, mask))
-        here_x = tl.load(x + row * x_row + column * x_column, mask, other=0.0).to(tl.float32)
-        here_y = tl.load(y + row * y_row + column * y_column, mask, other=0.0).to(tl.float32)
+        here_x, here_y = _read(x, y, row, column, layout, mask)
         cost += robust_cost(here_x - here_y)
         x += x_channel
         y += y_channel
@@ -198,12 +195,12 @@ def _row_sums(x, y, x_here, y_here, row, column, layout, mask):
     """Sums over three columns of x, y, x^2, y^2 and x y, less (x, y)_here, in the windows around
     the column to the left, the column itself, and the one to the right.
     """
-    _, columns, x_row, x_column, y_row, y_column = layout
     numbers = ()
     for j in tl.static_range(5):
-        at = tl.maximum(_reflect(column + (j - 2), columns), 0)
-        here_x = tl.load(x + row * x_row + at * x_column, mask, other=0.0).to(tl.float32) - x_here
-        here_y = tl.load(y + row * y_row + at * y_column, mask, other=0.0).to(tl.float32) - y_here
+        at = tl.maximum(_reflect(column + (j - 2), layout[1]), 0)
+        here_x, here_y = _read(x, y, row, at, layout, mask)
+        here_x -= x_here
+        here_y -= y_here
         numbers += ((here_x, here_y, here_x * here_x, here_y * here_y, here_x * here_y),)
     sums = ()
     for j in tl.static_range(3):
@@ -229,9 +226,8 @@ def _gathered(x, y, grad, winner, source, row, column, layout, mask, CHOSEN: tl.
     grad and winner [rows, columns]; with CHOSEN only windows whose winner is `source` count. The
     nine windows share the rows of a 5 x 5 neighbourhood, which is read once.
     """
-    rows, columns, x_row, x_column, y_row, y_column = layout
-    x_here = tl.load(x + row * x_row + column * x_column, mask, other=0.0).to(tl.float32)
-    y_here = tl.load(y + row * y_row + column * y_column, mask, other=0.0).to(tl.float32)
+    rows, columns = layout[0], layout[1]
+    x_here, y_here = _read(x, y, row, column, layout, mask)
     highest = tl.maximum(_reflect(row - 2, rows), 0)
     upper = _row_sums(x, y, x_here, y_here, highest, column, layout, mask)
     middle = _row_sums(x, y, x_here, y_here, _reflect(row - 1, rows), column, layout, mask)
@@ -263,130 +259,60 @@ def _gathered(x, y, grad, winner, source, row, column, layout, mask, CHOSEN: tl.
 
 
 @triton.jit
-def _ssim_l1_forward(
-    x,
-    y,
-    out,
-    tiles,
-    channels,
-    rows,
-    columns,
-    x_image,
-    x_channel,
-    x_row,
-    x_column,
-    y_image,
-    y_channel,
-    y_row,
-    y_column,
-    ssim_share,
-    l1_share,
-    BLOCK: tl.constexpr,
-):
-    """x, y [images, channels, rows, columns] of any strides -> out [images, rows, columns]."""
+def ssim_l1_forward(x, y, out, counts, x_strides, y_strides, shares, BLOCK: tl.constexpr):
+    """x, y [images, channels, rows, columns] of any strides -> out [images, rows, columns].
+
+    counts: tiles of an image, channels, rows, columns; shares of SSIM and L1.
+    """
+    tiles, channels, rows, columns = counts
     image = (tl.program_id(0) // tiles).to(tl.int64)
     pixel = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     mask = pixel < rows * columns
     row, column = pixel // columns, pixel % columns
-    x += image * x_image
-    y += image * y_image
-    layout = (rows, columns, x_row, x_column, y_row, y_column)
-    unlike, cost = _compared(x, y, channels, x_channel, y_channel, row, column, layout, mask)
-    error = (ssim_share * unlike + l1_share * cost) / channels
+    x += image * x_strides[0]
+    y += image * y_strides[0]
+    layout = (rows, columns, x_strides[2], x_strides[3], y_strides[2], y_strides[3])
+    unlike, cost = _compared(x, y, channels, x_strides[1], y_strides[1], row, column, layout, mask)
+    error = (shares[0] * unlike + shares[1] * cost) / channels
     tl.store(out + image * rows * columns + pixel, error, mask)
 
 
 @triton.jit
-def _ssim_l1_backward(
-    grad,
-    x,
-    y,
-    grad_x,
-    tiles,
-    channels,
-    rows,
-    columns,
-    x_image,
-    x_channel,
-    x_row,
-    x_column,
-    y_image,
-    y_channel,
-    y_row,
-    y_column,
-    ssim_share,
-    l1_share,
-    BLOCK: tl.constexpr,
-):
+def ssim_l1_backward(grad, x, y, grad_x, counts, x_strides, y_strides, shares, BLOCK: tl.constexpr):
     """grad [images, rows, columns] -> grad_x [images, channels, rows, columns]."""
+    tiles, channels, rows, columns = counts
     plane = (tl.program_id(0) // tiles).to(tl.int64)
     image, channel = plane // channels, plane % channels
     pixel = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     mask = pixel < rows * columns
     row, column = pixel // columns, pixel % columns
-    x += image * x_image + channel * x_channel
-    y += image * y_image + channel * y_channel
+    x += image * x_strides[0] + channel * x_strides[1]
+    y += image * y_strides[0] + channel * y_strides[1]
     grad += image * rows * columns
-    layout = (rows, columns, x_row, x_column, y_row, y_column)
+    layout = (rows, columns, x_strides[2], x_strides[3], y_strides[2], y_strides[3])
     difference, gathered = _gathered(x, y, grad, grad, 0, row, column, layout, mask, CHOSEN=False)
     here = tl.load(grad + pixel, mask, other=0.0).to(tl.float32)
-    slope = ssim_share * gathered + l1_share * here * robust_slope(difference)
+    slope = shares[0] * gathered + shares[1] * here * robust_slope(difference)
     tl.store(grad_x + plane * rows * columns + pixel, slope / channels, mask)
 
 
-def _merged(images: Tensor) -> Tensor:
-    """[..., C, h, w] -> [M, C, h, w]; copies where one in the middle of [...] is expanded."""
-    return images.reshape(math.prod(images.shape[:-3]), *images.shape[-3:])
-
-
-def _ssim_l1_forward_triton(x: Tensor, y: Tensor, ssim_share: float, l1_share: float) -> Tensor:
-    out = x.new_empty(x.shape[:-3] + x.shape[-2:], dtype=torch.float32)
-    x, y = _merged(x), _merged(y)
-    images, channels, rows, columns = x.shape
-    tiles = triton.cdiv(rows * columns, PIXELS)
-    sizes = (tiles, channels, rows, columns, *x.stride(), *y.stride())
-    launch(
-        _ssim_l1_forward,
-        (images * tiles,),
-        x,
-        y,
-        out,
-        *sizes,
-        ssim_share,
-        l1_share,
-        warps=WARPS,
-        BLOCK=PIXELS,
-    )
-    return out
-
-
-def _ssim_l1_backward_triton(
-    grad: Tensor, x: Tensor, y: Tensor, ssim_share: float, l1_share: float
-) -> Tensor:
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    x, y = _merged(x), _merged(y)
-    images, channels, rows, columns = x.shape
-    tiles = triton.cdiv(rows * columns, PIXELS)
-    sizes = (tiles, channels, rows, columns, *x.stride(), *y.stride())
-    launch(
-        _ssim_l1_backward,
-        (images * channels * tiles,),
-        grad.contiguous(),
-        x,
-        y,
-        grad_x,
-        *sizes,
-        ssim_share,
-        l1_share,
-        warps=WARPS,
-        BLOCK=PIXELS,
-    )
-    return grad_x
+def _images(x: Tensor, y: Tensor) -> tuple[int, dict[str, object]]:
+    """Tiles of all images [..., C, h, w] and what both kernels are told of these, which are copied
+    where what is in the middle of [...] is expanded.
+    """
+    x, y = (image.reshape(math.prod(image.shape[:-3]), *image.shape[-3:]) for image in (x, y))
+    images, *counts = x.shape
+    tiles = triton.cdiv(counts[1] * counts[2], PIXELS)
+    told = dict(x=x, y=y, counts=(tiles, *counts), x_strides=x.stride(), y_strides=y.stride())
+    return images * tiles, told | dict(warps=WARPS, BLOCK=PIXELS)
 
 
 @torch.library.custom_op("selfocc::ssim_l1", mutates_args=())
 def _ssim_l1_op(x: Tensor, y: Tensor, ssim_share: float, l1_share: float) -> Tensor:
-    return _ssim_l1_forward_triton(x, y, ssim_share, l1_share)
+    out = x.new_empty(x.shape[:-3] + x.shape[-2:], dtype=torch.float32)
+    tiles, told = _images(x, y)
+    launch(ssim_l1_forward, (tiles,), out=out, shares=(ssim_share, l1_share), **told)
+    return out
 
 
 @_ssim_l1_op.register_fake
@@ -398,7 +324,11 @@ def _(x, y, ssim_share, l1_share):
 def _ssim_l1_gradient_op(
     grad: Tensor, x: Tensor, y: Tensor, ssim_share: float, l1_share: float
 ) -> Tensor:
-    return _ssim_l1_backward_triton(grad, x, y, ssim_share, l1_share)
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    tiles, told = _images(x, y)
+    told |= dict(grad=grad.contiguous(), grad_x=grad_x, shares=(ssim_share, l1_share))
+    launch(ssim_l1_backward, (tiles * x.shape[-3],), **told)
+    return grad_x
 
 
 @_ssim_l1_gradient_op.register_fake
@@ -429,7 +359,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     [..., C, h, w], differentiable in both (Monodepth2; C1 = 1e-4, C2 = 9e-4); half precision is
     read as float32, and so are results. Raises ValueError naming the argument at fault.
     """
-    _check_images(x=x, y=y)
+    check(x=(x, "... C h>=2 w>=2"), y=(y, "... C h w"))
     if use_triton(x) and use_triton(y):
         return _ssim_l1_op(x.unsqueeze(-3), y.unsqueeze(-3), 1.0, 0.0)
     return _ssim(at_least_float32(x), at_least_float32(y))
@@ -440,18 +370,10 @@ def ssim_l1(prediction: Tensor, target: Tensor) -> Tensor:
 
     Everything else as in `ssim`.
     """
-    _check_images(prediction=prediction, target=target)
+    check(prediction=(prediction, "... C h>=2 w>=2"), target=(target, "... C h w"))
     if use_triton(prediction) and use_triton(target):
         return _ssim_l1_op(prediction, target, SSIM_SHARE, L1_SHARE)
     return _ssim_l1(at_least_float32(prediction), at_least_float32(target))
-
-
-def _check_images(**images: Tensor):
-    (first, x), (second, y) = images.items()
-    if x.ndim < 3 or min(x.shape[-2:]) < 2:
-        raise ValueError(f"{first} must be [..., C, h, w] of two pixels or more, got {[*x.shape]}")
-    if x.shape != y.shape:
-        raise ValueError(f"{second} must be {[*x.shape]} as {first}, got {[*y.shape]}")
 
 
 # -----------------------------------------------------------------------------------------------
@@ -459,7 +381,7 @@ def _check_images(**images: Tensor):
 
 
 @triton.jit
-def _least_forward(
+def least_forward(
     color,
     l1,
     target,
@@ -467,34 +389,28 @@ def _least_forward(
     identity,
     least,
     winner,
-    rows,
-    columns,
-    cameras,
-    sources,
-    identities,
-    target_batch,
-    target_camera,
-    target_ray,
-    target_channel,
-    identity_batch,
-    identity_source,
-    identity_camera,
-    identity_ray,
-    identity_channel,
+    counts,
+    target_strides,
+    identity_strides,
     unseen,
-    ssim_share,
-    l1_share,
+    shares,
     VALID: tl.constexpr,
     IDENTITY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The least [B, N, R] and the source [B, N, R] its gradient goes to, -1 for none."""
+    """The least [B, N, R] and the source [B, N, R] its gradient goes to, -1 for none.
+
+    counts: rows, columns, cameras, sources, identities; strides of batch, (identity,) camera, ray
+    and channel; shares of SSIM and L1.
+    """
+    rows, columns, cameras, sources, identities = counts
     camera, item = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     rays = rows * columns
     ray = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = ray < rays
     row, column = ray // columns, ray % columns
-    target += item * target_batch + camera * target_camera
+    target += item * target_strides[0] + camera * target_strides[1]
+    target_ray, target_channel = target_strides[2], target_strides[3]
     layout = (rows, columns, 3 * columns, 3, columns * target_ray, target_ray)
     best = tl.full([BLOCK], float("inf"), tl.float32)
     who = tl.full([BLOCK], -1, tl.int32)
@@ -504,7 +420,7 @@ def _least_forward(
         x = color + plane * 3
         unlike, _ = _compared(x, target, 3, 1, target_channel, row, column, layout, mask)
         difference = tl.load(l1 + plane + ray, mask, other=0.0).to(tl.float32)
-        error = ssim_share * unlike / 3 + l1_share * difference
+        error = shares[0] * unlike / 3 + shares[1] * difference
         taught = tl.full([BLOCK], True, tl.int1)
         if VALID:
             taught = tl.load(valid + plane + ray, mask, other=0).to(tl.int1)
@@ -514,18 +430,19 @@ def _least_forward(
         who = tl.where(better, tl.where(taught, source, -1), who)
 
     if IDENTITY:
-        identity += item * identity_batch + camera * identity_camera
+        identity_ray, identity_channel = identity_strides[3], identity_strides[4]
+        identity += item * identity_strides[0] + camera * identity_strides[2]
         moved = columns * identity_ray
         layout = (rows, columns, moved, identity_ray, columns * target_ray, target_ray)
         for _ in range(identities):
             unlike, cost = _compared(
                 identity, target, 3, identity_channel, target_channel, row, column, layout, mask
             )
-            error = (ssim_share * unlike + l1_share * cost) / 3
+            error = (shares[0] * unlike + shares[1] * cost) / 3
             better = (error < best) | ((error != error) & (best == best))
             best = tl.where(better, error, best)
             who = tl.where(better, -1, who)
-            identity += identity_source
+            identity += identity_strides[1]
 
     out = (item * cameras + camera) * rays + ray
     tl.store(least + out, best, mask)
@@ -533,26 +450,20 @@ def _least_forward(
 
 
 @triton.jit
-def _least_backward(
+def least_backward(
     grad,
     winner,
     color,
     target,
     grad_color,
     grad_l1,
-    rows,
-    columns,
-    cameras,
-    sources,
-    target_batch,
-    target_camera,
-    target_ray,
-    target_channel,
-    ssim_share,
-    l1_share,
+    counts,
+    target_strides,
+    shares,
     BLOCK: tl.constexpr,
 ):
     """One channel of grad_color [B, K, N, R, 3]; the program of the first also grad_l1."""
+    rows, columns, cameras, sources = counts
     place, item = tl.program_id(1), tl.program_id(2).to(tl.int64)
     channel, source, camera = place % 3, place // 3 // cameras, place // 3 % cameras
     rays = rows * columns
@@ -561,28 +472,24 @@ def _least_backward(
     row, column = ray // columns, ray % columns
     view = (item * cameras + camera) * rays
     plane = ((item * sources + source) * cameras + camera) * rays
-    target += item * target_batch + camera.to(tl.int64) * target_camera + channel * target_channel
-    layout = (rows, columns, 3 * columns, 3, columns * target_ray, target_ray)
+    target += item * target_strides[0] + camera.to(tl.int64) * target_strides[1]
+    target += channel * target_strides[3]
+    layout = (rows, columns, 3 * columns, 3, columns * target_strides[2], target_strides[2])
+    color += plane * 3 + channel
+    grad += view
+    winner += view
     _, gathered = _gathered(
-        color + plane * 3 + channel,
-        target,
-        grad + view,
-        winner + view,
-        source,
-        row,
-        column,
-        layout,
-        mask,
-        CHOSEN=True,
+        color, target, grad, winner, source, row, column, layout, mask, CHOSEN=True
     )
-    tl.store(grad_color + (plane + ray) * 3 + channel, ssim_share / 3 * gathered, mask)
+    tl.store(grad_color + (plane + ray) * 3 + channel, shares[0] / 3 * gathered, mask)
     if channel == 0:
-        won = mask & (tl.load(winner + view + ray, mask, other=-1) == source)
-        slope = l1_share * tl.load(grad + view + ray, won, other=0.0).to(tl.float32)
+        won = mask & (tl.load(winner + ray, mask, other=-1) == source)
+        slope = shares[1] * tl.load(grad + ray, won, other=0.0).to(tl.float32)
         tl.store(grad_l1 + plane + ray, slope, mask)
 
 
-def _least_forward_triton(
+@torch.library.custom_op("selfocc::least_photometric", mutates_args=())
+def _least_op(
     color: Tensor,
     l1: Tensor,
     target: Tensor,
@@ -597,73 +504,26 @@ def _least_forward_triton(
     winner = torch.empty_like(least, dtype=torch.int32)
     shown = target[:, None] if identity is None else identity
     launch(
-        _least_forward,
+        least_forward,
         (triton.cdiv(rays, PIXELS), cameras, batch),
-        color.contiguous(),
-        l1.contiguous(),
-        target,
-        l1 if valid is None else valid.contiguous(),
-        shown,
-        least,
-        winner,
-        rows,
-        columns,
-        cameras,
-        sources,
-        shown.shape[1],
-        *target.stride(),
-        *shown.stride(),
-        unseen,
-        SSIM_SHARE,
-        L1_SHARE,
-        warps=WARPS,
+        color=color.contiguous(),
+        l1=l1.contiguous(),
+        target=target,
+        valid=l1 if valid is None else valid.contiguous(),
+        identity=shown,
+        least=least,
+        winner=winner,
+        counts=(rows, columns, cameras, sources, shown.shape[1]),
+        target_strides=target.stride(),
+        identity_strides=shown.stride(),
+        unseen=unseen,
+        shares=(SSIM_SHARE, L1_SHARE),
         VALID=valid is not None,
         IDENTITY=identity is not None,
         BLOCK=PIXELS,
+        warps=WARPS,
     )
     return least, winner
-
-
-def _least_backward_triton(
-    grad: Tensor, winner: Tensor, color: Tensor, target: Tensor, rows: int, columns: int
-) -> tuple[Tensor, Tensor]:
-    batch, sources, cameras, rays, _ = color.shape
-    grad_color = torch.empty_like(color, memory_format=torch.contiguous_format)
-    grad_l1 = color.new_empty(color.shape[:-1], dtype=torch.float32)
-    launch(
-        _least_backward,
-        (triton.cdiv(rays, PIXELS), 3 * sources * cameras, batch),
-        grad.contiguous(),
-        winner,
-        color.contiguous(),
-        target,
-        grad_color,
-        grad_l1,
-        rows,
-        columns,
-        cameras,
-        sources,
-        *target.stride(),
-        SSIM_SHARE,
-        L1_SHARE,
-        warps=WARPS,
-        BLOCK=PIXELS,
-    )
-    return grad_color, grad_l1
-
-
-@torch.library.custom_op("selfocc::least_photometric", mutates_args=())
-def _least_op(
-    color: Tensor,
-    l1: Tensor,
-    target: Tensor,
-    rows: int,
-    columns: int,
-    valid: Tensor | None,
-    identity: Tensor | None,
-    unseen: float,
-) -> tuple[Tensor, Tensor]:
-    return _least_forward_triton(color, l1, target, rows, columns, valid, identity, unseen)
 
 
 @_least_op.register_fake
@@ -676,7 +536,25 @@ def _(color, l1, target, rows, columns, valid, identity, unseen):
 def _least_gradient_op(
     grad: Tensor, winner: Tensor, color: Tensor, target: Tensor, rows: int, columns: int
 ) -> tuple[Tensor, Tensor]:
-    return _least_backward_triton(grad, winner, color, target, rows, columns)
+    batch, sources, cameras, rays, _ = color.shape
+    grad_color = torch.empty_like(color, memory_format=torch.contiguous_format)
+    grad_l1 = color.new_empty(color.shape[:-1], dtype=torch.float32)
+    launch(
+        least_backward,
+        (triton.cdiv(rays, PIXELS), 3 * sources * cameras, batch),
+        grad=grad.contiguous(),
+        winner=winner,
+        color=color.contiguous(),
+        target=target,
+        grad_color=grad_color,
+        grad_l1=grad_l1,
+        counts=(rows, columns, cameras, sources),
+        target_strides=target.stride(),
+        shares=(SSIM_SHARE, L1_SHARE),
+        BLOCK=PIXELS,
+        warps=WARPS,
+    )
+    return grad_color, grad_l1
 
 
 @_least_gradient_op.register_fake
@@ -724,22 +602,16 @@ def least_photometric(
 
     Raises ValueError naming the argument at fault.
     """
-    if color.ndim != 5 or color.shape[-1] != 3 or color.shape[1] < 1:
-        raise ValueError(f"color must be [B, K, N, R, 3], one K or more, got {[*color.shape]}")
-    batch, _, cameras, count, _ = color.shape
+    check(
+        color=(color, "B K>=1 N R 3"),
+        l1=(l1, "B K N R"),
+        target=(target, "B N R 3"),
+        valid=(valid, "B K N R", torch.bool),
+        identity=(identity, "B I N R 3"),
+    )
+    count = color.shape[3]
     if min(rays) < 2 or rays[0] * rays[1] != count:
         raise ValueError(f"rays must be rows and columns of {count} rays, 2 or more, got {rays}")
-    expected = {"l1": (l1, color.shape[:-1]), "target": (target, (batch, cameras, count, 3))}
-    if valid is not None:
-        expected["valid"] = (valid, color.shape[:-1])
-    if identity is not None:
-        shape = (batch, identity.shape[1] if identity.ndim > 1 else 1, cameras, count, 3)
-        expected["identity"] = (identity, shape)
-    for name, (tensor, shape) in expected.items():
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must be {[*shape]}, got {[*tensor.shape]}")
-    if valid is not None and valid.dtype != torch.bool:
-        raise ValueError(f"valid must be bool, got {valid.dtype}")
     tensors = [color, l1, target] + ([] if identity is None else [identity])
     if all(map(use_triton, tensors)):
         return _least_op(color, l1, target, *rays, valid, identity, unseen)[0]

@@ -74,8 +74,8 @@ def test_no_spills_from_ampere_on(compiled):
         ("render_photometric._backward", 16),
         ("render_triton.render_forward", 16),
         ("render_triton.render_backward", 16),
-        ("deformable._forward", 13),
-        ("deformable._backward", 12),
+        ("deformable.deformable_forward", 13),
+        ("deformable.deformable_backward", 12),
     ],
 )
 def test_lanes_read_16_bytes_at_once(compiled, kernel, loads):
@@ -151,6 +151,32 @@ def test_tables_and_json_on_a_cpu(tmp_path, capsys):
     (checked,) = report["correctness"]
     assert checked["right"] and checked["triton"] < 1e-4
     assert report["times"][0]["both_ms"] > 0 and "composite, small" in said
+
+
+def test_on_a_gpu_triton_is_timed_first_and_the_file_is_whole_after_every_line(
+    tmp_path, monkeypatch
+):
+    out, seconds, seen = tmp_path / "times.json", iter(range(0, 1000, 20)), []
+
+    def measure(case, call, repeats):
+        seen.append(json.loads(out.read_text())["times"] if seen else [])
+        return dict(forward_ms=1.0, both_ms=2.0, forward_bytes=8, both_bytes=8) | dict(
+            forward_peak_bytes=8, both_peak_bytes=8
+        )
+
+    stubs = dict(_gpu_measure=measure, copy_bandwidth=lambda: 1.0, warm_up=lambda *_: None)
+    stubs |= dict(correctness=lambda *_: [], _deformops=lambda size: id)
+    for name, stub in stubs.items():
+        monkeypatch.setattr(bench, name, stub)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(bench.time, "monotonic", lambda: next(seconds))
+    words = ["--kernel", "deformable_sampling", "--sizes", "small", "--minutes", "3"]
+    assert bench.main([*words, "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["times"]
+    names = ["triton"] * 4 + ["deformops"] + ["reference"] * 4  # no time is left for torch.compile
+    assert [row["implementation"] for row in rows] == names
+    assert [len(before) for before in seen] == list(range(len(rows)))
 
 
 def test_the_volume_is_laid_out_as_in_training():

@@ -408,7 +408,7 @@ def calls():
         ),
         "epipolar_photometric": (
             _epipolar_op,
-            (*proposals, True, False),
+            (proposals[0], proposals[1:], True, False),
             kernels.epipolar_photometric,
             proposals,
             {},

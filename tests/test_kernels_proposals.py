@@ -1,6 +1,4 @@
-"""The photometric kernels against written-out versions and finite differences; the recorded numbers
-are in test_losses.
-"""
+"""The photometric functions against their meaning; the recorded numbers are in test_losses."""
 
 import math
 
@@ -9,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from kernels import proposals
+from kernels import naive, proposals
 
 
 def scene(
@@ -34,35 +32,6 @@ def scene(
     return weights, depths, pixels, target, sources, projections
 
 
-def naive(weights, depths, pixels, target, sources, projections, combine, published_pixels):
-    height, width = sources.shape[-2:]
-    u, v = pixels[:, :1], pixels[:, 1:]
-    points = torch.stack([u * depths, v * depths, depths, torch.ones_like(depths)], -1)
-    x, y, z, _ = (projections[..., None, None, :, :] @ points[:, None, ..., None])[..., 0].unbind(
-        -1
-    )
-    x, y = x / z.clamp_min(1e-5), y / z.clamp_min(1e-5)
-    valid = ((z > 0) & (x > 0) & (x < width) & (y > 0) & (y < height)).to(weights.dtype)
-    span = (width, height) if published_pixels else (width - 1, height - 1)
-    grid = torch.stack([2 * x / span[0] - 1, 2 * y / span[1] - 1], -1).clamp(-1e3, 1e3)
-    color = F.grid_sample(
-        sources.flatten(0, 2), grid.flatten(0, 2), padding_mode="border", align_corners=True
-    )
-    color = color.movedim(1, -1).view(*x.shape, 3)
-    error = (target[:, None, ..., None, :] - color).abs().mean(-1) * valid
-    color, weights = color * valid[..., None], weights[:, None]
-    if combine:
-        count = valid.sum(1, keepdim=True).clamp_min(1)
-        error, color = (
-            error.sum(1, keepdim=True) / count,
-            color.sum(1, keepdim=True) / count[..., None],
-        )
-        valid = valid.amax(1, keepdim=True)
-    weights = weights * valid
-    weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).eps)
-    return (weights * error).sum(-1), (weights[..., None] * color).sum(-2), valid.bool().any(-1)
-
-
 @pytest.mark.parametrize("published_pixels", [False, True])
 @pytest.mark.parametrize("combine", [False, True])
 @pytest.mark.parametrize("seed", range(4))
@@ -71,7 +40,7 @@ def test_values_and_gradients_are_those_of_the_formulas(combine, published_pixel
     weights.requires_grad_()
     options = dict(combine=combine, published_pixels=published_pixels)
     result = kernels.epipolar_photometric(weights, *rest, **options)
-    expected = naive(weights, *rest, **options)
+    expected = naive.epipolar_photometric(weights, *rest, **options)
     for a, b in zip(result, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
     assert result[2].any()
@@ -83,6 +52,25 @@ def test_values_and_gradients_are_those_of_the_formulas(combine, published_pixel
         for out in (result, expected)
     ]
     torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("combine", [False, True])
+def test_render_photometric(combine):
+    _, _, pixels, target, sources, projections = scene(rays=3, count=1 + combine)
+    volume = torch.randn(2, 6, 4, 5, 3, dtype=torch.float64)
+    lines = dict(near=torch.rand(2, 6).double(), far=2 + torch.rand(2, 6).double())
+    lines |= dict(origins=torch.rand(2, 6, 3).double(), stretch=1 + torch.rand(2, 6).double())
+    lines |= dict(directions=F.normalize(torch.randn(2, 6, 3).double(), dim=-1))
+    views = dict(pixels=pixels, target=target, sources=sources, projections=projections)
+    options = dict(box=(-1, -2, -1, 2, 2, 1), samples=7, jitter=torch.rand(2, 6).double())
+    options |= dict(classes=2, backdrop=combine, combine=combine, published_pixels=combine)
+    arguments = dict(volume=volume, inv_s=torch.tensor(3.0).double(), **lines, **views, **options)
+    seen, *found = kernels.render_photometric(**arguments)
+    expected, *others = naive.render_photometric(**arguments)
+    for name in ("distance", "opacity", "color", "semantics", "eikonal"):
+        torch.testing.assert_close(getattr(seen, name), expected[name], msg=name)
+    for a, b in zip(found, others, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_gradcheck():
@@ -181,32 +169,26 @@ def test_ssim_l1():
         torch.rand(2, 4, 3, 5, 6, dtype=torch.float64),
     )
     assert kernels.ssim_l1(x, x).abs().max() < 1e-12
-    expected = 0.85 * kernels.ssim(x, y).mean(2) + 0.15 * (x - y).abs().mean(2)
-    torch.testing.assert_close(kernels.ssim_l1(x, y), expected)
+    torch.testing.assert_close(kernels.ssim(x, y), naive.ssim(x, y))
+    torch.testing.assert_close(kernels.ssim_l1(x, y), naive.ssim_l1(x, y))
     torch.testing.assert_close(kernels.ssim_l1(x, y)[1, 2], kernels.ssim_l1(x[1, 2], y[1, 2]))
     assert torch.autograd.gradcheck(kernels.ssim_l1, (x[0, 0].requires_grad_(), y[0, 0]))
 
 
-def test_least_photometric_is_the_least_of_its_parts():
+def test_least_photometric():
     torch.manual_seed(0)
     rays = (3, 4)
     color, target = torch.rand(2, 2, 1, 12, 3).double(), torch.rand(2, 1, 12, 3).double()
     l1, identity = torch.rand(2, 2, 1, 12).double(), torch.rand(2, 3, 1, 12, 3).double()
     valid = torch.rand(2, 2, 1, 12) < 0.6
 
-    def grid(x):
-        return x.unflatten(-2, rays).movedim(-1, -3)
-
-    goal = grid(target)[:, None]
-    similarity = kernels.ssim(grid(color), goal.expand(-1, 2, -1, -1, -1, -1)).mean(-3)
-    error = (0.85 * similarity.flatten(-2) + 0.15 * l1).masked_fill(~valid, 9.0)
-    still = kernels.ssim_l1(grid(identity), goal.expand(-1, 3, -1, -1, -1, -1)).flatten(-2)
-    result = kernels.least_photometric(
-        color, l1, target, rays, valid=valid, identity=identity, unseen=9.0
-    )
-    torch.testing.assert_close(result, torch.cat([error, still], 1).amin(1))
-    alone = kernels.least_photometric(color[:, :1], l1[:, :1], target, rays)
-    torch.testing.assert_close(alone, 0.85 * similarity.flatten(-2)[:, 0] + 0.15 * l1[:, 0])
+    options = dict(valid=valid, identity=identity, unseen=9.0)
+    for given in (options, {}):
+        for count in (1, 2):  # sources
+            seen = {k: x[:, :count] if k == "valid" else x for k, x in given.items()}
+            arguments = color[:, :count], l1[:, :count], target, rays
+            found = kernels.least_photometric(*arguments, **seen)
+            torch.testing.assert_close(found, naive.least_photometric(*arguments, **seen))
     assert torch.autograd.gradcheck(
         lambda c, e: kernels.least_photometric(
             c, e, target, rays, valid=valid, identity=identity

@@ -1,25 +1,30 @@
 """How fast the kernels are, what memory they take, and how far that is from what must move.
 
     python -m kernels.bench                                   # all that this machine can tell
-    python -m kernels.bench --kernel render_rays --sizes kitti --out times.json
+    python -m kernels.bench --minutes 10 --out times.json     # Triton first, others after it
+    python -m kernels.bench --kernel render_rays --sizes kitti
     python -m kernels.bench --compile-only                    # registers, shared memory, spills
     TRITON_INTERPRET=1 python -m kernels.bench --sizes small  # Triton against the reference, no GPU
 
-With a GPU: every kernel against the float64 reference, then its times beside the plain PyTorch
-reference, torch.compile of that and, where it is installed, deformops. Without one: the compile
-table for GPUs that are not there, and the reference's times on the CPU.
+With a GPU: every kernel against the float64 reference, then its times, and after those of all cases
+those of deformops where it is installed, of the plain PyTorch reference and of torch.compile of
+that. Without one: the compile table for GPUs that are not there, and the reference's times on the
+CPU.
 """
 
 import argparse
 import itertools
 import json
 import logging
+import math
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -44,6 +49,9 @@ from kernels.bench.scenes import SIZES, Draw
 from kernels.dispatch import Launch, interpreting, triton
 
 SETS = 3  # of inputs that take turns, so that caches tell no lies
+# by backend, in this order: what takes longest is last
+IMPLEMENTATIONS = dict(triton="triton", deformops="torch", reference="torch")
+IMPLEMENTATIONS |= {"torch.compile": "torch"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,37 +66,21 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = list(dict.fromkeys(case.kernel for case in cases(["small"])))
-    parser.add_argument(
-        "--kernel", choices=names, metavar="NAME", help=f"one of {', '.join(names)}"
-    )
-    parser.add_argument(
-        "--sizes",
-        type=lambda text: text.split(","),
-        default=["kitti", "nuscenes"],
-        metavar="NAME,..",
-        help=f"of {', '.join(SIZES)}; default: kitti,nuscenes",
-    )
-    parser.add_argument(
-        "--repeats",
-        type=at_least_one,
-        help="runs of which the median is taken; default: 30 on a GPU, 1 on a CPU",
-    )
-    parser.add_argument(
-        "--threads",
-        type=at_least_one,
-        default=os.cpu_count(),
-        help="CPU threads of PyTorch, and processes that compile; default: all cores",
-    )
-    parser.add_argument("--compile-only", action="store_true", help="only compile for every target")
-    parser.add_argument(
-        "--targets",
-        type=lambda text: text.split(","),
-        default=list(TARGETS),
-        metavar="NAME,..",
-        help=f"to compile for, of {', '.join(TARGETS)}; default: all",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the JSON here")
+    add, listed = parser.add_argument, dict(type=lambda text: text.split(","), metavar="NAME,..")
+    add("--kernel", choices=names, metavar="NAME", help=f"one of {', '.join(names)}")
+    sizes = ["kitti", "nuscenes"]
+    add("--sizes", **listed, default=sizes, help=f"of {', '.join(SIZES)}; default: kitti,nuscenes")
+    text = "runs of which the median is taken; default: 30 on a GPU, 1 on a CPU"
+    add("--repeats", type=at_least_one, help=text)
+    text = "CPU threads of PyTorch, and processes that compile; default: all cores"
+    add("--threads", type=at_least_one, default=os.cpu_count(), help=text)
+    text = "after which nothing more is begun; default: no limit"
+    add("--minutes", type=at_least_one, help=text)
+    add("--compile-only", action="store_true", help="only compile for every target")
+    text = f"to compile for, of {', '.join(TARGETS)}; default: all"
+    add("--targets", **listed, default=list(TARGETS), help=text)
+    add("--json", action="store_true", help="print JSON instead of tables")
+    add("--out", type=Path, metavar="FILE", help="also write the JSON here, after every line")
     arguments = parser.parse_args(words)
     for option, known in (("sizes", SIZES), ("targets", TARGETS)):
         for name in getattr(arguments, option):
@@ -112,18 +104,36 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
 def main(words: list[str] | None = None) -> int:
     """The command line (or `words` instead of it); returns 1 if a kernel is wrong or fails."""
     arguments = parse_arguments(words)
-    say = print if not arguments.json else (lambda *_, **__: None)
+    say = (lambda _: None) if arguments.json else partial(print, flush=True)
     torch.set_num_threads(arguments.threads)
     chosen = cases(arguments.sizes, arguments.kernel)
     gpu = torch.cuda.is_available()
     report = {"torch": torch.__version__, "triton": getattr(triton, "__version__", None)}
     report["device"] = torch.cuda.get_device_name() if gpu else "cpu"
     wrong = False
+    end = time.monotonic() + 60 * (arguments.minutes or math.inf)
+
+    def write() -> None:
+        if arguments.out:
+            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+    def keep(name: str, rows: Iterator[dict]) -> list[dict]:
+        kept = report.setdefault(name, [])
+        for row in rows:
+            kept.append(row)
+            write()
+            if time.monotonic() > end:
+                say(f"{name}: {arguments.minutes} minutes are over")
+                break
+        return kept
+
     if not arguments.compile_only:
         say(_about(report, arguments.threads))
+        if gpu:
+            warm_up(chosen, arguments.threads)
         if gpu or interpreting():
-            report["correctness"] = list(correctness(chosen, "cuda" if gpu else "cpu", say))
-            wrong = not all(row["right"] for row in report["correctness"])
+            rows = keep("correctness", correctness(chosen, "cuda" if gpu else "cpu", say))
+            wrong = not all(row["right"] for row in rows)
     if arguments.compile_only or (not (gpu or interpreting()) and hasattr(triton, "compile")):
         launches = different_launches(chosen)
         report["compiled"] = compiled(launches, arguments.targets, arguments.threads)
@@ -131,21 +141,18 @@ def main(words: list[str] | None = None) -> int:
         for line in complaints(report["compiled"]):
             wrong = True
             print(line, file=sys.stderr)
-    if not arguments.compile_only:
+    if not arguments.compile_only and time.monotonic() < end:
         timed = [case for case in chosen if case.timed]
         repeats = arguments.repeats or (30 if gpu else 1)
         if gpu:
             report["copy_gb_per_s"] = copy_bandwidth()
-            report["times"] = list(gpu_times(timed, repeats, report["copy_gb_per_s"], say))
-            ours = [row for row in report["times"] if row["implementation"] == "triton"]
-            wrong |= any("failed" in row for row in ours)
+            rows = keep("times", gpu_times(timed, repeats, report["copy_gb_per_s"], say))
+            wrong |= any("failed" in row for row in rows if row["implementation"] == "triton")
         else:
-            report["times"] = list(cpu_times(timed, repeats, arguments.threads, say))
-    text = json.dumps(report, indent=1)
+            keep("times", cpu_times(timed, repeats, arguments.threads, say))
+    write()
     if arguments.json:
-        print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
+        print(json.dumps(report, indent=1))
     return int(wrong)
 
 
@@ -186,6 +193,11 @@ class _Work:
         )
 
 
+def _named(name: str, size: str) -> Case:
+    """A case in another process: its functions cannot be sent there."""
+    return next(case for case in cases([size]) if case.name == name)
+
+
 def _short(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:80]}"
@@ -203,19 +215,19 @@ def correctness(chosen: list[Case], device: str, say: Callable) -> Iterator[dict
     """
     say(f"\n{'distance to the float64 reference':46s} {'triton':>10s} {'reference':>10s}")
     for case in chosen:
-        row = {"kernel": case.kernel, "variant": case.variant, "size": case.size}
+        row = case.labels
         try:
             row |= _distances(case, device)
+            said = f"{row['triton']:10.1e} {row['reference']:10.1e}" + "  WRONG" * (
+                not row["right"]
+            )
         except torch.OutOfMemoryError as error:
             say(f"{case.name:46s} {_short(error)}")
             continue
         except Exception as error:  # whatever one fails of, the others are of interest
-            row |= {"failed": _short(error), "right": False}
-            say(f"{case.name:46s} {row['failed']}")
-            yield row
-            continue
-        verdict = "" if row["right"] else "  WRONG"
-        say(f"{case.name:46s} {row['triton']:10.1e} {row['reference']:10.1e}{verdict}")
+            said = _short(error)
+            row |= {"failed": said, "right": False}
+        say(f"{case.name:46s} {said}")
         yield row
 
 
@@ -243,8 +255,26 @@ def _distance(results: tuple[Tensor | None, ...], truth: tuple[Tensor | None, ..
 # Times on a GPU
 
 
+def warm_up(chosen: list[Case], threads: int) -> None:
+    """Compiles the Triton kernels in several processes, whose cache is then found by this one."""
+    room = torch.cuda.mem_get_info()[0] >> 32  # 4 GB each
+    processes = min(threads, room, 10, len(chosen) // 2)
+    if processes > 1:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+            for case in chosen:
+                pool.submit(_launch, case.name, case.size)
+
+
+def _launch(name: str, size: str) -> None:
+    case = _named(name, size)
+    with chosen_backend("triton"):
+        work = _Work(case, case.call, "cuda", 0)
+        work.both(), work.forward()
+
+
 def gpu_times(chosen: list[Case], repeats: int, copy: float, say: Callable) -> Iterator[dict]:
-    """Every case by every implementation. Memory is what a run adds to its inputs."""
+    """One implementation after the other of every case. Memory is what a run adds to its inputs."""
     torch._dynamo.config.suppress_errors = True  # what torch.compile cannot do is left as it is
     torch._logging.set_logs(all=logging.CRITICAL)
     say(
@@ -252,30 +282,26 @@ def gpu_times(chosen: list[Case], repeats: int, copy: float, say: Callable) -> I
         f"take; x is time over Triton's\n{'':60s}{'forward':>31s}{'forward + backward':>37s}\n"
         f"{'':60s}" + 2 * f"{'ms':>9s}{'GB/s':>7s}{'%':>5s}{'MB':>8s}{'x':>7s} "
     )
-    for case in chosen:
-        first = {}
-        for name, backend, call in _implementations(case):
-            row = {"kernel": case.kernel, "variant": case.variant, "size": case.size}
-            row["implementation"] = name
-            try:
-                with chosen_backend(backend):
-                    row |= _gpu_measure(case, call, repeats)
-            except Exception as error:  # whatever one fails of, the others are of interest
-                row["failed"] = _short(error)
-            torch._dynamo.reset()
-            first = first or row
-            say(_gpu_line(case, row, first, copy))
-            yield row
+    triton_rows = {}
+    for (name, backend), case in itertools.product(IMPLEMENTATIONS.items(), chosen):
+        call = _implementation(name, case)
+        if call is None:
+            continue
+        row = case.labels | {"implementation": name}
+        try:
+            with chosen_backend(backend):
+                row |= _gpu_measure(case, call, repeats)
+        except Exception as error:  # whatever one fails of, the others are of interest
+            row["failed"] = _short(error)
+        torch._dynamo.reset()
+        say(_gpu_line(case, row, triton_rows.setdefault(case.name, row), copy))
+        yield row
 
 
-def _implementations(case: Case) -> Iterator[tuple[str, str, Callable]]:
-    yield "triton", "triton", case.call
-    yield "reference", "torch", case.call
-    yield "torch.compile", "torch", torch.compile(case.call)
-    if case.variant == "self-attention":
-        with_locations = _deformops(SIZES[case.size])
-        if with_locations is not None:
-            yield "deformops", "torch", with_locations
+def _implementation(name: str, case: Case) -> Callable | None:
+    if name == "deformops":
+        return _deformops(SIZES[case.size]) if case.variant == "self-attention" else None
+    return torch.compile(case.call) if name == "torch.compile" else case.call
 
 
 def _deformops(size) -> Callable | None:
@@ -335,8 +361,7 @@ def cpu_times(chosen: list[Case], repeats: int, threads: int, say: Callable) -> 
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
         for case in chosen:
-            row = {"kernel": case.kernel, "variant": case.variant, "size": case.size}
-            row |= {"implementation": "reference", "threads": threads}
+            row = case.labels | {"implementation": "reference", "threads": threads}
             line = f"{case.name:46s}"
             for name in ("forward", "both"):
                 task = pool.submit(_cpu_measure, case.name, case.size, name, repeats, threads)
@@ -344,7 +369,7 @@ def cpu_times(chosen: list[Case], repeats: int, threads: int, say: Callable) -> 
                 row |= {f"{name}_ms": 1e3 * seconds, f"{name}_peak_bytes": added}
                 row[f"{name}_process_bytes"] = peak
                 line += f" {seconds:9.3f} s {peak / 1e9:4.1f} ({added / 1e9:3.1f}) GB"
-            say(line, flush=True)
+            say(line)
             yield row
 
 
@@ -353,7 +378,7 @@ def _cpu_measure(
 ) -> tuple[float, int, int]:
     """Median seconds after a first run, peak bytes of this process, and those above its inputs."""
     torch.set_num_threads(threads)
-    (case,) = (case for case in cases([size]) if case.name == case_name)
+    case = _named(case_name, size)
     kernels.backend("torch")
     works = [_Work(case, case.call, "cpu", seed) for seed in range(min(SETS, repeats + 1))]
     before = reset_cpu_peak()

@@ -6,6 +6,7 @@ A case is one function below, decorated; nothing else needs to know of a new one
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,6 +40,10 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.kernel}{' ' * bool(self.variant)}{self.variant}, {self.size}"
+
+    @property
+    def labels(self) -> dict[str, str]:
+        return dict(kernel=self.kernel, variant=self.variant, size=self.size)
 
 
 _MAKERS: list[Callable[[Size], Case]] = []
@@ -116,6 +121,7 @@ def node_bytes(nodes: int, e: int = 4) -> tuple[int, int]:
 def _self_attention(size: Size) -> Case:
     (heads, width), points = size.heads, size.points_self
     tokens = sum(h * w for h, w in size.planes)
+    counts = 1, tokens, tokens, heads, width, 3 * points
 
     def inputs(draw: Draw) -> dict[str, Tensor]:
         return dict(
@@ -132,9 +138,7 @@ def _self_attention(size: Size) -> Case:
         inputs,
         lambda **x: (kernels.deformable_sampling(level_shapes=size.planes, **x),),
         ("value", "offsets", "logits"),
-        lambda x: deformable_bytes(
-            1, tokens, tokens, heads, width, 3 * points, x["value"].element_size()
-        ),
+        lambda x: deformable_bytes(*counts, x["value"].element_size()),
     )
 
 
@@ -180,42 +184,31 @@ for _plane, _name in enumerate(("hw", "zh", "wz")):
 # Rendering
 
 
+def _ray_inputs(size: Size, draw: Draw) -> dict[str, Tensor]:
+    lines = {name: rays_of(size)[name] for name in ("origins", "directions", "near", "far")}
+    return dict(
+        volume=road(size, draw),
+        inv_s=draw.put(torch.tensor(5.0)),
+        jitter=draw.uniform(1, size.ray_count),
+        **{name: draw.put(line) for name, line in lines.items()},
+    )
+
+
 def _render(variant: str, alpha: str, keep_samples: bool) -> Callable[[Size], Case]:
     def make(size: Size) -> Case:
-        rays = rays_of(size)
-        names = ("origins", "directions", "near", "far")
-
-        def inputs(draw: Draw) -> dict[str, Tensor]:
-            return dict(
-                volume=road(size, draw),
-                **{name: draw.put(rays[name]) for name in names},
-                inv_s=draw.put(torch.tensor(5.0)),
-                jitter=draw.uniform(1, size.ray_count),
-            )
-
         def call(**x: Tensor) -> tuple[Tensor, ...]:
-            out = kernels.render_rays(
-                **x,
-                box=size.box,
-                samples=size.samples,
-                alpha=alpha,
-                classes=size.classes,
-                keep_samples=keep_samples,
-            )
+            options = dict(box=size.box, samples=size.samples, classes=size.classes)
+            out = kernels.render_rays(**x, **options, alpha=alpha, keep_samples=keep_samples)
             kept = (out.weights, out.mids, out.sdf, out.eikonal)
             results = (out.distance, out.opacity, out.color, out.semantics, *kept)
             return tuple(result for result in results if result is not None)
 
         def moved(x: dict[str, Tensor]) -> tuple[int, int]:
             kept = 4 if keep_samples else 0  # weights, mids, deltas, sdf
-            features = 3 + size.classes
-            e = x["volume"].element_size()
-            return rendering_bytes(
-                math.prod(size.nodes), features, size.ray_count, size.samples, kept, e
-            )
+            shape = math.prod(size.nodes), 3 + size.classes, size.ray_count, size.samples
+            return rendering_bytes(*shape, kept, x["volume"].element_size())
 
-        timed = alpha == "neus"
-        wanted = ("volume", "inv_s")
+        inputs, wanted, timed = partial(_ray_inputs, size), ("volume", "inv_s"), alpha == "neus"
         return Case("render_rays", variant, size.name, inputs, call, wanted, moved, timed)
 
     return make
@@ -271,6 +264,7 @@ def _node_losses(size: Size) -> Case:
 @_case
 def _similarity(size: Size) -> Case:
     shape = (len(size.headings), 3, *size.image)
+    pixels = math.prod(shape) // 3
     return Case(
         "ssim_l1",
         "",
@@ -278,9 +272,7 @@ def _similarity(size: Size) -> Case:
         lambda draw: dict(prediction=draw.uniform(*shape), target=draw.uniform(*shape)),
         lambda **x: (kernels.ssim_l1(**x),),
         ("prediction",),
-        lambda x: similarity_bytes(
-            shape[0] * shape[2] * shape[3], shape[1], x["target"].element_size()
-        ),
+        lambda x: similarity_bytes(pixels, 3, x["target"].element_size()),
     )
 
 
@@ -323,6 +315,7 @@ def _least(size: Size) -> Case:
 @_case
 def _proposals(size: Size) -> Case:
     cameras, rays = len(size.headings), size.rays[0] * size.rays[1]
+    counts = 2 * cameras, math.prod(size.image), size.ray_count, size.samples
 
     def inputs(draw: Draw) -> dict[str, Tensor]:
         seen = rays_of(size)
@@ -342,29 +335,15 @@ def _proposals(size: Size) -> Case:
         inputs,
         lambda **x: kernels.epipolar_photometric(**x, combine=size.combine),
         ("weights",),
-        lambda x: proposal_bytes(
-            2 * cameras,
-            math.prod(size.image),
-            size.ray_count,
-            size.samples,
-            x["weights"].element_size(),
-        ),
+        lambda x: proposal_bytes(*counts, x["weights"].element_size()),
     )
 
 
 @_case
 def _rendered_proposals(size: Size) -> Case:
-    names = ("origins", "directions", "near", "far")
-
     def inputs(draw: Draw) -> dict[str, Tensor]:
-        return dict(
-            volume=road(size, draw),
-            **{name: draw.put(rays_of(size)[name]) for name in names},
-            inv_s=draw.put(torch.tensor(5.0)),
-            stretch=draw.put(rays_of(size)["stretch"].view(1, -1)),
-            jitter=draw.uniform(1, size.ray_count),
-            **_photometric_inputs(size, draw),
-        )
+        stretch = draw.put(rays_of(size)["stretch"].view(1, -1))
+        return dict(stretch=stretch, **_ray_inputs(size, draw), **_photometric_inputs(size, draw))
 
     def call(**x: Tensor) -> tuple[Tensor, ...]:
         out, error, color, _ = kernels.render_photometric(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Size:
-    """Published settings of a data set (spec sections 1 to 4), or something small."""
+    """Published settings of a data set, or something small."""
 
     name: str
     box: tuple[float, ...]  # x0 y0 z0 x1 y1 z1 of the volume, metres
