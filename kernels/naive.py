@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.alpha import ALPHAS, Knobs
+from kernels.deformable import displacement
+from kernels.ssim import robust
 
 
 def deformable_sampling(value, level_shapes, reference_points, offsets, logits, pairs=None):
@@ -33,7 +35,8 @@ def deformable_sampling(value, level_shapes, reference_points, offsets, logits, 
     maps = value.split([h * w for h, w in level_shapes], dim=1)
     for level, (h, w) in enumerate(level_shapes):
         pixels = maps[level].unflatten(1, (h, w)).permute(0, 3, 4, 1, 2)  # [M, heads, dh, h, w]
-        place = reference[:, None, level] + offsets[:, :, level] / offsets.new_tensor([w, h])
+        moved = displacement(offsets[:, :, level]) / offsets.new_tensor([w, h])
+        place = reference[:, None, level] + moved
         grid = 2 * place.flatten(0, 1)[:, None] - 1  # [K heads, 1, P, 2]
         seen = F.grid_sample(pixels[image].flatten(0, 1), grid, align_corners=False)[:, :, 0]
         total = total + (weights[:, :, level].flatten(0, 1)[:, None] * seen).sum(-1)
@@ -173,7 +176,7 @@ def ssim_l1(prediction, target):
     """0.85 SSIM + 0.15 L1, the mean over the channels: [..., C, h, w] -> [..., h, w]
     (Godard et al. 2019, eq. 3).
     """
-    return (0.85 * ssim(prediction, target) + 0.15 * (prediction - target).abs()).mean(-3)
+    return (0.85 * ssim(prediction, target) + 0.15 * robust(prediction - target)).mean(-3)
 
 
 def epipolar_photometric(
@@ -199,7 +202,7 @@ def epipolar_photometric(
         sources.flatten(0, 2), grid.flatten(0, 2), padding_mode="border", align_corners=True
     )
     color = color.movedim(1, -1).view(*x.shape, 3)
-    error = (target[:, None, ..., None, :] - color).abs().mean(-1) * seen
+    error = robust(target[:, None, ..., None, :] - color).mean(-1) * seen
     color, weights = color * seen[..., None], weights[:, None]
     if combine:
         count = seen.sum(1, keepdim=True).clamp_min(1)
