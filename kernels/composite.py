@@ -8,7 +8,7 @@ The epsilon, a published value, keeps T positive. Backward, with g_i = d loss / 
     d loss / d alpha_i = T_i g_i - (sum_{j>i} w_j g_j + left g_left) / (1 - alpha_i + 1e-4)
 
 The Triton kernels give a row to a warp, one sample a lane. Forward leaves T at the first sample of
-every tile, from where backward walks from the last tile to the first and computes the rest again.
+every tile; backward walks from the last tile to the first and computes the others again.
 """
 
 import math

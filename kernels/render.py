@@ -56,9 +56,9 @@ FEATURES = 128
 # Rays from which on each gets a lane: 4,096 warps, more than 132 processors hold. It saves what
 # lanes exchange, and neighbours share cache lines.
 MANY = 1 << 17
-REGISTERS_FIXED = (
-    200  # of the deterministic backward with images; ptxas alone spills up to 16 bytes
-)
+# Registers of the deterministic backward with images, and of integers in rows that lie across
+# lanes; left alone, ptxas spills up to 16 bytes.
+REGISTERS_SCENE, REGISTERS_FIXED = 200, 136
 
 
 @dataclass
@@ -241,6 +241,9 @@ def _backward(
     magnitudes = by_ray.new_empty(*by_ray.shape, 2)
 
     def walk(scatter: str, dtype: torch.dtype, units: Tensor) -> list[Tensor]:
+        registers = REGISTERS_SCENE if scene and scatter != "float" else None
+        if not scene and scatter == "fixed" and arguments["FEW"] < LANES:
+            registers = REGISTERS_FIXED
         shapes = (batch, *nodes, channels), (batch, *nodes, 4)
         into = [volume.new_zeros(shape, dtype=dtype) for shape in shapes]
         launch(
@@ -254,7 +257,7 @@ def _backward(
             SLOPES=ALPHAS[options.alpha].slopes,
             SCATTER=scatter,
             warps=WARPS,
-            registers=REGISTERS_FIXED if scene and scatter != "float" else None,
+            registers=registers,
         )
         return into
 

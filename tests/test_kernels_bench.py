@@ -70,8 +70,6 @@ def test_no_spills_from_ampere_on(compiled):
     ("kernel", "loads"),
     [
         # eight corners of the table's rows, and eight of the four channels
-        ("render_photometric._forward", 16),
-        ("render_photometric._backward", 16),
         ("render_triton.render_forward", 16),
         ("render_triton.render_backward", 16),
         ("deformable.deformable_forward", 13),

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -53,6 +54,29 @@ def test_recorded_launches_carry_types_and_constants_and_do_not_run():
     (one,) = launches
     assert one.signature == {"out": "*bf16", "value": "fp32", "count": "i64", "BLOCK": "constexpr"}
     assert one.constants == {("BLOCK",): 32} and one.warps == 2 and one.grid == (4,)
+
+
+class Image(NamedTuple):
+    pixels: torch.Tensor | None
+    strides: tuple[int, ...]
+    scale: float = 1.0
+
+
+@pytest.mark.skipif(not hasattr(dispatch.triton, "compile"), reason="Triton is not installed")
+def test_what_lies_in_tuples_is_recorded_as_triton_takes_it():
+    @dispatch.triton.jit
+    def fill(image, other, count):
+        pass
+
+    pixels = torch.empty(100, device="meta")
+    with dispatch.record() as launches:
+        images = dict(image=Image(pixels, (32, 1, 7)), other=Image(None, ()))
+        dispatch.launch(fill, (4,), **images, count=1)
+    (one,) = launches
+    types = Image("*fp32", ("i32", "constexpr", "i32"), "fp32"), Image("constexpr", (), "fp32")
+    assert tuple(one.signature.values()) == (*types, "constexpr")
+    assert one.constants == {("image", 1, 1): 1, ("other", 0): None, ("count",): 1}
+    assert one.aligned == (("image", 0), ("image", 1, 0))
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])

@@ -257,6 +257,14 @@ def test_bad_input_names_the_argument(name):
             kernels.render_photometric(**tensors, **dict(options, **bad))
 
 
+@pytest.mark.parametrize("name", ["inv_s", "far", "jitter", "sources"])
+def test_tensors_of_another_device_or_kind_are_named(name):
+    tensors, options = case(samples=2)
+    for bad in (tensors[name].to("meta"), tensors[name].int()):
+        with pytest.raises(ValueError, match=f"^{name} "):
+            kernels.render_photometric(**dict(tensors, **{name: bad}), **options)
+
+
 @on_gpu
 @pytest.mark.parametrize("size", ["kitti", "nuscenes"])
 def test_published_sizes(size):
