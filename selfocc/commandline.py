@@ -53,7 +53,15 @@ def path(text: str) -> Path:
 
 
 def add_shared_options(parser: Parser) -> None:
-    """The options of train.py and eval.py: data, for `folders` to collect, settings, device."""
+    """The options of train.py and eval.py."""
+    add_data_options(parser)
+    said = "cpu, cuda or cuda:N; default: cuda where there is one"
+    parser.add_argument("--device", help=said)
+    add_set(parser, "change any setting of config.py")
+
+
+def add_data_options(parser: Parser) -> None:
+    """The options that say which data are read, for `folders` to collect."""
     add = parser.add_argument
     said = "default: the preset's, or what the checkpoint was trained on"
     add("--dataset", choices=get_args(Dataset), help=said)
@@ -70,8 +78,6 @@ def add_shared_options(parser: Parser) -> None:
     add("--labels", type=Path, metavar="DIR", help=said)
     said = f"what their ids mean: {', '.join(TABLES)} or a JSON file (see selfocc/labels.py)"
     add("--label-map", metavar="MAP", help=said)
-    add("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
-    add_set(parser, "change any setting of config.py")
 
 
 def add_set(parser: argparse.ArgumentParser, said: str) -> None:
