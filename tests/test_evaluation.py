@@ -33,29 +33,18 @@ from selfocc.model import SelfOcc
 from selfocc.presets import build
 from selfocc.render import render_grid
 from selfocc.scores import Scores, photometric_record
-from tests.tiny import ROOT, TORCHRUN, environment, overrides, run
+from tests.tiny import ROOT, TORCHRUN, environment, here, overrides, run
 
 # with this threshold so young a model calls some voxels occupied
 SEMANTIC = {"optim__steps": "2", "loss__weight_semantic": "0.1", "volume__threshold": "1"}
 COMMON = ("--prior-frames", "2", "--pictures", "0", "--task", "all")
 
 
-def here(script, *words, cache):
-    """Run a script in this process, which has imported all it needs; returns the exit code."""
-    settings = [w for o in overrides(**SEMANTIC) for w in ("--set", o)]
-    words = [*map(str, words), *(settings if script is train_script else ())]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SELFOCC_CACHE", str(cache))
-        code = script.main(words)
-    torch.set_flush_denormal(False)
-    return code
-
-
 @pytest.fixture(scope="module")
 def semantic(cache, tmp_path_factory):
     """The run folder of two steps with the semantic loss, evaluated by one process."""
     out = tmp_path_factory.mktemp("runs") / "semantic"
-    assert here(train_script, "--out", out, cache=cache) == 0
+    assert here(train_script, "--out", out, cache=cache, **SEMANTIC) == 0
     assert here(eval_script, "--ckpt", out, *COMMON, cache=cache) == 0
     return out
 
@@ -310,7 +299,7 @@ def test_the_same_scores_through_files(protocol, semantic, files, cache, tmp_pat
 
 def test_training_with_label_files(semantic, files, cache, tmp_path, capsys):
     options = ("--preset", "synthetic", *kitti_options(files), "--labels", files / "labels")
-    assert here(train_script, *options, "--out", tmp_path / "a", cache=cache) == 0
+    assert here(train_script, *options, "--out", tmp_path / "a", cache=cache, **SEMANTIC) == 0
     lines = [(out / "metrics.jsonl").read_text().splitlines() for out in (semantic, tmp_path / "a")]
     ours, theirs = (json.loads(line[0]) for line in lines)
     assert theirs["semantic"] == pytest.approx(ours["semantic"], rel=1e-3)
@@ -319,7 +308,8 @@ def test_training_with_label_files(semantic, files, cache, tmp_path, capsys):
         (("--labels", tmp_path / "labels"), "no such label map; write one for every image"),
         ((), "needs 2-D labels"),
     ):
-        assert here(train_script, *options[:-2], *labels, "--out", tmp_path / "b", cache=cache) == 2
+        words = (*options[:-2], *labels, "--out", tmp_path / "b")
+        assert here(train_script, *words, cache=cache, **SEMANTIC) == 2
         last = capsys.readouterr().err.splitlines()[-1]
         assert last.startswith("error: ") and said in last
 
