@@ -120,22 +120,22 @@ def test_another_evaluation_is_not_resumed(semantic, cache, capsys, monkeypatch,
 
 
 @pytest.mark.parametrize("kind", ["kitti", "kitti_raw", "nuscenes"])
-def test_scores_of_other_files_are_not_taken_over(kind, tmp_path, cache, monkeypatch):
+def test_scores_of_other_files_are_not_taken_over(kind, ring_files, tmp_path, cache, monkeypatch):
     """Files of the same names: other content, another time of change, one more, another folder."""
     monkeypatch.setenv("SELFOCC_CACHE", str(cache))
-    world = SyntheticConfig(
-        rig="surround" if kind == "nuscenes" else "forward", image_size=(32, 64), frames=6
-    )
     folder, copy = tmp_path / "data", tmp_path / "copy"
-    export = {"kitti": export_kitti, "kitti_raw": export_kitti_raw, "nuscenes": export_nuscenes}
-    scene = SyntheticSequence(world, "synthetic-train-000", 0, cache)
-    export[kind]([scene], folder)
+    if kind == "nuscenes":
+        shutil.copytree(ring_files, folder)
+    else:
+        world = SyntheticConfig(image_size=(32, 64), frames=6)
+        scene = SyntheticSequence(world, "synthetic-train-000", 0, cache)
+        {"kitti": export_kitti, "kitti_raw": export_kitti_raw}[kind]([scene], folder)
     shutil.copytree(folder, copy)
     settings = build("synthetic_surround" if kind == "nuscenes" else "synthetic", overrides())
     model = torch.nn.Module()
     model.config = replaced(settings, data=replaced(settings.data, dataset=kind))
     drive = "2011_09_26_drive_0001_sync"
-    names = dict(kitti="00", kitti_raw=drive, nuscenes="")
+    names = dict(kitti="00", kitti_raw=drive, nuscenes="scene-0003")
     label = folder / "labels"
 
     def identity(where=folder, frames=None, labels=None):
@@ -333,10 +333,12 @@ class Ring(SyntheticSequence):
 
 def test_true_occ3d_scores_perfectly(cache):
     """With camera mask, and labels in another frame than the volume; not if it is forgotten."""
-    settings = build("synthetic_surround", ["data.dataset=nuscenes", "field.classes=20",
-                                            "data.label_map=semantickitti20"])  # fmt: skip
-    ring = SyntheticConfig(rig="surround", image_size=(96, 160), frames=6)
-    sequence = Ring(ring, "synthetic-val-000", 1, cache)
+    settings = build("synthetic_surround", [
+        "data.dataset=nuscenes", "field.classes=20", "data.label_map=semantickitti20",
+        "data.crop=32,64", "data.pad=32,64",
+    ])  # fmt: skip
+    world = SyntheticConfig(rig="surround", image_size=(32, 64), frames=1)
+    sequence = Ring(world, "synthetic-val-000", 1, cache)
     dataset = VideoDataset([sequence], settings.data, train=False)
     rules = protocols.choose(settings)
     sample = Samples(dataset, rules, ("occupancy",), 1)[0]
@@ -357,7 +359,7 @@ def test_true_occ3d_scores_perfectly(cache):
 def test_the_same_scores_through_nuscenes_files(cache, tmp_path, monkeypatch):
     """Occupancy, classes and depth of the ring, directly and through tables, scans and Occ3D."""
     monkeypatch.setenv("SELFOCC_CACHE", str(cache))
-    settings = build("synthetic_surround", overrides(data__frames="6", volume__threshold="1"))
+    settings = build("synthetic_surround", overrides(data__frames="5", volume__threshold="1"))
     field = dataclasses.replace(settings.field, classes=20)
     settings = dataclasses.replace(settings, field=field)
     torch.manual_seed(0)
