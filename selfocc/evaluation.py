@@ -30,6 +30,7 @@ from selfocc.model import SelfOcc
 from selfocc.protocols import Rules
 from selfocc.render import render_grid, to_images
 from selfocc.scores import (
+    DEPTH_TRUTHS,
     Priors,
     Scores,
     Table,
@@ -294,9 +295,9 @@ def validate(
         # where classes that never occur count 1, few frames would look good
         means = tables["semantics"]
         numbers["mIoU"] = means.get("mIoU of the classes seen", means["mIoU"])["iou"]
-    for name, table in tables.items():
-        if name.startswith("depth"):
-            numbers[f"AbsRel_{name.removeprefix('depth, ')}"] = table["SelfOcc"]["abs_rel"]
+    for truth in DEPTH_TRUTHS:
+        if f"depth, {truth}" in tables:
+            numbers[f"AbsRel_{truth}"] = tables[f"depth, {truth}"]["SelfOcc"]["abs_rel"]
     if "photometric" in tables:
         numbers |= {f"photometric_{m}": row["error"] for m, row in tables["photometric"].items()}
     return numbers

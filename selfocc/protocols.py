@@ -185,39 +185,28 @@ def read_voxels(
         shape: (ny, nx, nz) labelled voxels.
         voxels_to_volume: [4, 4] where the labels have another frame than the volume.
     """
-    extent = rules.box or box
-    if rules.crude:
-        voxels_to_volume = None
-    sdf, likeliest = _read(volume, classes, rules, box, extent, shape, voxels_to_volume)
+    extent, matrix = rules.box or box, None if rules.crude else voxels_to_volume
+
+    def read(classes: int, extent: Box, shape: tuple[int, int, int]):
+        """What is returned, at the protocol's point of each voxel of `extent`."""
+        channels = [0, *range(volume.shape[1] - classes, volume.shape[1])]
+        if not rules.ends and (rules.openoccupancy or matrix is not None):
+            return _read_centres(volume[:, channels], box, extent, shape, matrix)
+        parts = (volume[:, c : c + 1] for c in channels)
+        grid = torch.cat([occupancy_grid(part, box, shape, rules.ends, extent) for part in parts])
+        if matrix is not None:
+            grid = move_grid(grid, extent, matrix)
+        return grid[0], grid[1:].argmax(0) if classes else None
+
+    sdf, likeliest = read(classes, extent, shape)
     if rules.protocol != "own":
         return sdf, likeliest
     # corners are the centres of voxels that begin half a voxel earlier, one more along each axis
     lo, hi = torch.tensor(extent, dtype=torch.float64).view(2, 3)
     half = (hi - lo) / torch.tensor([shape[1], shape[0], shape[2]]) / 2
     around = (*(lo - half).tolist(), *(hi + half).tolist())
-    corners, _ = _read(volume, 0, rules, box, around, [n + 1 for n in shape], voxels_to_volume)
+    corners, _ = read(0, around, tuple(n + 1 for n in shape))
     return torch.minimum(sdf, -F.max_pool3d(-corners[None], 2, stride=1)[0]), likeliest
-
-
-def _read(
-    volume: Tensor,
-    classes: int,
-    rules: Rules,
-    box: Box,
-    extent: Box,
-    shape: tuple[int, int, int],
-    voxels_to_volume: Matrix | None,
-) -> tuple[Tensor, Tensor | None]:
-    """What `read_voxels` returns, read at the protocol's point of each voxel of `extent`."""
-    channels = [0, *range(volume.shape[1] - classes, volume.shape[1])]
-    if not rules.ends and (rules.openoccupancy or voxels_to_volume is not None):
-        return _read_centres(volume[:, channels], box, extent, shape, voxels_to_volume)
-    grid = torch.cat(
-        [occupancy_grid(volume[:, c : c + 1], box, shape, rules.ends, extent) for c in channels]
-    )
-    if voxels_to_volume is not None:
-        grid = move_grid(grid, extent, voxels_to_volume)
-    return grid[0], grid[1:].argmax(0) if classes else None
 
 
 def _read_centres(

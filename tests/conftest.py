@@ -15,6 +15,8 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from selfocc.datasets.export_nuscenes import export_nuscenes
+from selfocc.datasets.synthetic import SyntheticConfig, synthetic_sequences
 from tests.tiny import ROOT, run
 
 _COMPILATION = pytest.StashKey[subprocess.Popen]()
@@ -33,6 +35,21 @@ def finished(cache, tmp_path_factory):
     done = run("train.py", "--out", out, cache=cache)
     assert done.returncode == 0, done.stderr
     return out
+
+
+@pytest.fixture(scope="session")
+def ring(cache):
+    """A scene seen by six cameras: frames 0 and 5 have voxels, and frame 6 comes after them."""
+    config = SyntheticConfig(rig="surround", image_size=(24, 40), frames=7)
+    return synthetic_sequences(config, "val", 1, cache=cache)[0]
+
+
+@pytest.fixture(scope="session")
+def ring_files(ring, tmp_path_factory):
+    """The same as files of nuScenes, to be left as they are."""
+    folder = tmp_path_factory.mktemp("nuscenes")
+    export_nuscenes([ring], folder)
+    return folder
 
 
 def pytest_collection_modifyitems(items):

@@ -148,7 +148,8 @@ def test_damage_is_listed_and_ends_with_2(exported, tmp_path, capsys):
 
 
 def test_crop_and_data_set_are_checked(exported, tmp_path, capsys):
-    assert check(exported, tmp_path, "--set", "data.crop=352,1216", "--frames", "2") == 2
+    few = ("--train", f"{DRIVE[11:]}:0-1", "--val", f"{DRIVE[11:]}:0-1")
+    assert check(exported, tmp_path, *few, "--set", "data.crop=352,1216", "--frames", "2") == 2
     assert "96x192 pixels are fewer than the crop 352x1216" in capsys.readouterr().out
     assert main(["--data", str(exported)]) == 2
     assert "--dataset is needed" in capsys.readouterr().err

@@ -33,29 +33,18 @@ from selfocc.model import SelfOcc
 from selfocc.presets import build
 from selfocc.render import render_grid
 from selfocc.scores import Scores, photometric_record
-from tests.tiny import ROOT, TORCHRUN, environment, overrides, run
+from tests.tiny import ROOT, TORCHRUN, environment, here, overrides, run
 
 # with this threshold so young a model calls some voxels occupied
 SEMANTIC = {"optim__steps": "2", "loss__weight_semantic": "0.1", "volume__threshold": "1"}
 COMMON = ("--prior-frames", "2", "--pictures", "0", "--task", "all")
 
 
-def here(script, *words, cache):
-    """Run a script in this process, which has imported all it needs; returns the exit code."""
-    settings = [w for o in overrides(**SEMANTIC) for w in ("--set", o)]
-    words = [*map(str, words), *(settings if script is train_script else ())]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SELFOCC_CACHE", str(cache))
-        code = script.main(words)
-    torch.set_flush_denormal(False)
-    return code
-
-
 @pytest.fixture(scope="module")
 def semantic(cache, tmp_path_factory):
     """The run folder of two steps with the semantic loss, evaluated by one process."""
     out = tmp_path_factory.mktemp("runs") / "semantic"
-    assert here(train_script, "--out", out, cache=cache) == 0
+    assert here(train_script, "--out", out, cache=cache, **SEMANTIC) == 0
     assert here(eval_script, "--ckpt", out, *COMMON, cache=cache) == 0
     return out
 
@@ -131,22 +120,22 @@ def test_another_evaluation_is_not_resumed(semantic, cache, capsys, monkeypatch,
 
 
 @pytest.mark.parametrize("kind", ["kitti", "kitti_raw", "nuscenes"])
-def test_scores_of_other_files_are_not_taken_over(kind, tmp_path, cache, monkeypatch):
+def test_scores_of_other_files_are_not_taken_over(kind, ring_files, tmp_path, cache, monkeypatch):
     """Files of the same names: other content, another time of change, one more, another folder."""
     monkeypatch.setenv("SELFOCC_CACHE", str(cache))
-    world = SyntheticConfig(
-        rig="surround" if kind == "nuscenes" else "forward", image_size=(32, 64), frames=6
-    )
     folder, copy = tmp_path / "data", tmp_path / "copy"
-    export = {"kitti": export_kitti, "kitti_raw": export_kitti_raw, "nuscenes": export_nuscenes}
-    scene = SyntheticSequence(world, "synthetic-train-000", 0, cache)
-    export[kind]([scene], folder)
+    if kind == "nuscenes":
+        shutil.copytree(ring_files, folder)
+    else:
+        world = SyntheticConfig(image_size=(32, 64), frames=6)
+        scene = SyntheticSequence(world, "synthetic-train-000", 0, cache)
+        {"kitti": export_kitti, "kitti_raw": export_kitti_raw}[kind]([scene], folder)
     shutil.copytree(folder, copy)
     settings = build("synthetic_surround" if kind == "nuscenes" else "synthetic", overrides())
     model = torch.nn.Module()
     model.config = replaced(settings, data=replaced(settings.data, dataset=kind))
     drive = "2011_09_26_drive_0001_sync"
-    names = dict(kitti="00", kitti_raw=drive, nuscenes="")
+    names = dict(kitti="00", kitti_raw=drive, nuscenes="scene-0003")
     label = folder / "labels"
 
     def identity(where=folder, frames=None, labels=None):
@@ -310,7 +299,7 @@ def test_the_same_scores_through_files(protocol, semantic, files, cache, tmp_pat
 
 def test_training_with_label_files(semantic, files, cache, tmp_path, capsys):
     options = ("--preset", "synthetic", *kitti_options(files), "--labels", files / "labels")
-    assert here(train_script, *options, "--out", tmp_path / "a", cache=cache) == 0
+    assert here(train_script, *options, "--out", tmp_path / "a", cache=cache, **SEMANTIC) == 0
     lines = [(out / "metrics.jsonl").read_text().splitlines() for out in (semantic, tmp_path / "a")]
     ours, theirs = (json.loads(line[0]) for line in lines)
     assert theirs["semantic"] == pytest.approx(ours["semantic"], rel=1e-3)
@@ -319,7 +308,8 @@ def test_training_with_label_files(semantic, files, cache, tmp_path, capsys):
         (("--labels", tmp_path / "labels"), "no such label map; write one for every image"),
         ((), "needs 2-D labels"),
     ):
-        assert here(train_script, *options[:-2], *labels, "--out", tmp_path / "b", cache=cache) == 2
+        words = (*options[:-2], *labels, "--out", tmp_path / "b")
+        assert here(train_script, *words, cache=cache, **SEMANTIC) == 2
         last = capsys.readouterr().err.splitlines()[-1]
         assert last.startswith("error: ") and said in last
 
@@ -343,10 +333,12 @@ class Ring(SyntheticSequence):
 
 def test_true_occ3d_scores_perfectly(cache):
     """With camera mask, and labels in another frame than the volume; not if it is forgotten."""
-    settings = build("synthetic_surround", ["data.dataset=nuscenes", "field.classes=20",
-                                            "data.label_map=semantickitti20"])  # fmt: skip
-    ring = SyntheticConfig(rig="surround", image_size=(96, 160), frames=6)
-    sequence = Ring(ring, "synthetic-val-000", 1, cache)
+    settings = build("synthetic_surround", [
+        "data.dataset=nuscenes", "field.classes=20", "data.label_map=semantickitti20",
+        "data.crop=32,64", "data.pad=32,64",
+    ])  # fmt: skip
+    world = SyntheticConfig(rig="surround", image_size=(32, 64), frames=1)
+    sequence = Ring(world, "synthetic-val-000", 1, cache)
     dataset = VideoDataset([sequence], settings.data, train=False)
     rules = protocols.choose(settings)
     sample = Samples(dataset, rules, ("occupancy",), 1)[0]
@@ -367,7 +359,7 @@ def test_true_occ3d_scores_perfectly(cache):
 def test_the_same_scores_through_nuscenes_files(cache, tmp_path, monkeypatch):
     """Occupancy, classes and depth of the ring, directly and through tables, scans and Occ3D."""
     monkeypatch.setenv("SELFOCC_CACHE", str(cache))
-    settings = build("synthetic_surround", overrides(data__frames="6", volume__threshold="1"))
+    settings = build("synthetic_surround", overrides(data__frames="5", volume__threshold="1"))
     field = dataclasses.replace(settings.field, classes=20)
     settings = dataclasses.replace(settings, field=field)
     torch.manual_seed(0)

@@ -14,13 +14,11 @@ from selfocc.datasets.export_nuscenes import (
     EGO_TO_GLOBAL,
     NUMBERS,
     OCC3D_CLASS,
-    export_nuscenes,
 )
 from selfocc.datasets.nuscenes import nuscenes_sequences, official_val
-from selfocc.datasets.synthetic import SyntheticConfig, synthetic_sequences
 from selfocc.labels import PseudoLabels
 
-SIZE, FRAMES = (24, 40), 7  # key frames 0 and 5; frame 6 comes after the last
+SIZE = (24, 40)
 TABLES = (
     "attribute", "calibrated_sensor", "category", "ego_pose", "instance", "log", "map", "sample",
     "sample_annotation", "sample_data", "scene", "sensor", "visibility",
@@ -28,22 +26,9 @@ TABLES = (
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    config = SyntheticConfig(rig="surround", image_size=SIZE, frames=FRAMES)
-    return synthetic_sequences(config, "val", 1, cache=tmp_path_factory.mktemp("cache"))[0]
-
-
-@pytest.fixture(scope="module")
-def folder(world, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("nuscenes")
-    export_nuscenes([world], folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tables(folder):
+def tables(ring_files):
     """{table: {token: row}}."""
-    files = {name: folder / "v1.0-trainval" / f"{name}.json" for name in TABLES}
+    files = {name: ring_files / "v1.0-trainval" / f"{name}.json" for name in TABLES}
     return {n: {row["token"]: row for row in json.loads(f.read_text())} for n, f in files.items()}
 
 
@@ -83,37 +68,39 @@ def chain(tables, channel):
     ]  # fmt: skip
 
 
-def test_cameras_and_images(world, folder, tables):
+def test_cameras_and_images(ring, ring_files, tables):
     for camera, channel in enumerate(CAMERAS):
         rows = chain(tables, channel)
         assert len(rows) == 6
         for frame, (row, camera_to_global) in enumerate(rows):
-            k, poses = world.cameras(frame)
+            k, poses = ring.cameras(frame)
             camera_to_global[:3, 3] -= EGO_TO_GLOBAL
             assert np.allclose(camera_to_global, poses[camera], atol=1e-9)
             mounted = tables["calibrated_sensor"][row["calibrated_sensor_token"]]
             assert np.array_equal(mounted["camera_intrinsic"], k[camera])
-            assert np.array_equal(iio.imread(folder / row["filename"]), world.images(frame)[camera])
-            classes = iio.imread(folder / "labels" / row["filename"])
-            assert np.array_equal(classes, world.semantics(frame)[camera])
+            assert np.array_equal(
+                iio.imread(ring_files / row["filename"]), ring.images(frame)[camera]
+            )
+            classes = iio.imread(ring_files / "labels" / row["filename"])
+            assert np.array_equal(classes, ring.semantics(frame)[camera])
             assert (row["height"], row["width"]) == SIZE
             assert row["is_key_frame"] == (frame in (0, 5))
             assert row["filename"].startswith("samples/" if frame in (0, 5) else "sweeps/")
 
 
-def test_scans(world, folder, tables):
+def test_scans(ring, ring_files, tables):
     for frame, (row, lidar_to_global) in enumerate(chain(tables, "LIDAR_TOP")):
-        scan = np.fromfile(folder / row["filename"], "<f4").reshape(-1, 5)
+        scan = np.fromfile(ring_files / row["filename"], "<f4").reshape(-1, 5)
         lidar_to_global[:3, 3] -= EGO_TO_GLOBAL
-        to_volume = np.linalg.inv(world.volume_to_world(frame)) @ lidar_to_global
+        to_volume = np.linalg.inv(ring.volume_to_world(frame)) @ lidar_to_global
         points = scan[:, :3] @ to_volume[:3, :3].T + to_volume[:3, 3]
-        assert np.allclose(points, world.lidar(frame), atol=1e-4)
+        assert np.allclose(points, ring.lidar(frame), atol=1e-4)
         # x is to the right of the vehicle, y ahead, z up
         assert np.allclose(to_volume[:3, :3], [[0, 1, 0], [-1, 0, 0], [0, 0, 1]], atol=1e-9)
         assert set(scan[:, 4]) <= set(range(64))
 
 
-def test_samples_and_labels(world, folder, tables):
+def test_samples_and_labels(ring, ring_files, tables):
     (scene,) = tables["scene"].values()
     assert scene["name"] == "scene-0003" and scene["nbr_samples"] == 2
     first = tables["sample"][scene["first_sample_token"]]
@@ -123,8 +110,8 @@ def test_samples_and_labels(world, folder, tables):
     sweeps = [r for r in tables["sample_data"].values() if not r["is_key_frame"]]
     assert {row["sample_token"] for row in sweeps} == {last["token"]}
     for frame, sample in ((0, first), (5, last)):
-        labels = np.load(folder / "gts" / "scene-0003" / sample["token"] / "labels.npz")
-        voxels = world.voxels(frame).transpose(1, 0, 2)
+        labels = np.load(ring_files / "gts" / "scene-0003" / sample["token"] / "labels.npz")
+        voxels = ring.voxels(frame).transpose(1, 0, 2)
         assert labels["semantics"].shape == (200, 200, 16)
         assert np.array_equal(labels["semantics"], OCC3D_CLASS[voxels])
         assert np.array_equal(labels["mask_camera"] == 1, voxels != 255)
@@ -132,14 +119,14 @@ def test_samples_and_labels(world, folder, tables):
     assert OCC3D_CLASS[[0, 1, 9, 11, 13, 15, 255]].tolist() == [17, 4, 11, 13, 15, 16, 17]
 
 
-def test_scans_of_four_columns_and_folders_behind_links(folder, tmp_path):
+def test_scans_of_four_columns_and_folders_behind_links(ring_files, tmp_path):
     """A scan as KITTI has it, in whole points of five floats as well; `samples` on another disk."""
-    for path in folder.iterdir():
+    for path in ring_files.iterdir():
         if path.name != "samples":
             (tmp_path / path.name).symlink_to(path)
-    shutil.copytree(folder / "samples", tmp_path / "away")
+    shutil.copytree(ring_files / "samples", tmp_path / "away")
     (tmp_path / "samples").symlink_to(tmp_path / "away")
-    labels = PseudoLabels(folder / "labels", tmp_path, 20)
+    labels = PseudoLabels(ring_files / "labels", tmp_path, 20)
     (read,) = nuscenes_sequences(tmp_path, "v1.0-trainval", "val", labels=labels)
     assert [label.shape for label in read.semantics(0)] == [SIZE] * 6
     for path in (tmp_path / "samples" / "LIDAR_TOP").iterdir():
@@ -151,38 +138,38 @@ def test_scans_of_four_columns_and_folders_behind_links(folder, tmp_path):
 
 
 @pytest.mark.parametrize("frame_of", ["ego", "lidar"])
-def test_read_back_it_equals_the_direct_path(world, folder, frame_of):
-    labels = PseudoLabels(folder / "labels", folder, 20)
+def test_read_back_it_equals_the_direct_path(ring, ring_files, frame_of):
+    labels = PseudoLabels(ring_files / "labels", ring_files, 20)
     (read,) = nuscenes_sequences(
-        folder, "v1.0-trainval", "val", volume_frame=frame_of, labels=labels
+        ring_files, "v1.0-trainval", "val", volume_frame=frame_of, labels=labels
     )
     assert (read.name, read.frames, read.labelled, read.inputs) == ("scene-0003", 6, [0, 5], [0, 5])
     turn = np.eye(4)  # from the volume of the world, the ego frame, to that asked for
     if frame_of == "lidar":
-        turn = np.linalg.inv(world.lidar_to_volume())
+        turn = np.linalg.inv(ring.lidar_to_volume())
         turn[:3] = np.array([[0, -1, 0], [1, 0, 0], [0, 0, 1]]) @ turn[:3]
     for frame in range(6):
         k, poses = read.cameras(frame)
-        true_k, true_poses = world.cameras(frame)
+        true_k, true_poses = ring.cameras(frame)
         assert np.array_equal(k, true_k)
         for other in (frame, 5):
-            there = turn @ np.linalg.inv(world.volume_to_world(other)) @ true_poses
+            there = turn @ np.linalg.inv(ring.volume_to_world(other)) @ true_poses
             assert np.allclose(np.linalg.inv(read.volume_to_world(other)) @ poses, there, atol=1e-6)
         images = [read.image(frame, camera) for camera in range(6)]
-        assert np.array_equal(images, world.images(frame))
-        assert np.array_equal(read.semantics(frame), world.semantics(frame))
+        assert np.array_equal(images, ring.images(frame))
+        assert np.array_equal(read.semantics(frame), ring.semantics(frame))
     for frame in (0, 5):
-        points = world.lidar(frame) @ turn[:3, :3].T + turn[:3, 3]
+        points = ring.lidar(frame) @ turn[:3, :3].T + turn[:3, 3]
         assert np.allclose(read.lidar(frame), points, atol=1e-4)
-        voxels, known = read.voxels(frame), world.voxels(frame) != 255
+        voxels, known = read.voxels(frame), ring.voxels(frame) != 255
         assert np.array_equal(read.voxel_mask(frame), known)
-        assert np.array_equal(voxels[known] > 0, world.voxels(frame)[known] > 0)
-        assert np.array_equal(voxels[known], OCC3D_CLASS[world.voxels(frame)[known]] % 17)
+        assert np.array_equal(voxels[known] > 0, ring.voxels(frame)[known] > 0)
+        assert np.array_equal(voxels[known], OCC3D_CLASS[ring.voxels(frame)[known]] % 17)
     assert read.voxels(1) is None
-    assert np.allclose(read.path[5] - read.path[0], world.path[5], rtol=0.05)
+    assert np.allclose(read.path[5] - read.path[0], ring.path[5], rtol=0.05)
 
 
-def test_official_names(folder):
+def test_official_names(ring_files):
     assert {f"scene-{n:04d}" for n in NUMBERS["val"]} <= official_val("v1.0-trainval")
     assert not {f"scene-{n:04d}" for n in NUMBERS["train"]} & official_val("v1.0-trainval")
 

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+import eval as eval_script
+import train as train_script
 from selfocc import InputError
 from selfocc.datasets.export_kitti import BASELINE, export_kitti_raw
 from selfocc.datasets.kitti_raw import drives_on_disk, kitti_raw_sequences, oxts_poses
@@ -17,7 +19,7 @@ from selfocc.datasets.synthetic import SyntheticConfig, synthetic_sequences
 from selfocc.datasets.video import VideoDataset, project_points
 from selfocc.labels import PseudoLabels
 from selfocc.presets import build
-from tests.tiny import run
+from tests.tiny import here
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "kitti_raw"
 SIZE, FRAMES = (24, 48), 6
@@ -159,8 +161,8 @@ def test_right_eye_is_a_sequence_of_its_own(world, exported):
 
 def test_each_eye_offers_the_other(exported):
     left, right = eyes(exported)
-    for here, there in ((left, right), (right, left)):
-        intrinsics, pose, images = here.other_eye(1)
+    for eye, there in ((left, right), (right, left)):
+        intrinsics, pose, images = eye.other_eye(1)
         assert np.array_equal(images, there.images(1))
         assert np.allclose(pose, there.cameras(1)[1]) and np.allclose(intrinsics, there.intrinsics)
     first, second, focal, baseline = left.stereo_pair(1)
@@ -475,25 +477,26 @@ def test_broken_poses_and_wrong_places_are_named_in_one_line(root):
         assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_scripts_train_and_evaluate_on_a_split(exported, tmp_path, cache):
+def test_scripts_train_and_evaluate_on_a_split(exported, tmp_path, cache, capsys):
     names = {"train": (1, 2), "val": (3,), "test": (4,)}
     for name, frames in names.items():
         lines = [f"{DATE}/{DRIVE} {frame} {eye}" for frame in frames for eye in "lr"]
         (tmp_path / f"{name}_files.txt").write_text("\n".join(lines))
     common = ("--dataset", "kitti_raw", "--data", exported, "--split-dir", tmp_path)
     out = tmp_path / "run"
-    done = run("train.py", "--preset", "kitti_raw_small", *common, "--out", out, cache=cache,
-               data__crop="24,48", data__pad="32,64", data__scale=1, data__target_scale=1,
-               optim__steps=1)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "4 training and 2 validation frames" in done.stderr + done.stdout
-    done = run("eval.py", "--ckpt", out, *common, "--val", "test", "--pictures", "0", cache=cache)
-    assert done.returncode == 0, done.stderr
-    assert "2 frames" in done.stdout and "depth, lidar" in done.stdout
-    wrong = (*common[:-1], tmp_path / "none")
-    done = run("eval.py", "--ckpt", out, *wrong, "--pictures", "0", cache=cache)
-    assert done.returncode == 2 and done.stderr.startswith("error: ")
-    assert "val_files.txt: cannot be read" in done.stderr
+    words = ("--preset", "kitti_raw_small", *common, "--out", out)
+    assert here(train_script, *words, cache=cache, data__crop="24,48", data__pad="32,64",
+                data__scale=1, data__target_scale=1, optim__steps=1) == 0  # fmt: skip
+    said = capsys.readouterr()
+    assert "4 training and 2 validation frames" in said.err + said.out
+    words = ("--ckpt", out, *common, "--val", "test", "--pictures", "0")
+    assert here(eval_script, *words, cache=cache) == 0
+    said = capsys.readouterr().out
+    assert "2 frames" in said and "depth, lidar" in said
+    words = ("--ckpt", out, *common[:-1], tmp_path / "none", "--pictures", "0")
+    assert here(eval_script, *words, cache=cache) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "val_files.txt: cannot be read" in said
 
 
 @pytest.fixture(scope="module")

@@ -14,37 +14,22 @@ import torch
 from selfocc import InputError
 from selfocc.datasets import Folders, open_dataset
 from selfocc.datasets.check import Report, overlay
-from selfocc.datasets.export_nuscenes import EGO_TO_GLOBAL, OCC3D_CLASS, export_nuscenes
+from selfocc.datasets.export_nuscenes import EGO_TO_GLOBAL, OCC3D_CLASS
 from selfocc.datasets.nuscenes import nuscenes_sequences, official_val
 from selfocc.datasets.nuscenes_tables import CHANNELS, _below, open_index, stream, whole
-from selfocc.datasets.synthetic import SyntheticConfig, synthetic_sequences
 from selfocc.datasets.video import VideoDataset
 from selfocc.labels import PseudoLabels
 from selfocc.presets import build
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "nuscenes"
 VERSION = "v1.0-trainval"
-SIZE, FRAMES = (24, 40), 7  # key frames 0 and 5
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    config = SyntheticConfig(rig="surround", image_size=SIZE, frames=FRAMES)
-    return synthetic_sequences(config, "val", 1, cache=tmp_path_factory.mktemp("cache"))[0]
-
-
-@pytest.fixture(scope="module")
-def exported(world, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("nuscenes")
-    export_nuscenes([world], folder)
-    return folder
 
 
 @pytest.fixture
-def root(exported, tmp_path, monkeypatch):
+def root(ring_files, tmp_path, monkeypatch):
     """A copy to break."""
     monkeypatch.setenv("SELFOCC_CACHE", str(tmp_path / "cache"))
-    shutil.copytree(exported, tmp_path / "data")
+    shutil.copytree(ring_files, tmp_path / "data")
     return tmp_path / "data"
 
 
@@ -60,32 +45,32 @@ def edit(root, name, change):
     path.write_text(json.dumps(rows, indent=0))
 
 
-def test_an_exported_scene_is_the_world_itself(world, root):
+def test_an_exported_scene_is_the_world_itself(ring, root):
     sequence = only(root)
     assert (sequence.name, sequence.frames) == ("scene-0003", 6)
     assert sequence.inputs == sequence.labelled == [0, 5] and sequence.missing == []
-    to_ego = world.rig.volume_to_ego
-    ego = np.stack([world.volume_to_world(f) @ np.linalg.inv(to_ego) for f in range(6)])[:, :3, 3]
+    to_ego = ring.rig.volume_to_ego
+    ego = np.stack([ring.volume_to_world(f) @ np.linalg.inv(to_ego) for f in range(6)])[:, :3, 3]
     assert np.allclose(sequence.path[1:], np.linalg.norm(np.diff(ego, axis=0), axis=1).cumsum())
     for frame in range(6):
         intrinsics, camera_to_world = sequence.cameras(frame)
-        expected, poses = world.cameras(frame)
+        expected, poses = ring.cameras(frame)
         camera_to_world[:, :3, 3] -= EGO_TO_GLOBAL
         assert np.allclose(camera_to_world, poses, atol=1e-9) and np.array_equal(
             intrinsics, expected
         )
-        assert np.array_equal(sequence.images(frame), world.images(frame))
+        assert np.array_equal(sequence.images(frame), ring.images(frame))
         volume = sequence.volume_to_world(frame) @ to_ego  # the volume of nuScenes is the ego's
         volume[:3, 3] -= EGO_TO_GLOBAL
-        assert np.allclose(volume, world.volume_to_world(frame), atol=1e-9)
+        assert np.allclose(volume, ring.volume_to_world(frame), atol=1e-9)
     for frame in (0, 5):
-        ego_points = world.lidar(frame) @ to_ego[:3, :3].T + to_ego[:3, 3]
+        ego_points = ring.lidar(frame) @ to_ego[:3, :3].T + to_ego[:3, 3]
         assert np.allclose(sequence.lidar(frame), ego_points, atol=1e-4)
-        labels = world.voxels(frame)
+        labels = ring.voxels(frame)
         assert np.array_equal(sequence.voxels(frame), OCC3D_CLASS[labels] % 17)
         assert np.array_equal(sequence.voxel_mask(frame), labels != 255)
     assert sequence.lidar(1) is None and sequence.voxels(1) is None
-    assert np.array_equal(pickle.loads(pickle.dumps(sequence)).image(5, 2), world.image(5, 2))
+    assert np.array_equal(pickle.loads(pickle.dumps(sequence)).image(5, 2), ring.image(5, 2))
 
 
 def test_lidar_volume_frame(root):

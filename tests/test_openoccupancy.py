@@ -8,10 +8,8 @@ import pytest
 import torch
 
 from selfocc import InputError, evaluation, presets, protocols
-from selfocc.datasets.export_nuscenes import export_nuscenes
 from selfocc.datasets.nuscenes import nuscenes_sequences
 from selfocc.datasets.nuscenes_voxels import OpenOccupancy
-from selfocc.datasets.synthetic import SyntheticConfig, synthetic_sequences
 from selfocc.scores import Scores
 
 BOX = OpenOccupancy.box
@@ -152,37 +150,24 @@ def test_margins_of_pooled_voxels():
 # files
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    scene = SyntheticConfig(rig="surround", image_size=(24, 40), frames=1)
-    return synthetic_sequences(scene, "val", 1, cache=tmp_path_factory.mktemp("cache"))[0]
-
-
-@pytest.fixture(scope="module")
-def folder(world, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("nuscenes")
-    export_nuscenes([world], folder)
-    return folder
-
-
 @pytest.fixture
-def scene(folder, tmp_path, monkeypatch):
+def scene(ring_files, tmp_path, monkeypatch):
     """Opens the exported scene."""
     monkeypatch.setenv("SELFOCC_CACHE", str(tmp_path))
 
     def open_scene(frame="lidar", voxels="openoccupancy"):
         (sequence,) = nuscenes_sequences(
-            folder, "v1.0-trainval", "val", volume_frame=frame, voxels=voxels
+            ring_files, "v1.0-trainval", "val", volume_frame=frame, voxels=voxels
         )
         return sequence
 
     return open_scene
 
 
-def test_exported_labels_are_where_the_world_is(world, scene):
-    """Every occupied voxel of the world, and the points of the scan, through the tables alone."""
+def test_exported_labels_are_where_the_world_is(ring, scene):
+    """Every occupied voxel of the ring, and the points of the scan, through the tables alone."""
     sequence = scene("ego")
-    assert sequence.labelled == [0] and sequence.missing == []
+    assert sequence.labelled == [0, 5] and sequence.missing == []
     labels, matrix = sequence.voxels(0), sequence.voxels_to_volume(0)
     assert labels.shape == (512, 512, 40) and sequence.voxel_mask(0) is None
     assert set(np.unique(labels)) <= set(range(17)) and (labels > 0).sum() > 10_000
@@ -190,8 +175,8 @@ def test_exported_labels_are_where_the_world_is(world, scene):
     place = np.argwhere(labels > 0)[::50]
     centres = np.stack([x[place[:, 1]], y[place[:, 0]], z[place[:, 2]]], 1)
     centres = centres @ matrix[:3, :3].T + matrix[:3, 3]
-    solid = world.signed_distance(0, centres) < 0.4  # 0.2 m from there to a voxel of the world
-    mirrored = world.signed_distance(0, centres * [-1, 1, 1]) < 0.4
+    solid = ring.signed_distance(0, centres) < 0.4  # 0.2 m from there to a voxel of the world
+    mirrored = ring.signed_distance(0, centres * [-1, 1, 1]) < 0.4
     assert solid.mean() > 0.999 and mirrored.mean() < 0.95
     truth = scene("ego", "occ3d").voxels(0)  # 40 m around the vehicle, voxels of 0.4 m
     i, j, k = np.floor((centres - [-40, -40, -1]) / 0.4).astype(int).T
@@ -239,11 +224,11 @@ def test_noise_is_scored_as_published_alone(protocol, ids, scene, monkeypatch):
 ROWS = np.array([[3, 5, 7, 4], [0, 0, 511, 16], [39, 511, 0, 0]])
 
 
-def written(folder, rows):
-    file = folder / "nuScenes-Occupancy" / "scene_a" / "occupancy" / "b.npy"
+def written(ring_files, rows):
+    file = ring_files / "nuScenes-Occupancy" / "scene_a" / "occupancy" / "b.npy"
     file.parent.mkdir(parents=True)
     np.save(file, rows)
-    return OpenOccupancy(folder, "a", {0: "b", 5: "c"}), file
+    return OpenOccupancy(ring_files, "a", {0: "b", 5: "c"}), file
 
 
 @pytest.mark.parametrize("kind", [np.int16, np.int64, np.float32, "velocity"])
@@ -291,11 +276,11 @@ def test_torn_files(tmp_path):
             voxels.labels(0)
 
 
-def test_what_is_missing_is_said(scene, folder):
-    (folder / "nuScenes-Occupancy").rename(folder / "away")
+def test_what_is_missing_is_said(scene, ring_files):
+    (ring_files / "nuScenes-Occupancy").rename(ring_files / "away")
     try:
         sequence = scene()
     finally:
-        (folder / "away").rename(folder / "nuScenes-Occupancy")
+        (ring_files / "away").rename(ring_files / "nuScenes-Occupancy")
     assert sequence.labelled == [] and sequence.voxels(0) is None
     assert sequence.missing[-1].startswith("no nuScenes-Occupancy of some scenes")

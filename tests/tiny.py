@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 ROOT = Path(__file__).parents[1]
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py")
 SETTINGS = {
@@ -56,6 +59,18 @@ def run(*command, cache: Path, limit: int | None = None, **changes) -> subproces
         text=True,
         preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),
     )
+
+
+def here(script, *words, cache: Path, **changes) -> int:
+    """Run a script's `main` in this process, which has imported all it needs; the exit code."""
+    words = [str(word) for word in words]
+    if script.__name__ == "train":
+        words += [word for override in overrides(**changes) for word in ("--set", override)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SELFOCC_CACHE", str(cache))
+        code = script.main(words)
+    torch.set_flush_denormal(False)  # as training sets it
+    return code
 
 
 def environment(cache: Path) -> dict[str, str]:

@@ -74,7 +74,7 @@ def _relative(sequence, frame, other):
 
 
 def _grey(image: np.ndarray) -> Tensor:
-    return torch.from_numpy(image).double().mean(-1)
+    return torch.from_numpy(image).float().mean(-1)
 
 
 def _corners(image: Tensor) -> Tensor:
@@ -111,12 +111,11 @@ def _offsets(here, there, corners, matrix, k_here, k_there) -> Tensor:
     )
     normal = torch.stack([-tangent[:, 1], tangent[:, 0]], -1)
     offset = torch.arange(-REACH, REACH + 1, dtype=torch.float64)
-    place = line[:, :, None] + offset[:, None] * normal[:, None, None]  # [P, D, O, 2]
-    y, x = torch.meshgrid(*[torch.arange(-RADIUS, RADIUS + 1.0, dtype=torch.float64)] * 2,
-                          indexing="ij")  # fmt: skip
+    place = (line[:, :, None] + offset[:, None] * normal[:, None, None]).float()  # [P, D, O, 2]
+    y, x = torch.meshgrid(*[torch.arange(-RADIUS, RADIUS + 1.0)] * 2, indexing="ij")
     patch = torch.stack([x, y], -1).flatten(0, 1)
-    want = _standard(_sample(here, corners[:, None] + patch))
-    score = torch.full(place.shape[:3], -1.0, dtype=torch.float64)
+    want = _standard(_sample(here, corners[:, None].float() + patch))
+    score = torch.full(place.shape[:3], -1.0)
     limit = torch.tensor(there.shape[::-1]) - 1 - RADIUS
     inside = ((place > RADIUS) & (place < limit)).all(-1) & ahead[..., None]
     for p in range(len(corners)):  # a corner at a time keeps the patches in the cache
@@ -140,12 +139,7 @@ def _standard(patches: Tensor) -> Tensor:
 
 def _sample(image: Tensor, pixels: Tensor) -> Tensor:
     """Grey values [...] at pixels (u, v) [..., 2] inside the image, bilinear."""
-    height, width = image.shape
-    u, v = pixels.unbind(-1)
-    left, top = u.floor().clamp(0, width - 2).long(), v.floor().clamp(0, height - 2).long()
-    right, down = u - left, v - top
-    values = image.flatten()
-    at = top * width + left
-    above = values[at] * (1 - right) + values[at + 1] * right
-    below = values[at + width] * (1 - right) + values[at + width + 1] * right
-    return above * (1 - down) + below * down
+    last = torch.tensor(image.shape[::-1]) - 1
+    grid = (2 * pixels / last - 1).float().view(1, 1, -1, 2)
+    values = F.grid_sample(image[None, None], grid, align_corners=True, padding_mode="border")
+    return values.view(pixels.shape[:-1])
