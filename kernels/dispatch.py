@@ -30,7 +30,7 @@ _TYPES = {
     torch.int64: "i64",
     torch.int32: "i32",
     torch.uint8: "u8",
-    torch.bool: "i1",
+    torch.bool: "u1",
 }
 
 

@@ -274,6 +274,8 @@ def test_published_sizes(size):
     )[size]
     picture = dict(kitti=(352, 1216), nuscenes=(768, 1600))[size]
     tensors, options = case(samples=256, size=picture, combine=size == "nuscenes", **settings)
+    # soft enough that no ray is seen with a weight near the epsilon that bounds what is divided by
+    tensors["inv_s"] = torch.tensor(0.1, device=DEVICE)
     found, _ = with_gradients(tensors, options)
     exact, _ = with_gradients({name: x.double() for name, x in tensors.items()}, options)
     for name, value in exact.items():
