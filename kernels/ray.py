@@ -22,7 +22,7 @@ class Rays(NamedTuple):
     directions: Tensor  # [B, R, 3]
     near: Tensor
     far: Tensor
-    jitter: Tensor | None = None
+    jitter: Tensor  # is looked at if JITTER
 
 
 class Grid(NamedTuple):
@@ -59,7 +59,7 @@ class Line(NamedTuple):
     z: Tensor
     near: Tensor
     step: Tensor
-    jitter: Tensor | None
+    jitter: Tensor
 
 
 class Span(NamedTuple):
@@ -110,23 +110,23 @@ def read_ray(rays, index, samples):
         tl.load(rays.directions + 3 * index + 2).to(tl.float32),
         near,
         (far - near) / samples,
-        tl.load(rays.jitter + index).to(tl.float32) if rays.jitter is not None else None,
+        tl.load(rays.jitter + index).to(tl.float32),
     )
 
 
 @triton.jit
-def _shift(edge, jitter, samples):
+def _shift(edge, jitter, samples, JITTER: tl.constexpr):
     """How far an edge moves, in intervals: between the middles of those it parts."""
     lower = tl.where(edge > 0, -0.5, 0.0)
     upper = tl.where(edge < samples, 0.5, 0.0)
-    return lower + (upper - lower) * jitter if jitter is not None else 0.0 * lower
+    return lower + (upper - lower) * jitter if JITTER else 0.0 * lower
 
 
 @triton.jit
-def interval(sample, line, samples):
+def interval(sample, line, samples, JITTER: tl.constexpr):
     """The `Span` of samples [1, BLOCK] along a ray."""
-    first = _shift(sample, line.jitter, samples)
-    second = _shift(sample + 1, line.jitter, samples)
+    first = _shift(sample, line.jitter, samples, JITTER)
+    second = _shift(sample + 1, line.jitter, samples, JITTER)
     start = line.near + line.step * (sample + first)
     length = line.step * (1 + (second - first))
     return Span(start, length, start + 0.5 * length)

@@ -161,7 +161,8 @@ def _walk(
         )
     wide = triton.next_power_of_2(channels)
     arguments = dict(
-        rays=Rays(*(x.contiguous() for x in rays)),
+        # Triton 3.6 hands no tuple on that holds None: without jitter any number is read
+        rays=Rays(*(x.contiguous() for x in (*rays, rays[-1])[:5])),
         field=Field(volume, node_table(volume, spacing), inv_s),
         scene=views,
         count=count,
@@ -174,6 +175,7 @@ def _walk(
         VOLUME=Strides(item, y, x, z, c),
         TABLE=_strides(nodes, 4),
         ALPHA=ALPHAS[options.alpha].value,
+        JITTER=len(rays) == 5,
         BACKDROP=options.backdrop,
         COMBINE=options.combine,
         SOURCES=triton.next_power_of_2(sources),

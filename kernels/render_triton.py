@@ -102,21 +102,6 @@ class Added(NamedTuple):
 
 
 @triton.jit
-def _compare(line, image, scene, t, inside, goal, COMBINE: tl.constexpr):
-    return compared_proposals(
-        line,
-        image,
-        scene.pixel_strides,
-        t,
-        inside,
-        goal,
-        scene.size,
-        scene.read,
-        COMBINE,
-    )
-
-
-@triton.jit
 def _sources(scene, item, count, COMBINE: tl.constexpr, SOURCES: tl.constexpr):
     """`ray_in_sources` of the only ray of a program."""
     return ray_in_sources(
@@ -150,6 +135,7 @@ def render_forward(
     VOLUME: tl.constexpr,
     TABLE: tl.constexpr,
     ALPHA: tl.constexpr,
+    JITTER: tl.constexpr,
     BACKDROP: tl.constexpr,
     COMBINE: tl.constexpr,
     SOURCES: tl.constexpr,
@@ -189,11 +175,19 @@ def render_forward(
     while (start < samples) & (lit_rays > 0):
         sample = start + tl.arange(0, BLOCK)[None, :]
         inside = known & (sample < samples)
-        span = interval(sample, line, samples)
+        span = interval(sample, line, samples, JITTER)
         if scene is not None:  # first, while there is little to keep in registers
             t = span.middle / metre
-            difference, red, green, blue, seen = _compare(
-                view, image, scene, t, inside & sources, goal, COMBINE
+            difference, red, green, blue, seen = compared_proposals(
+                view,
+                image,
+                scene.pixel_strides,
+                t,
+                inside & sources,
+                goal,
+                scene.size,
+                scene.read,
+                COMBINE,
             )
         place = locate(line, span.start, low, scale, GRID)
         last = sample == samples - 1
@@ -273,6 +267,7 @@ def render_backward(
     ADDED: tl.constexpr,
     ALPHA: tl.constexpr,
     SLOPES: tl.constexpr,
+    JITTER: tl.constexpr,
     BACKDROP: tl.constexpr,
     COMBINE: tl.constexpr,
     SOURCES: tl.constexpr,
@@ -323,12 +318,20 @@ def render_backward(
         if tl.sum(tl.where((light != 0) | kept, 1, 0)) > 0:
             sample = tile * BLOCK + tl.arange(0, BLOCK)[None, :]
             inside = sample < samples
-            span = interval(sample, line, samples)
+            span = interval(sample, line, samples, JITTER)
             by_weight = by_opacity + by_middle * (span.middle - distance)
             if scene is not None:
                 t = span.middle / metre
-                difference, red, green, blue, seen = _compare(
-                    view, image, scene, t, inside & sources, goal, COMBINE
+                difference, red, green, blue, seen = compared_proposals(
+                    view,
+                    image,
+                    scene.pixel_strides,
+                    t,
+                    inside & sources,
+                    goal,
+                    scene.size,
+                    scene.read,
+                    COMBINE,
                 )
                 by_source = by_l1 * difference + by_red * red + by_green * green + by_blue * blue
                 by_weight += tl.sum(by_source - offset * seen, 0, keep_dims=True)
