@@ -50,8 +50,7 @@ class Scene(NamedTuple):
     target: Tensor
     images: Tensor
     projections: Tensor
-    count: int  # of sources
-    size: tuple[int, int]  # rows and columns of an image
+    shape: tuple[int, int, int]  # sources, rows, columns; 3.6 wants what may be 1 in a tuple within
     target_strides: tuple[int, ...]
     image_strides: tuple[int, ...]  # of items, sources and cameras
     pixel_strides: tuple[int, ...]  # of channels, rows and columns
@@ -110,7 +109,7 @@ def _sources(scene, item, count, COMBINE: tl.constexpr, SOURCES: tl.constexpr):
         scene.images,
         scene.projections,
         (item, tl.program_id(1), tl.program_id(0)),
-        (tl.num_programs(1), count, scene.count),
+        (tl.num_programs(1), count, scene.shape[0]),
         scene.target_strides,
         scene.image_strides,
         COMBINE,
@@ -185,7 +184,7 @@ def render_forward(
                 t,
                 inside & sources,
                 goal,
-                scene.size,
+                (scene.shape[1], scene.shape[2]),
                 scene.read,
                 COMBINE,
             )
@@ -329,7 +328,7 @@ def render_backward(
                     t,
                     inside & sources,
                     goal,
-                    scene.size,
+                    (scene.shape[1], scene.shape[2]),
                     scene.read,
                     COMBINE,
                 )
