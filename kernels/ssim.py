@@ -195,12 +195,12 @@ def _row_sums(x, y, x_here, y_here, row, column, layout, mask):
     """Sums over three columns of x, y, x^2, y^2 and x y, less (x, y)_here, in the windows around
     the column to the left, the column itself, and the one to the right.
     """
+    _, columns, x_row, x_column, y_row, y_column = layout
     numbers = ()
-    for j in tl.static_range(5):
-        at = tl.maximum(_reflect(column + (j - 2), layout[1]), 0)
-        here_x, here_y = _read(x, y, row, at, layout, mask)
-        here_x -= x_here
-        here_y -= y_here
+    for j in tl.static_range(5):  # not by `_read`: LLVM needs more registers for both at once
+        at = tl.maximum(_reflect(column + (j - 2), columns), 0)
+        here_x = tl.load(x + row * x_row + at * x_column, mask, other=0.0).to(tl.float32) - x_here
+        here_y = tl.load(y + row * y_row + at * y_column, mask, other=0.0).to(tl.float32) - y_here
         numbers += ((here_x, here_y, here_x * here_x, here_y * here_y, here_x * here_y),)
     sums = ()
     for j in tl.static_range(3):

@@ -139,7 +139,7 @@ def test_geometry_of_the_cases():
 
 def test_tables_and_json_on_a_cpu(tmp_path, capsys):
     out = tmp_path / "times.json"
-    words = ["--kernel", "composite", "--sizes", "small", "--targets", "cuda 90"]
+    words = ["--kernel", "node_losses", "--sizes", "small", "--targets", "cuda 90"]
     words += ["--threads", "1", "--out", str(out)]
     assert bench.main(words) == 0
     report = json.loads(out.read_text())
@@ -148,7 +148,7 @@ def test_tables_and_json_on_a_cpu(tmp_path, capsys):
         assert said.startswith("No GPU here")
     (checked,) = report["correctness"]
     assert checked["right"] and checked["triton"] < 1e-4
-    assert report["times"][0]["both_ms"] > 0 and "composite, small" in said
+    assert report["times"][0]["both_ms"] > 0 and "node_losses, small" in said
 
 
 def test_on_a_gpu_triton_is_timed_first_and_the_file_is_whole_after_every_line(
