@@ -1,4 +1,4 @@
-"""Images and intrinsics as the published pipeline prepares them (spec section 1)."""
+"""Images and intrinsics as the published pipeline prepares them."""
 
 from pathlib import Path
 
