@@ -32,7 +32,7 @@ from selfocc.datasets.nuscenes_tables import (
     unit,
     whole,
 )
-from selfocc.datasets.nuscenes_voxels import VOXELS
+from selfocc.datasets.nuscenes_voxels import Occ3D, OpenOccupancy
 from selfocc.labels import PseudoLabels
 
 CAMERAS = CHANNELS[:LIDAR]
@@ -292,9 +292,9 @@ class NuScenesSequence(Sequence):
         self._volume_to_ego = self._lidar_to_ego if volume_frame == "lidar" else None
         if voxels == "occ3d":
             tokens = {frame: str(self.tokens[frame]) for frame in self.inputs}
-            self._voxels = VOXELS[voxels](root, name, tokens)
+            self._voxels = Occ3D(root, name, tokens)
         else:
-            self._voxels = VOXELS[voxels](root, token, scan_tokens)
+            self._voxels = OpenOccupancy(root, token, scan_tokens)
         self.labelled = sorted(self._voxels.files)
         self._survey()
 

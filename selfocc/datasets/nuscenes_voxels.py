@@ -94,8 +94,5 @@ class OpenOccupancy:
         """All voxels are scored."""
 
 
-VOXELS = {"occ3d": Occ3D, "openoccupancy": OpenOccupancy}
-
-
 def _names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
