@@ -2,13 +2,16 @@
 
 import ast
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from kernels.bench import __main__ as bench
-from kernels.bench import cases, clock, compile, scenes
+from kernels.bench import cases, clock, compile, measure, scenes
 from kernels.bench.compile import TARGETS
 from kernels.dispatch import triton
 from selfocc import bench as steps
@@ -151,21 +154,44 @@ def test_tables_and_json_on_a_cpu(tmp_path, capsys):
     assert report["times"][0]["both_ms"] > 0 and "node_losses, small" in said
 
 
+@pytest.mark.parametrize("words", [["--kernel", "node_losses"], ["--compile-only"]])
+def test_it_runs_as_a_command(words, tmp_path):
+    """Spawned processes import what they run, which they cannot from `__main__`."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [
+        sys.executable,
+        "-m",
+        "kernels.bench",
+        "--sizes",
+        "small",
+        "--threads",
+        "1",
+        "--json",
+    ]
+    command += ["--kernel", "node_losses", "--targets", "cuda 90", "--threads", "1", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert len(report["compiled"]) >= 2 or torch.cuda.is_available()
+    assert "--compile-only" in words or report["times"][0]["both_ms"] > 0
+
+
 def test_on_a_gpu_triton_is_timed_first_and_the_file_is_whole_after_every_line(
     tmp_path, monkeypatch
 ):
     out, seconds, seen = tmp_path / "times.json", iter(range(0, 1000, 20)), []
 
-    def measure(case, call, repeats):
+    def timed(case, call, repeats):
         seen.append(json.loads(out.read_text())["times"] if seen else [])
         return dict(forward_ms=1.0, both_ms=2.0, forward_bytes=8, both_bytes=8) | dict(
             forward_peak_bytes=8, both_peak_bytes=8
         )
 
-    stubs = dict(_gpu_measure=measure, copy_bandwidth=lambda: 1.0, warm_up=lambda *_: None)
-    stubs |= dict(correctness=lambda *_: [], _deformops=lambda size: id)
+    stubs = dict(copy_bandwidth=lambda: 1.0, warm_up=lambda *_: None, correctness=lambda *_: [])
     for name, stub in stubs.items():
         monkeypatch.setattr(bench, name, stub)
+    monkeypatch.setattr(measure, "_gpu_measure", timed)
+    monkeypatch.setattr(measure, "_deformops", lambda size: id)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(bench.time, "monotonic", lambda: next(seconds))

@@ -5,14 +5,18 @@ import multiprocessing
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels.bench.cases import Case
+from kernels.bench.measure import Work
+from kernels.bench.scenes import Draw
 from kernels.dispatch import Launch, record, triton
 
 TARGETS = {
@@ -115,3 +119,87 @@ def _hip_resources(assembly: str) -> tuple[int, int]:
     registers = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])
     scratch = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)[1])
     return registers, scratch
+
+
+# -----------------------------------------------------------------------------------------------
+# Compiled for GPUs that are not there
+
+
+def different_launches(chosen: list[Case]) -> list[tuple[str, Launch]]:
+    """What the cases launch in float32 and bfloat16, deterministic or not, and who does first."""
+    found = {}
+    for case in chosen:
+        for label, launch in _recorded(case):
+            key = (launch.kernel, str(launch.signature), str(launch.constants), launch.aligned)
+            found.setdefault(key, (label, launch))
+    return list(found.values())
+
+
+def compiled(labelled: list[tuple[str, Launch]], targets: list[str], processes: int) -> list[dict]:
+    """What the compiler says of launches, for JSON."""
+    reports = compile_all([launch for _, launch in labelled], targets, processes)
+    return [
+        {
+            "kernel": _kernel_name(launch),
+            "case": label,
+            "constants": {".".join(map(str, p)): str(x) for p, x in launch.constants.items()},
+            "warps": launch.warps,
+            "grid": launch.grid,
+            "targets": {
+                target: {"failed": said} if isinstance(said, str) else asdict(said)
+                for target, said in report.items()
+            },
+        }
+        for (label, launch), report in zip(labelled, reports, strict=True)
+    ]
+
+
+def _kernel_name(launch: Launch) -> str:
+    return f"{launch.kernel.__module__.removeprefix('kernels.')}.{launch.kernel.__name__}"
+
+
+def _recorded(case: Case) -> Iterator[tuple[str, Launch]]:
+    """Launches of forward and backward, each with what is particular about it."""
+    for dtype, deterministic in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+        work = Work(case, case.call, "meta", 0)
+        work.inputs = case.inputs(Draw("meta", dtype=dtype))
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            launches = launches_of(work.both)
+        finally:
+            torch.use_deterministic_algorithms(before)
+        label = case.name + " bf16" * (dtype == torch.bfloat16) + " deterministic" * deterministic
+        yield from ((label, launch) for launch in launches)
+
+
+def compile_table(rows: list[dict], targets: list[str]) -> str:
+    """A line a launch: registers a thread, /bytes of shared memory, !bytes a thread spilled."""
+    lines = ["", "registers/shared bytes!spilled bytes"]
+    lines.append(f"{'kernel':40s}{'of':58s}{'warps':>6s}" + "".join(f"{t:>12s}" for t in targets))
+    for row in rows:
+        cells = [_cell(row["targets"][target]) for target in targets]
+        cells = "".join(f"{cell:>12s}" for cell in cells)
+        lines.append(f"{row['kernel']:40s}{row['case']:58s}{row['warps']:6d}{cells}")
+    return "\n".join(lines)
+
+
+def complaints(rows: list[dict]) -> list[str]:
+    """A line for every reason why something did not compile, with the first place and a count."""
+    places: dict[str, list[str]] = {}
+    for row in rows:
+        for target, report in row["targets"].items():
+            if "failed" in report:
+                place = f"{row['kernel']} of {row['case']} for {target}"
+                places.setdefault(report["failed"], []).append(place)
+    return [
+        f"error: {first} did not compile{f', nor did {len(more)} others' if more else ''}: {reason}"
+        for reason, (first, *more) in places.items()
+    ]
+
+
+def _cell(report: dict) -> str:
+    if "failed" in report:
+        return "failed"
+    shared = f"/{report['shared']}" if report["shared"] else ""
+    return f"{report['registers']}{shared}" + (f"!{report['spills']}" if report["spills"] else "")
