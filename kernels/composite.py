@@ -56,7 +56,7 @@ class Weights(torch.autograd.Function):
 
 
 @triton.jit
-def _composite_forward(
+def composite_forward(
     alpha,
     values,
     weights,
@@ -96,7 +96,7 @@ def _composite_forward(
 
 
 @triton.jit
-def _composite_backward(
+def composite_backward(
     grad_weights,
     grad_left,
     grad_sums,
@@ -154,16 +154,16 @@ def _composite_forward_triton(
     left, sums = weights.new_empty(rows), weights.new_empty(rows, width)
     light = weights.new_empty(rows, triton.cdiv(samples, LANES))
     launch(
-        _composite_forward,
+        composite_forward,
         (rows, max(1, triton.cdiv(width, tile["CHANNELS"]))),
-        alpha.contiguous(),
-        values.contiguous(),
-        weights,
-        left,
-        sums,
-        light,
-        samples,
-        width,
+        alpha=alpha.contiguous(),
+        values=values.contiguous(),
+        weights=weights,
+        left=left,
+        sums=sums,
+        light=light,
+        samples=samples,
+        width=width,
         warps=WARPS,
         **tile,
     )
@@ -184,19 +184,19 @@ def _composite_backward_triton(
     grad_alpha = alpha.new_empty(alpha.shape, dtype=torch.float32)
     grad_values = alpha.new_empty(values.shape, dtype=torch.float32)
     launch(
-        _composite_backward,
+        composite_backward,
         (rows,),
-        grad_weights.contiguous(),
-        grad_left.contiguous(),
-        grad_sums.contiguous(),
-        alpha.contiguous(),
-        values.contiguous(),
-        left,
-        light,
-        grad_alpha,
-        grad_values,
-        samples,
-        width,
+        grad_weights=grad_weights.contiguous(),
+        grad_left=grad_left.contiguous(),
+        grad_sums=grad_sums.contiguous(),
+        alpha=alpha.contiguous(),
+        values=values.contiguous(),
+        left=left,
+        light=light,
+        grad_alpha=grad_alpha,
+        grad_values=grad_values,
+        samples=samples,
+        width=width,
         warps=WARPS,
         **tile,
     )

@@ -103,7 +103,7 @@ def use_triton(tensor: Tensor) -> bool:
 def launch(
     kernel,
     grid: tuple[int, ...],
-    *positional,
+    *,
     warps: int = 4,
     registers: int | None = None,
     **arguments,
@@ -115,8 +115,6 @@ def launch(
     """
     if 0 in grid:
         return
-    names = [name for name in kernel.arg_names if name not in arguments]
-    arguments |= dict(zip(names, positional, strict=True))
     if _recorded is not None:
         types, constants, aligned = {}, {}, []
         for name in kernel.arg_names:

@@ -56,9 +56,9 @@ FEATURES = 128
 # Rays from which on each gets a lane: 4,096 warps, more than 132 processors hold. It saves what
 # lanes exchange, and neighbours share cache lines.
 MANY = 1 << 17
-# Registers of the deterministic backward with images, and of integers in rows that lie across
-# lanes; left alone, ptxas spills up to 16 bytes.
-REGISTERS_SCENE, REGISTERS_FIXED = 200, 136
+# Registers of the deterministic backward with images, of integers in rows that lie across lanes,
+# and of floats in rows that do not; left alone, ptxas spills up to 40 bytes.
+REGISTERS_SCENE, REGISTERS_FIXED, REGISTERS_FLOAT = 200, 136, 104
 
 
 @dataclass
@@ -243,8 +243,8 @@ def _backward(
 
     def walk(scatter: str, dtype: torch.dtype, units: Tensor) -> list[Tensor]:
         registers = REGISTERS_SCENE if scene and scatter != "float" else None
-        if not scene and scatter == "fixed" and arguments["FEW"] < LANES:
-            registers = REGISTERS_FIXED
+        if not scene and (arguments["FEW"] < LANES) == (scatter == "fixed"):
+            registers = REGISTERS_FIXED if scatter == "fixed" else REGISTERS_FLOAT
         shapes = (batch, *nodes, channels), (batch, *nodes, 4)
         into = [volume.new_zeros(shape, dtype=dtype) for shape in shapes]
         launch(

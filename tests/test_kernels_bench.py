@@ -301,10 +301,10 @@ def test_what_does_not_compile_is_told_with_an_exit_code(tmp_path, monkeypatch, 
     words = ["--compile-only", "--kernel", "composite", "--sizes", "small", "--threads", "1"]
     assert bench.main([*words, "--targets", "cuda 90,cuda 80"]) == 1
     lines = capsys.readouterr().err.splitlines()
-    assert [line[line.index("_composite_forward") :] for line in lines] == [
-        "_composite_forward of composite, small for cuda 90 did not compile, nor did 3 others: "
+    assert [line[line.index("composite_forward") :] for line in lines] == [
+        "composite_forward of composite, small for cuda 90 did not compile, nor did 3 others: "
         "RuntimeError: ptxas is missing",
-        "_composite_forward of composite, small for cuda 80 did not compile, nor did 3 others: "
+        "composite_forward of composite, small for cuda 80 did not compile, nor did 3 others: "
         "AssertionError: ",
     ]
 

@@ -49,8 +49,8 @@ def test_recorded_launches_carry_types_and_constants_and_do_not_run():
 
     out = torch.empty(100, device="meta", dtype=torch.bfloat16)
     with dispatch.record() as launches:
-        dispatch.launch(fill, (4,), out, 0.5, 2**40, warps=2, BLOCK=32)
-        dispatch.launch(fill, (0,), out, 0.5, 100, BLOCK=32)  # nothing to do
+        dispatch.launch(fill, (4,), out=out, value=0.5, count=2**40, warps=2, BLOCK=32)
+        dispatch.launch(fill, (0,), out=out, value=0.5, count=100, BLOCK=32)  # nothing to do
     (one,) = launches
     assert one.signature == {"out": "*bf16", "value": "fp32", "count": "i64", "BLOCK": "constexpr"}
     assert one.constants == {("BLOCK",): 32} and one.warps == 2 and one.grid == (4,)
