@@ -6,6 +6,20 @@ of SemanticKITTI that it stands for: `openseed21`, `cityscapes19`, `semantickitt
 embedded world draws), or a JSON file, a list with an entry for every id:
 
     [{"name": "road", "occ3d": "driveable_surface", "kitti": "road"}, ...]
+
+Any segmentation network writes them. With `transformers`, for KITTI and `cityscapes19`:
+
+    name = "nvidia/segformer-b5-finetuned-cityscapes-1024-1024"
+    segment = SegformerForSemanticSegmentation.from_pretrained(name).cuda()
+    processor = AutoImageProcessor.from_pretrained(name)
+    for path in data.glob("dataset/sequences/*/image_2/*.png"):
+        image = Image.open(path).convert("RGB")
+        with torch.no_grad():
+            out = segment(**processor(image, return_tensors="pt").to("cuda"))
+        (ids,) = processor.post_process_semantic_segmentation(out, [image.size[::-1]])
+        target = (labels / path.relative_to(data)).with_suffix(".png")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(ids.byte().cpu().numpy()).save(target)
 """
 
 import dataclasses
