@@ -23,17 +23,16 @@ ON_LINUX = pytest.mark.skipif(not hasattr(triton, "compile"), reason="Triton is 
 
 
 def kernel_names() -> set[str]:
-    """Functions under @triton.jit that are launched: those that ask which program they are."""
-    names = set()
+    """Functions under @triton.jit that are launched."""
+    jitted, launched = {}, set()
     for file in (ROOT / "kernels").glob("*.py"):
-        text = file.read_text()
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef) and "program_id" in ast.get_source_segment(
-                text, node
-            ):
-                decorators = [ast.unparse(d) for d in node.decorator_list]
-                names |= {f"{file.stem}.{node.name}"} if "triton.jit" in decorators else set()
-    return names
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                if "triton.jit" in [ast.unparse(d) for d in node.decorator_list]:
+                    jitted[node.name] = f"{file.stem}.{node.name}"
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "launch":
+                launched.add(ast.unparse(node.args[0]))
+    return {jitted[name] for name in launched}
 
 
 @pytest.fixture(scope="module")
