@@ -559,7 +559,7 @@ def epipolar_photometric(
     check(
         weights=(weights, "B N R S"),
         depths=(depths, "B N R S"),
-        **_expected(pixels, target, sources, projections),
+        **shapes_of_views(pixels, target, sources, projections),
     )
     views = [depths, pixels, target, sources, projections]
     if all(map(use_triton, (weights, *views[:-1]))):
@@ -568,16 +568,11 @@ def epipolar_photometric(
     return _reference(*tensors, combine, published_pixels)
 
 
-def _expected(pixels, target, sources, projections) -> dict[str, tuple[Tensor, str]]:
+def shapes_of_views(pixels, target, sources, projections) -> dict[str, tuple[Tensor, str]]:
+    """For `check`."""
     return dict(
         target=(target, "B N R 3"),
         pixels=(pixels, "R 2"),
         sources=(sources, "B K>=1 N 3 h>=2 w>=2"),
         projections=(projections, "B K N 4 4"),
     )
-
-
-def check_views(shape, depths, pixels, target, sources, projections) -> None:
-    """Raises ValueError unless all belong to the same proposals of shape [B, N, R, S]."""
-    known = dict(zip("BNRS", shape, strict=True))
-    check(known, depths=(depths, "B N R S"), **_expected(pixels, target, sources, projections))

@@ -30,10 +30,11 @@ import torch
 from torch import Tensor
 
 from kernels.alpha import ALPHAS, Knobs
+from kernels.checks import at_least_float32, check
 from kernels.composite import EPSILON
 from kernels.dispatch import launch, triton, use_triton
 from kernels.node_losses import node_table, node_table_adjoint
-from kernels.proposals import check_views, epipolar_photometric
+from kernels.proposals import epipolar_photometric, shapes_of_views
 from kernels.ray import LANES, Grid, Rays, Strides
 from kernels.render_cpu import Box, node_spacing, render_reference
 from kernels.render_triton import (
@@ -45,7 +46,6 @@ from kernels.render_triton import (
     render_backward,
     render_forward,
 )
-from kernels.ssim import at_least_float32
 
 # A warp needs no barriers, and KITTI's 10,450 rays are three times the warps that 132 processors
 # hold.
@@ -468,11 +468,16 @@ def _checked(
     options: _Options,
 ) -> bool:
     """Raises ValueError naming the argument at fault; whether Triton renders these."""
-    if volume.ndim != 5 or min(volume.shape[2:]) < 2:
-        raise ValueError(
-            f"volume must be [B, C, H, W, Z], two nodes or more an axis, got {[*volume.shape]}"
-        )
-    batch, channels, *nodes = volume.shape
+    known, views = {}, {}
+    if scene:
+        stretch, *images = scene.values()
+        known["L"] = math.prod(scene["target"].shape[1:3])  # all rays of an item
+        views = shapes_of_views(*images) | dict(stretch=(stretch, "B L"))
+    wide = ("origins", "directions")
+    lines = {name: (x, "B L 3" if name in wide else "B L") for name, x in rays.items()}
+    volumes = dict(volume=(volume, "B C H>=2 W>=2 Z>=2"), inv_s=(inv_s.reshape(-1), "1"))
+    check(known, **volumes, **views, **lines)
+    channels, *nodes = volume.shape[1:]
     classes, samples, alpha = options.classes, options.samples, options.alpha
     if not 0 <= classes < channels:
         raise ValueError(f"classes is {classes}, but the volume has {channels} channels")
@@ -482,31 +487,9 @@ def _checked(
         raise ValueError(f"alpha must be one of {', '.join(ALPHAS)}, got {alpha!r}")
     if not 0 <= options.stop_below < 1:
         raise ValueError(f"stop_below must be in [0, 1), got {options.stop_below}")
-    if inv_s.numel() != 1:
-        raise ValueError(f"inv_s must hold one number, got {[*inv_s.shape]}")
-    lines = rays["near"].shape
-    if len(lines) != 2 or lines[0] != batch:
-        raise ValueError(f"near must be [{batch}, R], got {[*lines]}")
-    shaped = dict(rays)
-    if scene:
-        stretch, *views = scene.values()
-        target = scene["target"]
-        if target.ndim != 4 or target.shape[0] != batch:
-            raise ValueError(f"target must be [{batch}, N, R, 3], got {[*target.shape]}")
-        check_views((*target.shape[:3], samples), None, *views)
-        lines, shaped["stretch"] = (batch, math.prod(target.shape[1:3])), stretch
-    for name, tensor in shaped.items():
-        shape = (*lines, 3) if name in ("origins", "directions") else lines
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must be {[*shape]}, got {[*tensor.shape]}")
-    everything = dict(volume=volume, inv_s=inv_s) | rays | scene
-    for name, tensor in everything.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must hold floating-point numbers, got {tensor.dtype}")
-        if tensor.device != volume.device:
-            raise ValueError(f"{name} is on {tensor.device}, but volume on {volume.device}")
-    everything.pop("projections", None)  # the only ones that are read as float64
-    if not all(map(use_triton, everything.values())):
+    # projections are read as float64 in any case
+    read = [volume, inv_s, *rays.values(), *(x for n, x in scene.items() if n != "projections")]
+    if not all(map(use_triton, read)):
         return False
     if max(channels, 4) * math.prod(nodes) >= 2**31:  # offsets are int32
         raise ValueError(f"volume has 2^31 numbers an item or more: {[*volume.shape]}")
