@@ -145,9 +145,8 @@ def _tile(values: Tensor, most: int) -> dict[str, int]:
     return dict(BLOCK=LANES, CHANNELS=channels)
 
 
-def _composite_forward_triton(
-    alpha: Tensor, values: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op("selfocc::composite", mutates_args=())
+def _composite_op(alpha: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, samples, width = values.shape
     tile = _tile(values, FORWARD)
     weights = alpha.new_empty(rows, samples, dtype=torch.float32)
@@ -170,7 +169,8 @@ def _composite_forward_triton(
     return weights, left, sums, light
 
 
-def _composite_backward_triton(
+@torch.library.custom_op("selfocc::composite_gradient", mutates_args=())
+def _composite_gradient_op(
     grad_weights: Tensor,
     grad_left: Tensor,
     grad_sums: Tensor,
@@ -203,32 +203,12 @@ def _composite_backward_triton(
     return grad_alpha, grad_values
 
 
-@torch.library.custom_op("selfocc::composite", mutates_args=())
-def _composite_op(alpha: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _composite_forward_triton(alpha, values)
-
-
 @_composite_op.register_fake
 def _(alpha, values):
     rows, samples, width = values.shape
     weights = alpha.new_empty(rows, samples, dtype=torch.float32)
     left, sums = weights.new_empty(rows), weights.new_empty(rows, width)
     return weights, left, sums, weights.new_empty(rows, -(-samples // LANES))
-
-
-@torch.library.custom_op("selfocc::composite_gradient", mutates_args=())
-def _composite_gradient_op(
-    grad_weights: Tensor,
-    grad_left: Tensor,
-    grad_sums: Tensor,
-    alpha: Tensor,
-    values: Tensor,
-    left: Tensor,
-    light: Tensor,
-) -> tuple[Tensor, Tensor]:
-    return _composite_backward_triton(
-        grad_weights, grad_left, grad_sums, alpha, values, left, light
-    )
 
 
 @_composite_gradient_op.register_fake
