@@ -171,7 +171,8 @@ def test_it_runs_as_a_command(words, tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert len(report["compiled"]) >= 2 or torch.cuda.is_available()
+    if "--compile-only" in words or not torch.cuda.is_available():
+        assert len(report["compiled"]) >= 2
     assert "--compile-only" in words or report["times"][0]["both_ms"] > 0
 
 

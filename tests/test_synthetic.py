@@ -267,7 +267,7 @@ def test_cache_that_cannot_be_written_is_bad_input(tmp_path, monkeypatch):
 
 def test_prerender_fills_the_cache(tmp_path):
     scenes = synthetic_sequences(SMALL, "train", 2, cache=tmp_path)
-    prerender(scenes, workers=2)
+    prerender(scenes)
     assert all(s.cached() for s in scenes)
     assert len(list(tmp_path.iterdir())) == 2
 

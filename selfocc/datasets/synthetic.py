@@ -6,6 +6,7 @@ selfocc/street, `scene.py` invents a street out of `objects.py`, `world.py` is i
 mounts the cameras. export.py writes scenes as files of other data sets.
 """
 
+import os
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -244,16 +245,15 @@ class SyntheticSequence(Sequence):
         return [self.view(s) for s in [frame, *near]]
 
 
-def prerender(sequences: list[SyntheticSequence], workers: int = 2):
-    """Render what is not cached yet, in `workers` processes."""
+def prerender(sequences: list[SyntheticSequence]):
+    """Render what is not cached yet, on up to 16 cores."""
     todo = [sequence for sequence in sequences if not sequence.cached()]
     if not todo:
         return
     disk.check_writable(todo[0].cache)
+    workers = min(os.cpu_count() or 1, 16, len(todo))
     with (
-        ProcessPoolExecutor(
-            min(workers, len(todo)), initializer=_leave_interrupt_to_parent
-        ) as pool,
+        ProcessPoolExecutor(workers, initializer=_leave_interrupt_to_parent) as pool,
         tqdm(total=len(todo), desc="rendering", unit="scene") as bar,
     ):
         for _ in pool.map(_render, todo):
