@@ -8,7 +8,7 @@ from kernels.alpha import ALPHAS
 from kernels.composite import composite
 from kernels.deformable import deformable_sampling
 from kernels.dispatch import backend
-from kernels.node_losses import node_gradients, node_losses, node_second_differences
+from kernels.node_losses import node_losses
 from kernels.proposals import epipolar_photometric, sample_image
 from kernels.render import Rendering, render_photometric, render_rays
 from kernels.ssim import least_photometric, ssim, ssim_l1
@@ -21,9 +21,7 @@ __all__ = [
     "deformable_sampling",
     "epipolar_photometric",
     "least_photometric",
-    "node_gradients",
     "node_losses",
-    "node_second_differences",
     "render_photometric",
     "render_rays",
     "sample_image",

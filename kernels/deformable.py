@@ -17,6 +17,7 @@ passing it around. What CPUs use is in `deformable_cpu.py`.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,6 +61,21 @@ def displaced_slope(offset):
 
 # -----------------------------------------------------------------------------------------------
 # Samples
+
+
+class Shape(NamedTuple):
+    """Constants of a launch. A program has block_q queries, tiles of block_p points, block_c >=
+    width channels.
+    """
+
+    heads: int
+    width: int
+    levels: int
+    points: int
+    pairs: bool
+    block_q: int
+    block_p: int
+    block_c: int
 
 
 @triton.jit
@@ -110,19 +126,29 @@ def _bilinear_derivatives(corners, fx, fy):
 
 
 @triton.jit
-def _program(total, HEADS: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """Head, queries [BLOCK_Q], which of them are the program's own, and their rows of heads."""
-    head = tl.program_id(0) % HEADS
-    query = tl.program_id(0) // HEADS * BLOCK_Q + tl.arange(0, BLOCK_Q)
+def _begin(counts, S: tl.constexpr):
+    """Queries [BLOCK_Q] of a program and which of them are its own; their rows of heads; channels;
+    where their values [BLOCK_Q or 1, 1, BLOCK_C] and reference points [BLOCK_Q, 1] begin.
+    """
+    queries, total, references, tokens = counts
+    head = tl.program_id(0) % S.heads
+    query = tl.program_id(0) // S.heads * S.block_q + tl.arange(0, S.block_q)
     mine = query < total
     query = tl.minimum(query, total - 1)  # instead of masks, the last one is computed repeatedly
-    return head, query, mine, query.to(tl.int64) * HEADS + head
+    row = query.to(tl.int64) * S.heads + head
+    channel = tl.arange(0, S.block_c)
+    values, points = head * S.width + channel[None, None, :], tl.zeros_like(row)[:, None]
+    if not S.pairs:
+        image = (query // queries).to(tl.int64) * tokens * (S.heads * S.width)
+        values += image[:, None, None]
+        points = (query % references).to(tl.int64)[:, None] * (2 * S.levels * S.points)
+    return query, mine, row, channel, values, points
 
 
 @triton.jit
-def _turns(paired, query, PAIRS: tl.constexpr):
+def _turns(paired, query, S: tl.constexpr):
     """Of queries [BLOCK_Q]: their first pair in by_query, how many, the most, whether any."""
-    if PAIRS:
+    if S.pairs:
         begin = tl.load(paired[2] + query)
         count = tl.load(paired[2] + query + 1) - begin
         out = (begin, count, tl.max(count, axis=0), count > 0)
@@ -132,15 +158,13 @@ def _turns(paired, query, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def _samples(
-    logits, offsets, norm, seen, level, start, POINTS: tl.constexpr, BLOCK_P: tl.constexpr
-):
+def _samples(logits, offsets, norm, seen, level, start, S: tl.constexpr):
     """BLOCK_P points of a level: point, sample, which there are, attention, offset by x and y."""
-    point = start + tl.arange(0, BLOCK_P)[None, :]
+    point = start + tl.arange(0, S.block_p)[None, :]
     valid = seen[:, None]
-    if POINTS % BLOCK_P != 0:
-        valid = valid & (point < POINTS)
-    sample = level * POINTS + point
+    if S.points % S.block_p != 0:
+        valid = valid & (point < S.points)
+    sample = level * S.points + point
     logit = tl.load(logits + sample, valid, other=-float("inf")).to(tl.float32)
     offset_x = tl.load(offsets + 2 * sample, valid, other=0.0).to(tl.float32)
     offset_y = tl.load(offsets + 2 * sample + 1, valid, other=0.0).to(tl.float32)
@@ -148,28 +172,16 @@ def _samples(
 
 
 @triton.jit
-def _located(
-    reference_points,
-    paired,
-    turns,
-    turn,
-    samples,
-    h,
-    w,
-    tokens,
-    POINTS: tl.constexpr,
-    ROW: tl.constexpr,
-    PAIRS: tl.constexpr,
-):
+def _located(reference_points, paired, turns, turn, samples, h, w, tokens, S: tl.constexpr):
     """Samples in a turn: pixels x, y to their upper left, how far from there, offsets of that pixel
     in value and of the reference point, and which exist.
     """
     point, sample, exists, _attention, offset_x, offset_y = samples
-    if PAIRS:
+    if S.pairs:
         there = turn < turns[1]
         pair = tl.load(paired[1] + turns[0] + turn, there, other=0)
-        image = tl.load(paired[0] + 2 * pair, there, other=0) * tokens * ROW
-        at = pair[:, None].to(tl.int32) * (2 * POINTS) + 2 * point
+        image = tl.load(paired[0] + 2 * pair, there, other=0) * tokens * (S.heads * S.width)
+        at = pair[:, None].to(tl.int32) * (2 * S.points) + 2 * point
         exists = there[:, None] & exists
     else:
         at = 2 * sample
@@ -177,39 +189,33 @@ def _located(
     reference_y = tl.load(reference_points + at + 1, exists, other=0.0).to(tl.float32)
     x, fx = _locate(reference_x, w, offset_x, exists)
     y, fy = _locate(reference_y, h, offset_y, exists)
-    pixel = ((y * w + x) * ROW)[:, :, None]
-    if PAIRS:
+    pixel = ((y * w + x) * (S.heads * S.width))[:, :, None]
+    if S.pairs:
         pixel = image[:, None, None] + pixel
     return x, y, fx, fy, pixel, at, exists
 
 
 @triton.jit
-def _log_norm(
-    logits,
-    seen,
-    channel,
-    SAMPLES: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+def _tile(logits, first, seen, column, S: tl.constexpr):
+    """BLOCK_P BLOCK_C logits of a row from `first` on, -inf where there are none."""
+    mask = seen[:, None, None] & (first + column < S.levels * S.points)
+    return tl.load(logits[:, :, None] + first + column, mask, other=-float("inf")).to(tl.float32)
+
+
+@triton.jit
+def _log_norm(logits, seen, channel, S: tl.constexpr):
     """log sum exp of the rows at logits [BLOCK_Q, 1]; 0 where none is seen [BLOCK_Q].
 
     In tiles of the shape that samples have later: reductions then end in the lanes that need them.
     """
-    column = tl.arange(0, BLOCK_P)[None, :, None] * BLOCK_C + channel[None, None, :]
-    top = tl.full([BLOCK_Q, BLOCK_P, BLOCK_C], -float("inf"), tl.float32)
-    for start in range(0, SAMPLES, BLOCK_P * BLOCK_C):
-        mask = seen[:, None, None] & (start + column < SAMPLES)
-        logit = tl.load(logits[:, :, None] + start + column, mask, other=-float("inf"))
-        top = tl.maximum(top, logit.to(tl.float32))
-    top = tl.max(tl.max(top, axis=2), axis=1)
-    top = tl.where(seen, top, 0.0)
-    total = tl.zeros([BLOCK_Q, BLOCK_P, BLOCK_C], tl.float32)
-    for start in range(0, SAMPLES, BLOCK_P * BLOCK_C):
-        mask = seen[:, None, None] & (start + column < SAMPLES)
-        logit = tl.load(logits[:, :, None] + start + column, mask, other=-float("inf"))
-        total += tl.exp(logit.to(tl.float32) - top[:, None, None])
+    column = tl.arange(0, S.block_p)[None, :, None] * S.block_c + channel[None, None, :]
+    top = tl.full([S.block_q, S.block_p, S.block_c], -float("inf"), tl.float32)
+    for first in range(0, S.levels * S.points, S.block_p * S.block_c):
+        top = tl.maximum(top, _tile(logits, first, seen, column, S))
+    top = tl.where(seen, tl.max(tl.max(top, axis=2), axis=1), 0.0)
+    total = tl.zeros([S.block_q, S.block_p, S.block_c], tl.float32)
+    for first in range(0, S.levels * S.points, S.block_p * S.block_c):
+        total += tl.exp(_tile(logits, first, seen, column, S) - top[:, None, None])
     total = tl.sum(tl.sum(total, axis=2), axis=1)
     return top + tl.log(tl.where(seen, total, 1.0))
 
@@ -229,47 +235,34 @@ def deformable_forward(
     norms,
     sizes,
     counts,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LEVELS: tl.constexpr,
-    POINTS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    S: tl.constexpr,
 ):
-    """out [total, HEADS, WIDTH], norms [total, HEADS]: log sum exp of the logits.
+    """out [total, heads, width], norms [total, heads]: log sum exp of the logits.
 
     paired: pairs, by_query, first; sizes: h, w of every level; counts: queries, total = B queries,
-    rows of reference points, tokens.
+    rows of reference points, tokens; S: a `Shape`.
     """
-    SAMPLES: tl.constexpr = LEVELS * POINTS
-    ROW: tl.constexpr = HEADS * WIDTH
-    queries, total, references, tokens = counts
-    head, query, mine, row = _program(total, HEADS, BLOCK_Q)
-    channel = tl.arange(0, BLOCK_C)
-    inside = (channel < WIDTH)[None, None, :]
-    offsets += row[:, None] * (2 * SAMPLES)
-    logits += row[:, None] * SAMPLES
-    value += head * WIDTH + channel[None, None, :]
-    turns = _turns(paired, query, PAIRS)
+    query, mine, row, channel, values, points = _begin(counts, S)
+    inside = (channel < S.width)[None, None, :]
+    offsets += row[:, None] * (2 * S.levels * S.points)
+    logits += row[:, None] * (S.levels * S.points)
+    value += values
+    reference_points += points
+    turns = _turns(paired, query, S)
     count, rounds, seen = turns[1], turns[2], turns[3]
-    if not PAIRS:
-        value += ((query // queries).to(tl.int64) * tokens * ROW)[:, None, None]
-        reference_points += (query % references).to(tl.int64)[:, None] * (2 * SAMPLES)
 
-    norm = _log_norm(logits, seen, channel, SAMPLES, BLOCK_Q, BLOCK_P, BLOCK_C)
+    norm = _log_norm(logits, seen, channel, S)
     tl.store(norms + row, norm, mine)
-    result = tl.zeros([BLOCK_Q, BLOCK_P, BLOCK_C], tl.float32)
-    for level in tl.static_range(LEVELS):
+    result = tl.zeros([S.block_q, S.block_p, S.block_c], tl.float32)
+    for level in tl.static_range(S.levels):
         h, w = sizes[2 * level], sizes[2 * level + 1]
-        for start in range(0, POINTS, BLOCK_P):
-            samples = _samples(logits, offsets, norm, seen, level, start, POINTS, BLOCK_P)
+        for start in range(0, S.points, S.block_p):
+            samples = _samples(logits, offsets, norm, seen, level, start, S)
             for turn in range(rounds):
                 x, y, fx, fy, pixel, _at, _exists = _located(
-                    reference_points, paired, turns, turn, samples, h, w, tokens, POINTS, ROW, PAIRS
+                    reference_points, paired, turns, turn, samples, h, w, counts[3], S
                 )
-                pixels = _corners(value + pixel, w * ROW, ROW)
+                pixels = _corners(value + pixel, w * (S.heads * S.width), S.heads * S.width)
                 exist = _corners_exist(x, y, h, w, inside)
                 weights = _corner_weights(fx, fy, samples[3])
                 corners = ()
@@ -277,12 +270,12 @@ def deformable_forward(
                     corners += (tl.load(pixels[i], exist[i], other=0.0),)
                 for i in tl.static_range(4):
                     result += corners[i].to(tl.float32) * weights[i][:, :, None]
-        value += h * w * ROW
+        value += h * w * (S.heads * S.width)
     result = tl.sum(result, axis=1)
-    if PAIRS:
+    if S.pairs:
         result = tl.where(seen[:, None], result / tl.maximum(count, 1)[:, None], 0.0)
-    mask = mine[:, None] & (channel < WIDTH)[None, :]
-    tl.store(out + row[:, None] * WIDTH + channel[None, :], result, mask)
+    mask = mine[:, None] & (channel < S.width)[None, :]
+    tl.store(out + row[:, None] * S.width + channel[None, :], result, mask)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -315,70 +308,54 @@ def deformable_backward(
     scales,
     sizes,
     counts,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LEVELS: tl.constexpr,
-    POINTS: tl.constexpr,
-    PAIRS: tl.constexpr,
+    S: tl.constexpr,
     VALUE: tl.constexpr,
     REFERENCE: tl.constexpr,
     FIXED: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
 ):
     """grads of value, reference_points, offsets and logits, given that of out. With VALUE, with
     REFERENCE: adds to the first, to the second, which are zero.
 
     Through the softmax: by logit = a (by a - sum of a by a), the sum being grad * out.
     """
-    SAMPLES: tl.constexpr = LEVELS * POINTS
-    ROW: tl.constexpr = HEADS * WIDTH
-    queries, total, references, tokens = counts
+    ROW: tl.constexpr = S.heads * S.width
+    SAMPLES: tl.constexpr = S.levels * S.points
     grad_value, grad_reference, grad_offsets, grad_logits = grads
-    head, query, mine, row = _program(total, HEADS, BLOCK_Q)
-    channel = tl.arange(0, BLOCK_C)
-    inside = (channel < WIDTH)[None, None, :]
+    query, mine, row, channel, values, points = _begin(counts, S)
+    inside = (channel < S.width)[None, None, :]
     offsets += row[:, None] * (2 * SAMPLES)
     logits += row[:, None] * SAMPLES
     grad_offsets += row[:, None] * (2 * SAMPLES)
     grad_logits += row[:, None] * SAMPLES
-    in_head = head * WIDTH + channel[None, None, :]
-    value += in_head
-    grad_value += in_head
+    value += values
+    grad_value += values
+    reference_points += points
+    grad_reference += points
     if FIXED:
         value_scale, reference_scale = tl.load(scales), tl.load(scales + 1)
     else:
         value_scale, reference_scale = 1.0, 1.0
 
     there = mine[:, None, None] & inside
-    of_row = row[:, None, None] * WIDTH + channel[None, None, :]
+    of_row = row[:, None, None] * S.width + channel[None, None, :]
     upstream = tl.load(grad + of_row, there, other=0.0).to(tl.float32)  # [BLOCK_Q, 1, BLOCK_C]
     mean = tl.sum(upstream * tl.load(out + of_row, there, other=0.0).to(tl.float32), axis=2)
     norm = tl.load(norms + row)
-    turns = _turns(paired, query, PAIRS)
+    turns = _turns(paired, query, S)
     count, rounds, seen = turns[1], turns[2], turns[3]
-    if PAIRS:
+    if S.pairs:
         upstream = upstream / tl.maximum(count, 1)[:, None, None]
-    else:
-        image = ((query // queries).to(tl.int64) * tokens * ROW)[:, None, None]
-        value += image
-        grad_value += image
-        place = (query % references).to(tl.int64)[:, None] * (2 * SAMPLES)
-        reference_points += place
-        grad_reference += place
 
-    for level in tl.static_range(LEVELS):
+    for level in tl.static_range(S.levels):
         h, w = sizes[2 * level], sizes[2 * level + 1]
-        for start in range(0, POINTS, BLOCK_P):
-            samples = _samples(logits, offsets, norm, seen, level, start, POINTS, BLOCK_P)
+        for start in range(0, S.points, S.block_p):
+            samples = _samples(logits, offsets, norm, seen, level, start, S)
             point, sample, _valid, attention, offset_x, offset_y = samples
-            by_attention = tl.zeros([BLOCK_Q, BLOCK_P], tl.float32)
-            by_x = tl.zeros([BLOCK_Q, BLOCK_P], tl.float32)
-            by_y = tl.zeros([BLOCK_Q, BLOCK_P], tl.float32)
+            zero = tl.zeros([S.block_q, S.block_p], tl.float32)
+            by_attention, by_x, by_y = zero, zero, zero
             for turn in range(rounds):
                 x, y, fx, fy, pixel, at, exists = _located(
-                    reference_points, paired, turns, turn, samples, h, w, tokens, POINTS, ROW, PAIRS
+                    reference_points, paired, turns, turn, samples, h, w, counts[3], S
                 )
                 pixels = _corners(value + pixel, w * ROW, ROW)
                 exist = _corners_exist(x, y, h, w, inside)
@@ -402,8 +379,8 @@ def deformable_backward(
                         share = weights[i][:, :, None] * upstream
                         _scatter(sums[i], share, exist[i], value_scale, FIXED)
             mask = mine[:, None]
-            if POINTS % BLOCK_P != 0:
-                mask = mask & (point < POINTS)
+            if S.points % S.block_p != 0:
+                mask = mask & (point < S.points)
             by_x *= attention * displaced_slope(offset_x)
             by_y *= attention * displaced_slope(offset_y)
             tl.store(grad_offsets + 2 * sample, by_x, mask)
@@ -451,14 +428,7 @@ def _problem(
         paired=tuple(x.contiguous() for x in paired or [logits] * 3),
         sizes=tuple(sizes),
         counts=(queries, batch * queries, references, tokens),
-        HEADS=heads,
-        WIDTH=width,
-        LEVELS=levels,
-        POINTS=points,
-        PAIRS=bool(paired),
-        BLOCK_Q=block_q,
-        BLOCK_P=block_p,
-        BLOCK_C=block_c,
+        S=Shape(heads, width, levels, points, bool(paired), block_q, block_p, block_c),
         warps=WARPS,
     )
 

@@ -13,6 +13,7 @@ so that all kernels here are gathers: no atomics, nothing kept for backward but 
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,19 +29,8 @@ COPY, LOSSES, WARPS = 512, 128, 4
 Spacing = tuple[float, float, float]  # between nodes along x, y and z, metres
 
 
-class _Difference(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, dim, step):
-        ctx.dim, ctx.step = dim, step
-        return difference(x, dim, step)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return difference_adjoint(grad, ctx.dim, ctx.step), None, None
-
-
 def difference(x: Tensor, dim: int, step: float) -> Tensor:
-    """D along a dimension of two nodes or more, not differentiable by itself."""
+    """D along a dimension of two nodes or more."""
     n = x.shape[dim]
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     torch.sub(x.narrow(dim, 2, n - 2), x.narrow(dim, 0, n - 2), out=out.narrow(dim, 1, n - 2))
@@ -72,41 +62,6 @@ def _second_difference(x: Tensor, dim: int, step: float) -> Tensor:
 def axes(spacing: Spacing) -> list[tuple[int, float]]:
     """Dimension of [..., H, W, Z] and node distance along x, y, z."""
     return list(zip((-2, -3, -1), spacing, strict=True))
-
-
-def node_gradients(sdf: Tensor, spacing: Spacing) -> Tensor:
-    """Central differences with replicated borders: [B, 3, H, W, Z], order x, y, z.
-
-    Args: sdf [B, H, W, Z] in metres; spacing of nodes along x, y, z in metres.
-    """
-    return torch.stack([_Difference.apply(sdf, dim, step) for dim, step in axes(spacing)], dim=1)
-
-
-def node_second_differences(sdf: Tensor, spacing: Spacing, compact: bool) -> Tensor:
-    """All second differences [B, 3, 3, H, W, Z], axes x, y, z, 1/metre.
-
-    They are differences of differences; `compact` takes the diagonal over adjacent nodes instead.
-    """
-    gradient = node_gradients(sdf, spacing)
-    rows = [node_gradients(g, spacing) for g in gradient.unbind(1)]
-    if compact:
-        for axis, (dim, step) in enumerate(axes(spacing)):
-            diagonal = _SecondDifference.apply(sdf, dim, step)
-            rows[axis] = torch.cat(
-                [rows[axis][:, :axis], diagonal[:, None], rows[axis][:, axis + 1 :]], dim=1
-            )
-    return torch.stack(rows, dim=1)
-
-
-class _SecondDifference(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, dim, step):
-        ctx.dim, ctx.step = dim, step
-        return _second_difference(x, dim, step)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _second_difference(grad, ctx.dim, ctx.step), None, None
 
 
 class _NodeLosses(torch.autograd.Function):
@@ -152,12 +107,30 @@ class _NodeLosses(torch.autograd.Function):
 
 
 # -----------------------------------------------------------------------------------------------
-# Reading nodes in Triton. A node is (y, x, z), the lattice (H, W, Z).
+# Reading nodes in Triton. A node is (y, x, z).
+
+
+class Lattice(NamedTuple):
+    """Nodes along each axis, and how far items and neighbours are apart in memory."""
+
+    height: int
+    width: int
+    depth: int
+    item: int
+    y: int
+    x: int
+    z: int
 
 
 @triton.jit
-def _node_of(index, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr):
-    return index // (WIDTH * DEPTH), index // DEPTH % WIDTH, index % DEPTH
+def _mine(LATTICE: tl.constexpr, BLOCK: tl.constexpr):
+    """Item and nodes [1, BLOCK] of a program, and which of them there are."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = index < LATTICE.height * LATTICE.width * LATTICE.depth
+    at = tl.where(mask, index, 0)
+    row = at // LATTICE.depth
+    node = (row // LATTICE.width, row % LATTICE.width, at % LATTICE.depth)
+    return tl.program_id(1).to(tl.int64), node, mask
 
 
 @triton.jit
@@ -166,49 +139,65 @@ def _inside(i, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _neighbour(node, lattice, AXIS: tl.constexpr, STEP: tl.constexpr):
+def _neighbour(node, LATTICE: tl.constexpr, AXIS: tl.constexpr, STEP: tl.constexpr):
     """The node STEP (1 or -1) further along an axis (0 x, 1 y, 2 z), itself at the border, and the
     sign with which the transpose of D takes it.
     """
     y, x, z = node
-    height, width, depth = lattice
     if AXIS == 0:
-        place, count = x + STEP, width
+        place, count = x + STEP, LATTICE.width
         x = _inside(place, count)
     elif AXIS == 1:
-        place, count = y + STEP, height
+        place, count = y + STEP, LATTICE.height
         y = _inside(place, count)
     else:
-        place, count = z + STEP, depth
+        place, count = z + STEP, LATTICE.depth
         z = _inside(place, count)
     there = (place >= 0) & (place < count)
     return (y, x, z), tl.where(there, -1.0 * STEP, 1.0 * STEP)
 
 
 @triton.jit
-def _read(sdf, node, lattice):
+def _at(field, node, LATTICE: tl.constexpr):
     y, x, z = node
-    return tl.load(sdf + ((y * lattice[1] + x) * lattice[2] + z)).to(tl.float32)
+    return field + (y * LATTICE.y + x * LATTICE.x + z * LATTICE.z)
 
 
 @triton.jit
-def _slope(sdf, node, lattice, AXIS: tl.constexpr):
+def _read(field, node, LATTICE: tl.constexpr):
+    return tl.load(_at(field, node, LATTICE)).to(tl.float32)
+
+
+@triton.jit
+def _slope(sdf, node, LATTICE: tl.constexpr, AXIS: tl.constexpr):
     """2 step D along an axis."""
-    upper, _ = _neighbour(node, lattice, AXIS, 1)
-    lower, _ = _neighbour(node, lattice, AXIS, -1)
-    return _read(sdf, upper, lattice) - _read(sdf, lower, lattice)
+    upper, _ = _neighbour(node, LATTICE, AXIS, 1)
+    lower, _ = _neighbour(node, LATTICE, AXIS, -1)
+    return _read(sdf, upper, LATTICE) - _read(sdf, lower, LATTICE)
 
 
 @triton.jit
-def _bend(sdf, node, lattice, AXIS: tl.constexpr, OTHER: tl.constexpr, COMPACT: tl.constexpr):
+def _slopes(sdf, node, half, LATTICE: tl.constexpr):
+    """The gradient, x, y, z."""
+    return (
+        half[0] * _slope(sdf, node, LATTICE, 0),
+        half[1] * _slope(sdf, node, LATTICE, 1),
+        half[2] * _slope(sdf, node, LATTICE, 2),
+    )
+
+
+@triton.jit
+def _bend(
+    sdf, node, LATTICE: tl.constexpr, AXIS: tl.constexpr, OTHER: tl.constexpr, COMPACT: tl.constexpr
+):
     """The second difference along two axes, without its factor."""
-    upper, _ = _neighbour(node, lattice, OTHER, 1)
-    lower, _ = _neighbour(node, lattice, OTHER, -1)
+    upper, _ = _neighbour(node, LATTICE, OTHER, 1)
+    lower, _ = _neighbour(node, LATTICE, OTHER, -1)
     if COMPACT and AXIS == OTHER:
-        here = _read(sdf, node, lattice)
-        out = (_read(sdf, upper, lattice) - here) - (here - _read(sdf, lower, lattice))
+        here = _read(sdf, node, LATTICE)
+        out = (_read(sdf, upper, LATTICE) - here) - (here - _read(sdf, lower, LATTICE))
     else:
-        out = _slope(sdf, upper, lattice, AXIS) - _slope(sdf, lower, lattice, AXIS)
+        out = _slope(sdf, upper, LATTICE, AXIS) - _slope(sdf, lower, LATTICE, AXIS)
     return out
 
 
@@ -223,104 +212,65 @@ def _sign(x):
 
 @triton.jit
 def node_table_forward(
-    sdf,
-    table,
-    half,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DEPTH: tl.constexpr,
-    ITEM: tl.constexpr,
-    Y: tl.constexpr,
-    X: tl.constexpr,
-    Z: tl.constexpr,
-    BLOCK: tl.constexpr,
+    sdf, table, half, SDF: tl.constexpr, TABLE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """sdf [B, H, W, Z] of strides ITEM, Y, X, Z -> rows [B, H, W, Z, 4]: SDF and its gradient.
+    """sdf [B, H, W, Z] -> rows [B, H, W, Z, 4]: SDF and its gradient; both of any strides.
 
     half: 1 / (2 step) along x, y, z.
     """
-    item = tl.program_id(1).to(tl.int64)
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    mask = index < HEIGHT * WIDTH * DEPTH
-    y, x, z = _node_of(tl.where(mask, index, 0), HEIGHT, WIDTH, DEPTH)
-    sdf += item * ITEM
-    here = sdf + (y * Y + x * X + z * Z)
-    upper = sdf + (y * Y + _inside(x + 1, WIDTH) * X + z * Z)
-    lower = sdf + (y * Y + _inside(x - 1, WIDTH) * X + z * Z)
-    by_x = half[0] * (tl.load(upper).to(tl.float32) - tl.load(lower).to(tl.float32))
-    upper = sdf + (_inside(y + 1, HEIGHT) * Y + x * X + z * Z)
-    lower = sdf + (_inside(y - 1, HEIGHT) * Y + x * X + z * Z)
-    by_y = half[1] * (tl.load(upper).to(tl.float32) - tl.load(lower).to(tl.float32))
-    upper = sdf + (y * Y + x * X + _inside(z + 1, DEPTH) * Z)
-    lower = sdf + (y * Y + x * X + _inside(z - 1, DEPTH) * Z)
-    by_z = half[2] * (tl.load(upper).to(tl.float32) - tl.load(lower).to(tl.float32))
-    rows = table + item * (4 * HEIGHT * WIDTH * DEPTH) + 4 * index
-    row = pack(tl.load(here).to(tl.float32), by_x, by_y, by_z)
+    item, node, mask = _mine(SDF, BLOCK)
+    sdf += item * SDF.item
+    by_x, by_y, by_z = _slopes(sdf, node, half, SDF)
+    row = pack(_read(sdf, node, SDF), by_x, by_y, by_z)
+    rows = _at(table + item * TABLE.item, node, TABLE)
     tl.store(rows[:, :, None] + tl.arange(0, 4)[None, None, :], row, mask[:, :, None])
 
 
 @triton.jit
 def node_table_backward(
-    rows,
-    grad_sdf,
-    half,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DEPTH: tl.constexpr,
-    ITEM: tl.constexpr,
-    Y: tl.constexpr,
-    X: tl.constexpr,
-    Z: tl.constexpr,
-    BLOCK: tl.constexpr,
+    table, sdf, half, SDF: tl.constexpr, TABLE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Gradients of rows [B, H, W, Z, 4] -> grad_sdf [B, H, W, Z] of strides ITEM, Y, X, Z."""
-    item = tl.program_id(1).to(tl.int64)
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    mask = index < HEIGHT * WIDTH * DEPTH
-    node = _node_of(tl.where(mask, index, 0), HEIGHT, WIDTH, DEPTH)
-    y, x, z = node
-    rows += item * (4 * HEIGHT * WIDTH * DEPTH)
-    out = tl.load(rows + 4 * ((y * WIDTH + x) * DEPTH + z))
+    """The gradient of the SDF, given that of the table."""
+    item, node, mask = _mine(SDF, BLOCK)
+    table += item * TABLE.item
+    out = tl.load(_at(table, node, TABLE))
     for axis in tl.static_range(3):
-        total = tl.zeros_like(out)
         for side in tl.static_range(2):
-            there, sign = _neighbour(node, (HEIGHT, WIDTH, DEPTH), axis, 2 * side - 1)
-            at = (there[0] * WIDTH + there[1]) * DEPTH + there[2]
-            total += sign * tl.load(rows + 4 * at + (1 + axis))
-        out += half[axis] * total
-    tl.store(grad_sdf + item * ITEM + (y * Y + x * X + z * Z), out, mask)
+            there, sign = _neighbour(node, SDF, axis, 2 * side - 1)
+            out += half[axis] * sign * tl.load(_at(table, there, TABLE) + (1 + axis))
+    tl.store(_at(sdf + item * SDF.item, node, SDF), out, mask)
 
 
 def node_table(volume: Tensor, spacing: Spacing) -> Tensor:
     """[B, H, W, Z, 4], float32: channel 0 of a volume [B, C, H, W, Z] and its gradient x, y, z."""
     batch, _, *nodes = volume.shape
     table = volume.new_empty(batch, *nodes, 4, dtype=torch.float32)
-    launch(node_table_forward, sdf=volume, table=table, **_copy(volume, spacing))
+    launch(node_table_forward, **_table(volume, table, spacing))
     return table
 
 
-def node_table_adjoint(rows: Tensor, spacing: Spacing, grad_volume: Tensor) -> None:
+def node_table_adjoint(table: Tensor, spacing: Spacing, grad_volume: Tensor) -> None:
     """Writes into channel 0 of grad_volume the gradient of the SDF, given that of its table."""
-    launch(node_table_backward, rows=rows, grad_sdf=grad_volume, **_copy(grad_volume, spacing))
+    launch(node_table_backward, **_table(grad_volume, table, spacing))
 
 
-def _copy(volume: Tensor, spacing: Spacing) -> dict[str, object]:
-    """What both launches share. Sizes and strides are constants: divisions become multiplications,
-    aligned rows are read as such.
-    """
-    item, _, y, x, z = volume.stride()
-    return _lattice(volume[:, 0], spacing, COPY) | dict(ITEM=item, Y=y, X=x, Z=z)
+def _table(volume: Tensor, table: Tensor, spacing: Spacing) -> dict[str, object]:
+    """What both launches are told."""
+    sdf = volume[:, 0]
+    told = dict(sdf=sdf, table=table, SDF=_lattice(sdf), TABLE=_lattice(table[..., 0]))
+    return told | _grid(sdf, spacing, COPY)
 
 
-def _lattice(sdf: Tensor, spacing: Spacing, block: int) -> dict[str, object]:
-    """Grid and constants of a launch over the nodes of [B, H, W, Z], `block` of them a program."""
-    batch, height, width, depth = sdf.shape
+def _lattice(sdf: Tensor) -> Lattice:
+    """As constants divisions become multiplications, and aligned rows are read as such."""
+    return Lattice(*sdf.shape[1:], *sdf.stride())
+
+
+def _grid(sdf: Tensor, spacing: Spacing, block: int) -> dict[str, object]:
+    """Of a launch over the nodes of [B, H, W, Z], `block` of them a program."""
     return dict(
-        grid=(triton.cdiv(height * width * depth, block), batch),
+        grid=(triton.cdiv(sdf.shape[1:].numel(), block), len(sdf)),
         half=tuple(0.5 / step for step in spacing),
-        HEIGHT=height,
-        WIDTH=width,
-        DEPTH=depth,
         BLOCK=block,
         warps=WARPS,
     )
@@ -332,102 +282,72 @@ def _lattice(sdf: Tensor, spacing: Spacing, block: int) -> dict[str, object]:
 
 @triton.jit
 def node_losses_forward(
-    sdf,
-    partial,
-    half,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DEPTH: tl.constexpr,
-    COMPACT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    sdf, partial, half, SDF: tl.constexpr, COMPACT: tl.constexpr, BLOCK: tl.constexpr
 ):
     """sdf [B, H, W, Z] -> partial [2, programs]: sums of (|gradient| - 1)^2 and of all |second
     differences|.
     """
-    nodes: tl.constexpr = HEIGHT * WIDTH * DEPTH
-    item, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    index = block * BLOCK + tl.arange(0, BLOCK)
-    mask = index < nodes
-    node = _node_of(tl.where(mask, index, 0), HEIGHT, WIDTH, DEPTH)
-    lattice = (HEIGHT, WIDTH, DEPTH)
-    sdf += item * nodes
-    squares, total = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    item, node, mask = _mine(SDF, BLOCK)
+    sdf += item * SDF.item
+    squares, total = tl.zeros([1, BLOCK], tl.float32), tl.zeros([1, BLOCK], tl.float32)
     for axis in tl.static_range(3):
-        slope = half[axis] * _slope(sdf, node, lattice, axis)
+        slope = half[axis] * _slope(sdf, node, SDF, axis)
         squares += slope * slope
         for other in tl.static_range(axis, 3):
             # along one axis compactly 1 / step^2, along two of them each stands for two
             twice = 4.0 if COMPACT and axis == other else 1.0 if axis == other else 2.0
-            bend = _bend(sdf, node, lattice, axis, other, COMPACT)
+            bend = _bend(sdf, node, SDF, axis, other, COMPACT)
             total += twice * half[axis] * half[other] * tl.abs(bend)
     error = tl.sqrt(squares) - 1
-    at = item * tl.num_programs(0) + block
-    tl.store(partial + at, tl.sum(tl.where(mask, error * error, 0.0), 0))
-    total = tl.sum(tl.where(mask, total, 0.0), 0)
+    at = item * tl.num_programs(0) + tl.program_id(0)
+    tl.store(partial + at, tl.sum(tl.where(mask, error * error, 0.0)))
+    total = tl.sum(tl.where(mask, total, 0.0))
     tl.store(partial + tl.num_programs(1) * tl.num_programs(0) + at, total)
 
 
 @triton.jit
 def node_losses_backward(
-    grad,
-    sdf,
-    grad_sdf,
-    half,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DEPTH: tl.constexpr,
-    COMPACT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    grad, sdf, grad_sdf, half, SDF: tl.constexpr, COMPACT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Gradients [2] of both sums -> grad_sdf [B, H, W, Z]."""
-    nodes: tl.constexpr = HEIGHT * WIDTH * DEPTH
-    item = tl.program_id(1).to(tl.int64)
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < nodes
-    node = _node_of(tl.where(mask, index, 0), HEIGHT, WIDTH, DEPTH)
-    lattice = (HEIGHT, WIDTH, DEPTH)
-    sdf += item * nodes
-    by_eikonal, by_hessian = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    """Gradients [2] of both sums -> grad_sdf, laid out as sdf."""
+    item, node, mask = _mine(SDF, BLOCK)
+    sdf += item * SDF.item
+    by_eikonal, by_hessian = tl.zeros([1, BLOCK], tl.float32), tl.zeros([1, BLOCK], tl.float32)
     for axis in tl.static_range(3):
         for side in tl.static_range(2):
-            there, sign = _neighbour(node, lattice, axis, 2 * side - 1)
-            by_eikonal += sign * half[axis] * _eikonal_slope(sdf, there, lattice, half, axis)
+            there, sign = _neighbour(node, SDF, axis, 2 * side - 1)
+            by_eikonal += sign * half[axis] * _eikonal_slope(sdf, there, half, SDF, axis)
         for other in tl.static_range(axis, 3):
-            total = tl.zeros([BLOCK], tl.float32)
+            total = tl.zeros([1, BLOCK], tl.float32)
             if COMPACT and axis == other:
-                total -= 2 * _sign(_bend(sdf, node, lattice, axis, axis, True))
+                total -= 2 * _sign(_bend(sdf, node, SDF, axis, axis, True))
                 for side in tl.static_range(2):
-                    there, _ = _neighbour(node, lattice, axis, 2 * side - 1)
-                    total += _sign(_bend(sdf, there, lattice, axis, axis, True))
+                    there, _ = _neighbour(node, SDF, axis, 2 * side - 1)
+                    total += _sign(_bend(sdf, there, SDF, axis, axis, True))
             else:
                 for side in tl.static_range(4):
-                    there, first = _neighbour(node, lattice, axis, 2 * (side // 2) - 1)
-                    there, second = _neighbour(there, lattice, other, 2 * (side % 2) - 1)
-                    bend = _bend(sdf, there, lattice, axis, other, False)
-                    total += first * second * _sign(bend)
+                    there, first = _neighbour(node, SDF, axis, 2 * (side // 2) - 1)
+                    there, second = _neighbour(there, SDF, other, 2 * (side % 2) - 1)
+                    total += first * second * _sign(_bend(sdf, there, SDF, axis, other, False))
             twice = 4.0 if COMPACT and axis == other else 1.0 if axis == other else 2.0
             by_hessian += twice * half[axis] * half[other] * total
     out = tl.load(grad) * by_eikonal + tl.load(grad + 1) * by_hessian
-    tl.store(grad_sdf + item * nodes + index, out, mask)
+    tl.store(_at(grad_sdf + item * SDF.item, node, SDF), out, mask)
 
 
 @triton.jit
-def _eikonal_slope(sdf, node, lattice, half, AXIS: tl.constexpr):
+def _eikonal_slope(sdf, node, half, LATTICE: tl.constexpr, AXIS: tl.constexpr):
     """d (|gradient| - 1)^2 / d gradient along an axis, at a node; zero where the field is flat."""
-    slopes = (
-        half[0] * _slope(sdf, node, lattice, 0),
-        half[1] * _slope(sdf, node, lattice, 1),
-        half[2] * _slope(sdf, node, lattice, 2),
-    )
+    slopes = _slopes(sdf, node, half, LATTICE)
     norm = tl.sqrt(slopes[0] * slopes[0] + slopes[1] * slopes[1] + slopes[2] * slopes[2])
     return tl.where(norm > 0, 2 - 2 / norm, 0.0) * slopes[AXIS]
 
 
 @torch.library.custom_op("selfocc::node_losses", mutates_args=())
 def _node_losses_op(sdf: Tensor, spacing: list[float], compact: bool) -> Tensor:
-    told = _lattice(sdf, spacing, LOSSES)
+    told = _losses(sdf, spacing, compact)
     partial = sdf.new_empty(2, math.prod(told["grid"]), dtype=torch.float32)
-    launch(node_losses_forward, sdf=sdf.contiguous(), partial=partial, COMPACT=compact, **told)
+    launch(node_losses_forward, partial=partial, **told)
     return partial.sum(1)
 
 
@@ -441,14 +361,20 @@ def _node_losses_gradient_op(
     grad: Tensor, sdf: Tensor, spacing: list[float], compact: bool
 ) -> Tensor:
     out = sdf.new_empty(sdf.shape, dtype=torch.float32)
-    told = dict(grad=grad.contiguous(), sdf=sdf.contiguous(), grad_sdf=out, COMPACT=compact)
-    launch(node_losses_backward, **told, **_lattice(sdf, spacing, LOSSES))
+    told = _losses(sdf, spacing, compact)
+    launch(node_losses_backward, grad=grad.contiguous(), grad_sdf=out, **told)
     return out
 
 
 @_node_losses_gradient_op.register_fake
 def _(grad, sdf, spacing, compact):
     return sdf.new_empty(sdf.shape, dtype=torch.float32)
+
+
+def _losses(sdf: Tensor, spacing: list[float], compact: bool) -> dict[str, object]:
+    """What both launches are told."""
+    sdf = sdf.contiguous()
+    return dict(sdf=sdf, SDF=_lattice(sdf), COMPACT=compact) | _grid(sdf, spacing, LOSSES)
 
 
 def _node_losses_setup(ctx, inputs, output):
@@ -471,8 +397,9 @@ _node_losses_op.register_autograd(_node_losses_autograd, setup_context=_node_los
 def node_losses(sdf: Tensor, spacing: Spacing, compact: bool) -> tuple[Tensor, Tensor]:
     """Eikonal and Hessian terms of all nodes.
 
-    Args: sdf [B, H, W, Z], two nodes or more an axis, of any strides; spacing and `compact` as in
-    `node_second_differences`. Half precision is read as float32, and so are results.
+    Args: sdf [B, H, W, Z] in metres, two nodes or more an axis, of any strides; spacing of nodes
+    along x, y, z in metres; `compact` takes the second differences of the diagonal over adjacent
+    nodes, not over two. Half precision is read as float32, and so are results.
     Returns, both 0-d, the sum of (|gradient| - 1)^2 and the mean absolute second difference.
     Raises ValueError naming the argument at fault.
     """

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-import kernels
+from kernels import naive
 from selfocc import InputError, published
 from selfocc.batch import Batch, Frames
 from selfocc.commandline import run
@@ -222,9 +222,9 @@ def _watch(model: SelfOcc) -> dict:
 
 def _compare_differences(settings: Config, volume: Tensor, record: Record, errors: Errors):
     out, spacing = record.outputs, node_spacing(settings.volume.box, settings.volume.nodes)
-    gradient = kernels.node_gradients(volume[:, 0], spacing)
+    gradient = naive.node_gradients(volume[:, 0], spacing)
     errors.add("finite differences", gradient, out["field_volume.gradients"])
-    second = kernels.node_second_differences(volume[:, 0], spacing, settings.loss.compact_hessian)
+    second = naive.node_second_differences(volume[:, 0], spacing, settings.loss.compact_hessian)
     errors.add("second differences", second, out["field_volume.gradients2"])
 
 

@@ -182,27 +182,17 @@ def test_bad_input_names_the_argument():
 
 
 @pytest.mark.parametrize("compact", [False, True])
-def test_node_differences(compact):
+def test_node_losses(compact):
     torch.manual_seed(0)
     sdf = torch.randn(2, 4, 3, 5, dtype=torch.float64, requires_grad=True)
     spacing = (0.5, 0.2, 0.8)
-    gradient = kernels.node_gradients(sdf, spacing)
-    torch.testing.assert_close(gradient, naive.node_gradients(sdf, spacing))
-    second = kernels.node_second_differences(sdf, spacing, compact)
-    torch.testing.assert_close(second, naive.node_second_differences(sdf, spacing, compact))
-    assert second.shape == (2, 3, 3, 4, 3, 5)
     eikonal, hessian = kernels.node_losses(sdf, spacing, compact)
     expected = naive.node_losses(sdf, spacing, compact)
     torch.testing.assert_close((eikonal, hessian), expected)
     weights = torch.tensor([0.3, 2.0], dtype=torch.float64)
-    (grad,) = torch.autograd.grad(
-        weights[0] * eikonal + weights[1] * hessian, sdf, retain_graph=True
-    )
+    (grad,) = torch.autograd.grad(weights[0] * eikonal + weights[1] * hessian, sdf)
     (want,) = torch.autograd.grad(weights[0] * expected[0] + weights[1] * expected[1], sdf)
     torch.testing.assert_close(grad, want)
-    assert torch.autograd.gradcheck(
-        lambda s: kernels.node_second_differences(s, spacing, compact), sdf
-    )
 
 
 def test_node_losses_of_a_flat_field_have_a_gradient():
@@ -218,9 +208,9 @@ def test_node_differences_are_the_published_ones(case):
     _, nodes, box, _ = CASES[case]
     sdf, spacing = out["field_volume.density_color"][:, 0], node_spacing(box, nodes)
     torch.testing.assert_close(
-        kernels.node_gradients(sdf, spacing), out["field_volume.gradients"], rtol=1e-4, atol=1e-5
+        naive.node_gradients(sdf, spacing), out["field_volume.gradients"], rtol=1e-4, atol=1e-5
     )
-    second = kernels.node_second_differences(sdf, spacing, compact=case == "tpv_mono")
+    second = naive.node_second_differences(sdf, spacing, compact=case == "tpv_mono")
     torch.testing.assert_close(second, out["field_volume.gradients2"], rtol=1e-4, atol=1e-5)
 
 
