@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.checks import at_least_float32, check
 from kernels.dispatch import launch, tl, triton, use_triton
 from kernels.ray import LANES, alpha_gradient, transmittance
 
@@ -145,13 +146,19 @@ def _tile(values: Tensor, most: int) -> dict[str, int]:
     return dict(BLOCK=LANES, CHANNELS=channels)
 
 
+def _results(alpha: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """weights, left, sums and light, not yet filled."""
+    rows, samples, width = values.shape
+    weights = alpha.new_empty(rows, samples, dtype=torch.float32)
+    left, light = weights.new_empty(rows), weights.new_empty(rows, -(-samples // LANES))
+    return weights, left, weights.new_empty(rows, width), light
+
+
 @torch.library.custom_op("selfocc::composite", mutates_args=())
 def _composite_op(alpha: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, samples, width = values.shape
     tile = _tile(values, FORWARD)
-    weights = alpha.new_empty(rows, samples, dtype=torch.float32)
-    left, sums = weights.new_empty(rows), weights.new_empty(rows, width)
-    light = weights.new_empty(rows, triton.cdiv(samples, LANES))
+    weights, left, sums, light = _results(alpha, values)
     launch(
         composite_forward,
         (rows, max(1, triton.cdiv(width, tile["CHANNELS"]))),
@@ -205,10 +212,7 @@ def _composite_gradient_op(
 
 @_composite_op.register_fake
 def _(alpha, values):
-    rows, samples, width = values.shape
-    weights = alpha.new_empty(rows, samples, dtype=torch.float32)
-    left, sums = weights.new_empty(rows), weights.new_empty(rows, width)
-    return weights, left, sums, weights.new_empty(rows, -(-samples // LANES))
+    return _results(alpha, values)
 
 
 @_composite_gradient_op.register_fake
@@ -244,18 +248,12 @@ def composite(alpha: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns weights [..., S]; transmittance [...] behind the last sample; sums [..., K].
     Raises ValueError naming the argument at fault.
     """
-    if alpha.ndim < 1 or alpha.shape[-1] < 1:
-        raise ValueError(f"alpha must be [..., S], S at least 1, got {[*alpha.shape]}")
-    if values.shape[:-1] != alpha.shape:
-        raise ValueError(f"values must be {[*alpha.shape, 'K']}, got {[*values.shape]}")
+    check(alpha=(alpha, "... S>=1"), values=(values, "... S K"))
     if use_triton(alpha) and use_triton(values):
         rows = math.prod(alpha.shape[:-1])
         flat = alpha.reshape(rows, alpha.shape[-1]), values.reshape(rows, *values.shape[-2:])
         weights, left, sums, _ = _composite_op(*flat)
         shape = alpha.shape[:-1]
         return weights.view(alpha.shape), left.view(shape), sums.view(*shape, sums.shape[-1])
-    alpha, values = (
-        x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (alpha, values)
-    )
-    weights, left = Weights.apply(alpha)
-    return weights, left, (weights[..., None, :] @ values)[..., 0, :]
+    weights, left = Weights.apply(at_least_float32(alpha))
+    return weights, left, (weights[..., None, :] @ at_least_float32(values))[..., 0, :]

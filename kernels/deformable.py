@@ -213,7 +213,7 @@ def _log_norm(logits, seen, channel, S: tl.constexpr):
     for first in range(0, S.levels * S.points, S.block_p * S.block_c):
         top = tl.maximum(top, _tile(logits, first, seen, column, S))
     top = tl.where(seen, tl.max(tl.max(top, axis=2), axis=1), 0.0)
-    total = tl.zeros([S.block_q, S.block_p, S.block_c], tl.float32)
+    total = tl.full([S.block_q, S.block_p, S.block_c], 0.0, tl.float32)
     for first in range(0, S.levels * S.points, S.block_p * S.block_c):
         total += tl.exp(_tile(logits, first, seen, column, S) - top[:, None, None])
     total = tl.sum(tl.sum(total, axis=2), axis=1)
@@ -242,10 +242,13 @@ def deformable_forward(
     paired: pairs, by_query, first; sizes: h, w of every level; counts: queries, total = B queries,
     rows of reference points, tokens; S: a `Shape`.
     """
+    LEVELS: tl.constexpr = S.levels
+    ROW: tl.constexpr = S.heads * S.width
+    SAMPLES: tl.constexpr = LEVELS * S.points
     query, mine, row, channel, values, points = _begin(counts, S)
     inside = (channel < S.width)[None, None, :]
-    offsets += row[:, None] * (2 * S.levels * S.points)
-    logits += row[:, None] * (S.levels * S.points)
+    offsets += row[:, None] * (2 * SAMPLES)
+    logits += row[:, None] * SAMPLES
     value += values
     reference_points += points
     turns = _turns(paired, query, S)
@@ -253,8 +256,8 @@ def deformable_forward(
 
     norm = _log_norm(logits, seen, channel, S)
     tl.store(norms + row, norm, mine)
-    result = tl.zeros([S.block_q, S.block_p, S.block_c], tl.float32)
-    for level in tl.static_range(S.levels):
+    result = tl.full([S.block_q, S.block_p, S.block_c], 0.0, tl.float32)
+    for level in tl.static_range(LEVELS):
         h, w = sizes[2 * level], sizes[2 * level + 1]
         for start in range(0, S.points, S.block_p):
             samples = _samples(logits, offsets, norm, seen, level, start, S)
@@ -262,7 +265,7 @@ def deformable_forward(
                 x, y, fx, fy, pixel, _at, _exists = _located(
                     reference_points, paired, turns, turn, samples, h, w, counts[3], S
                 )
-                pixels = _corners(value + pixel, w * (S.heads * S.width), S.heads * S.width)
+                pixels = _corners(value + pixel, w * ROW, ROW)
                 exist = _corners_exist(x, y, h, w, inside)
                 weights = _corner_weights(fx, fy, samples[3])
                 corners = ()
@@ -270,7 +273,7 @@ def deformable_forward(
                     corners += (tl.load(pixels[i], exist[i], other=0.0),)
                 for i in tl.static_range(4):
                     result += corners[i].to(tl.float32) * weights[i][:, :, None]
-        value += h * w * (S.heads * S.width)
+        value += h * w * ROW
     result = tl.sum(result, axis=1)
     if S.pairs:
         result = tl.where(seen[:, None], result / tl.maximum(count, 1)[:, None], 0.0)
@@ -318,8 +321,9 @@ def deformable_backward(
 
     Through the softmax: by logit = a (by a - sum of a by a), the sum being grad * out.
     """
+    LEVELS: tl.constexpr = S.levels
     ROW: tl.constexpr = S.heads * S.width
-    SAMPLES: tl.constexpr = S.levels * S.points
+    SAMPLES: tl.constexpr = LEVELS * S.points
     grad_value, grad_reference, grad_offsets, grad_logits = grads
     query, mine, row, channel, values, points = _begin(counts, S)
     inside = (channel < S.width)[None, None, :]
@@ -346,12 +350,12 @@ def deformable_backward(
     if S.pairs:
         upstream = upstream / tl.maximum(count, 1)[:, None, None]
 
-    for level in tl.static_range(S.levels):
+    for level in tl.static_range(LEVELS):
         h, w = sizes[2 * level], sizes[2 * level + 1]
         for start in range(0, S.points, S.block_p):
             samples = _samples(logits, offsets, norm, seen, level, start, S)
             point, sample, _valid, attention, offset_x, offset_y = samples
-            zero = tl.zeros([S.block_q, S.block_p], tl.float32)
+            zero = tl.full([S.block_q, S.block_p], 0.0, tl.float32)
             by_attention, by_x, by_y = zero, zero, zero
             for turn in range(rounds):
                 x, y, fx, fy, pixel, at, exists = _located(

@@ -19,6 +19,8 @@ The Triton kernels give a ray to one warp. Its proposals project to an epipolar 
 lanes read neighbouring pixels; no colour is written. Backward is a gather that reads them again.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -140,76 +142,122 @@ def _bilinear(
 
 
 # -----------------------------------------------------------------------------------------------
-# Where a proposal is seen, and what is seen there: [SOURCES, BLOCK]
+# A ray in its sources, its proposals, and what their colours come to. A program has one ray, tiles
+# are [SOURCES, BLOCK], program ids are ray, camera and item.
 
 
-@triton.jit
-def project(pixel, projection, known):
-    """The line of proposals of a ray in its sources, (slope_x, y, z, start_x, y, z) [SOURCES, 1].
+class Scene(NamedTuple):
+    """Images that rays are compared with, as `epipolar_photometric` takes them."""
 
-    A proposal at depth t is at slope t + start, homogeneous. pixel: pointer to (u, v); projection:
-    pointers [SOURCES, 1] to matrices, multiplied in their own precision. Zero where not `known`.
+    pixels: Tensor
+    target: Tensor
+    images: Tensor
+    projections: Tensor
+    shape: tuple[int, int, int]  # sources, rows, columns; 3.6 wants what may be 1 in a tuple within
+    target_strides: tuple[int, ...]
+    image_strides: tuple[int, ...]  # of items, sources and cameras
+    pixel_strides: tuple[int, ...]  # of channels, rows and columns
+    read: tuple[float, float]  # pixel u is read at index u read[0]
+
+
+class Sight(NamedTuple):
+    """A ray in its sources: which of [SOURCES, 1] there are, slope and start of its line in them
+    (x, y, z), their images, the colour to be found, and where its results lie [SOURCES or 1, 1],
+    those that are stored.
     """
-    u, v = tl.load(pixel), tl.load(pixel + 1)
-    out = ()
-    for axis in tl.static_range(3):
-        row = projection + 4 * axis
-        slope = tl.load(row, known, other=0.0) * u + tl.load(row + 1, known, other=0.0) * v
-        out += ((slope + tl.load(row + 2, known, other=0.0)).to(tl.float32),)
-    for axis in tl.static_range(3):
-        out += (tl.load(projection + 4 * axis + 3, known, other=0.0).to(tl.float32),)
-    return out
+
+    known: Tensor
+    slope: tuple[Tensor, ...]
+    start: tuple[Tensor, ...]
+    image: Tensor
+    goal: tuple[Tensor, ...]
+    results: Tensor
+    answers: Tensor
+
+
+class Compared(NamedTuple):
+    """Proposals [SOURCES or 1, BLOCK]: difference from the goal, colour, visibility (1 or 0)."""
+
+    difference: Tensor
+    red: Tensor
+    green: Tensor
+    blue: Tensor
+    seen: Tensor
 
 
 @triton.jit
-def seen_at(line, t, height, width):
+def look(scene, COMBINE: tl.constexpr, SOURCES: tl.constexpr):
+    """The `Sight` of a program's ray. A proposal at depth t is at slope t + start, homogeneous;
+    matrices are multiplied in their own precision.
+    """
+    ray, rays = tl.program_id(0), tl.num_programs(0)
+    camera, cameras = tl.program_id(1), tl.num_programs(1)
+    item, sources = tl.program_id(2).to(tl.int64), scene.shape[0]
+    source = tl.arange(0, SOURCES)[:, None]
+    known = source < sources
+    view = (item * sources + source) * cameras + camera
+    u, v = tl.load(scene.pixels + 2 * ray), tl.load(scene.pixels + 2 * ray + 1)
+    slope, start, goal = (), (), ()
+    target = scene.target + item * scene.target_strides[0] + camera * scene.target_strides[1]
+    target += ray * scene.target_strides[2]
+    for axis in tl.static_range(3):
+        row = scene.projections + 16 * view + 4 * axis
+        along = tl.load(row, known, other=0.0) * u + tl.load(row + 1, known, other=0.0) * v
+        slope += ((along + tl.load(row + 2, known, other=0.0)).to(tl.float32),)
+        start += (tl.load(row + 3, known, other=0.0).to(tl.float32),)
+        goal += (tl.load(target + axis * scene.target_strides[3]).to(tl.float32),)
+    strides = scene.image_strides
+    image = scene.images + item * strides[0] + camera.to(tl.int64) * strides[2]
+    image += source.to(tl.int64) * strides[1]
+    answers = known
+    if COMBINE:
+        view = tl.zeros([1, 1], tl.int64) + item * cameras + camera
+        answers = view >= 0
+    return Sight(known, slope, start, image, goal, view * rays + ray, answers)
+
+
+@triton.jit
+def seen_at(sight, t, height, width):
     """Pixels x, y of proposals at depths t in the sources, and whether these see them."""
-    slope_x, slope_y, slope_z, start_x, start_y, start_z = line
-    z = slope_z * t + start_z
+    z = sight.slope[2] * t + sight.start[2]
     front = tl.maximum(z, 1e-5)
-    x, y = (slope_x * t + start_x) / front, (slope_y * t + start_y) / front
+    x = (sight.slope[0] * t + sight.start[0]) / front
+    y = (sight.slope[1] * t + sight.start[1]) / front
     return x, y, (z > 0) & (x > 0) & (x < width) & (y > 0) & (y < height)
 
 
 @triton.jit
-def read_colors(image, strides, x, y, seen, height, width, scale_x, scale_y):
-    """Red, green and blue at pixels (x scale_x, y scale_y), bilinear, zero where not seen.
-
-    image: pointers [SOURCES, 1]; strides of a channel, a row and a column.
-    """
-    channel_stride, row_stride, column_stride = strides
-    x = tl.where(seen, tl.minimum(x * scale_x, width - 1), 0.0)
-    y = tl.where(seen, tl.minimum(y * scale_y, height - 1), 0.0)
+def read_colors(image, strides, x, y, seen, height, width):
+    """Red, green and blue at pixels, bilinear, zero where not seen; image: pointers."""
+    x = tl.where(seen, tl.minimum(x, width - 1), 0.0)
+    y = tl.where(seen, tl.minimum(y, height - 1), 0.0)
     left, top = tl.minimum(x.to(tl.int32), width - 2), tl.minimum(y.to(tl.int32), height - 2)
     x, y = x - left, y - top
-    corner = image + (top * row_stride + left * column_stride)
+    corner = image + (top * strides[1] + left * strides[2])
     out = ()
     for _ in tl.static_range(3):
         a = tl.load(corner, seen, other=0.0).to(tl.float32)
-        b = tl.load(corner + column_stride, seen, other=0.0).to(tl.float32)
-        c = tl.load(corner + row_stride, seen, other=0.0).to(tl.float32)
-        d = tl.load(corner + (row_stride + column_stride), seen, other=0.0).to(tl.float32)
+        b = tl.load(corner + strides[2], seen, other=0.0).to(tl.float32)
+        c = tl.load(corner + strides[1], seen, other=0.0).to(tl.float32)
+        d = tl.load(corner + (strides[1] + strides[2]), seen, other=0.0).to(tl.float32)
         above, below = a + x * (b - a), c + x * (d - c)
         out += (above + y * (below - above),)
-        corner += channel_stride
+        corner += strides[0]
     return out
 
 
 @triton.jit
-def compared_proposals(line, image, strides, t, inside, target, size, scale, COMBINE: tl.constexpr):
-    """Difference, red, green, blue and visibility (1 or 0) of proposals [SOURCES or 1, BLOCK].
-
-    t: depths [1, BLOCK], those `inside`; target: the three colours of the ray.
-    """
-    height, width = size
-    x, y, seen = seen_at(line, t, height, width)
-    seen &= inside
-    colors = read_colors(image, strides, x, y, seen, height, width, scale[0], scale[1])
-    difference = robust_cost(target[0] - colors[0]) + robust_cost(target[1] - colors[1])
-    difference = (difference + robust_cost(target[2] - colors[2])) / 3
+def compare(sight, scene, t, inside, COMBINE: tl.constexpr):
+    """Proposals at depths t [1, BLOCK], those `inside`, become `Compared`."""
+    height, width = scene.shape[1], scene.shape[2]
+    x, y, seen = seen_at(sight, t, height, width)
+    seen &= inside & sight.known
+    x, y = x * scene.read[0], y * scene.read[1]
+    red, green, blue = read_colors(sight.image, scene.pixel_strides, x, y, seen, height, width)
+    difference = robust_cost(sight.goal[0] - red) + robust_cost(sight.goal[1] - green)
+    difference = (difference + robust_cost(sight.goal[2] - blue)) / 3
     difference = tl.where(seen, difference, 0.0)
     seen = seen.to(tl.float32)
-    red, green, blue = colors
     if COMBINE:
         count = tl.sum(seen, 0, keep_dims=True)
         share = 1 / tl.maximum(count, 1)
@@ -218,22 +266,56 @@ def compared_proposals(line, image, strides, t, inside, target, size, scale, COM
         green = tl.sum(green, 0, keep_dims=True) * share
         blue = tl.sum(blue, 0, keep_dims=True) * share
         seen = tl.minimum(count, 1)
-    return difference, red, green, blue, seen
+    return Compared(difference, red, green, blue, seen)
 
 
 @triton.jit
-def at_least_epsilon(total):
+def no_sums(COMBINE: tl.constexpr, SOURCES: tl.constexpr, BLOCK: tl.constexpr):
+    """`Compared` times weights, before any is added, and whether one was seen."""
+    zero = tl.zeros([1 if COMBINE else SOURCES, BLOCK], tl.float32)
+    return zero, zero, zero, zero, zero, zero
+
+
+@triton.jit
+def with_sums(sums, weight, here):
+    return (
+        sums[0] + weight * here.difference,
+        sums[1] + weight * here.red,
+        sums[2] + weight * here.green,
+        sums[3] + weight * here.blue,
+        sums[4] + weight * here.seen,
+        tl.maximum(sums[5], here.seen),
+    )
+
+
+@triton.jit
+def _at_least_epsilon(total):
     """What the sum of weights becomes before anything is divided by it."""
     return tl.maximum(total, 1.1920928955078125e-07)  # finfo(float32).eps
 
 
 @triton.jit
-def result_gradient(grad_l1, grad_color, l1, color, total, results, answers):
+def store_sums(l1, color, valid, total, sums, sight):
+    """Results from sums over the proposals of a ray."""
+    results, answers = sight.results, sight.answers
+    weight = tl.sum(sums[4], 1, keep_dims=True)
+    norm = 1 / _at_least_epsilon(weight)
+    tl.store(total + results, weight, answers)
+    tl.store(valid + results, tl.max(sums[5], 1, keep_dims=True) > 0, answers)
+    tl.store(l1 + results, tl.sum(sums[0], 1, keep_dims=True) * norm, answers)
+    for channel in tl.static_range(3):
+        shown = tl.sum(sums[1 + channel], 1, keep_dims=True) * norm
+        tl.store(color + 3 * results + channel, shown, answers)
+
+
+@triton.jit
+def sum_gradients(grad_l1, grad_color, l1, color, total, sight):
     """Gradients of the weighted sums of difference, red, green and blue, and minus that of the
     weights' own sum [SOURCES or 1, 1], given those of the results.
     """
+    results, answers = sight.results, sight.answers
     weight = tl.load(total + results, answers, other=1.0)
-    scale = 1 / at_least_epsilon(weight)
+    scale = 1 / _at_least_epsilon(weight)
     by_l1 = tl.load(grad_l1 + results, answers, other=0.0).to(tl.float32) * scale
     offset = by_l1 * tl.load(l1 + results, answers, other=0.0)
     out = (by_l1,)
@@ -242,47 +324,15 @@ def result_gradient(grad_l1, grad_color, l1, color, total, results, answers):
         by_color = tl.load(grad_color + at, answers, other=0.0).to(tl.float32) * scale
         offset += by_color * tl.load(color + at, answers, other=0.0)
         out += (by_color,)
-    return out + (tl.where(weight < at_least_epsilon(weight), 0.0, offset),)  # noqa: RUF005
+    return out + (tl.where(weight < _at_least_epsilon(weight), 0.0, offset),)  # noqa: RUF005
 
 
 @triton.jit
-def ray_in_sources(
-    pixels,
-    target,
-    images,
-    projections,
-    place,
-    counts,
-    target_strides,
-    image_strides,
-    COMBINE: tl.constexpr,
-    SOURCES: tl.constexpr,
-):
-    """What a program needs of its ray: which of [SOURCES, 1] are `known`, its `line` in them, their
-    images, its target colour, and where its results lie [SOURCES or 1, 1], those that are stored.
-
-    place: item, camera, ray; counts: cameras, rays, sources; strides: of batch, camera, ray and
-    channel, and of batch, source and camera.
-    """
-    item, camera, ray = place
-    cameras, rays, sources = counts
-    source = tl.arange(0, SOURCES)[:, None]
-    known = source < sources
-    view = (item * sources + source) * cameras + camera
-    line = project(pixels + 2 * ray, projections + 16 * view, known)
-    image = images + item * image_strides[0] + camera.to(tl.int64) * image_strides[2]
-    image += source.to(tl.int64) * image_strides[1]
-    target += item * target_strides[0] + camera * target_strides[1] + ray * target_strides[2]
-    goal = (
-        tl.load(target).to(tl.float32),
-        tl.load(target + target_strides[3]).to(tl.float32),
-        tl.load(target + 2 * target_strides[3]).to(tl.float32),
-    )
-    answers = known
-    if COMBINE:
-        view = tl.zeros([1, 1], tl.int64) + item * cameras + camera
-        answers = view >= 0
-    return known, line, image, goal, view * rays + ray, answers
+def weight_gradient(here, by_sums):
+    """Gradient [1, BLOCK] of the weights of `Compared` proposals."""
+    by_l1, by_red, by_green, by_blue, offset = by_sums
+    slope = by_l1 * here.difference + by_red * here.red + by_green * here.green
+    return tl.sum(slope + by_blue * here.blue - offset * here.seen, 0, keep_dims=True)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -290,73 +340,37 @@ def ray_in_sources(
 
 
 @triton.jit
+def _proposals_of(samples):
+    """Where the first proposal of a program's ray lies in [B, N, R, S]."""
+    item, camera = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    view = item * tl.num_programs(1) + camera
+    return (view * tl.num_programs(0) + tl.program_id(0)) * samples
+
+
+@triton.jit
 def epipolar_forward(
     weights,
     depths,
-    pixels,
-    target,
-    images,
-    projections,
+    scene,
     l1,
     color,
     valid,
     total,
     samples,
-    sources,
-    size,
-    target_strides,
-    image_strides,
-    scale,
     COMBINE: tl.constexpr,
     SOURCES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """weights, depths [B, N, R, S] -> l1, color, valid, total (sum w valid) [B, K or 1, N, R].
-
-    size: rows and columns of images; scale: what pixels (x, y) are multiplied by.
-    """
-    ray, rays = tl.program_id(0), tl.num_programs(0)
-    camera, cameras = tl.program_id(1), tl.num_programs(1)
-    item = tl.program_id(2).to(tl.int64)
-    known, line, image, goal, results, answers = ray_in_sources(
-        pixels,
-        target,
-        images,
-        projections,
-        (item, camera, ray),
-        (cameras, rays, sources),
-        target_strides,
-        image_strides,
-        COMBINE,
-        SOURCES,
-    )
-    strides = (image_strides[3], image_strides[4], image_strides[5])
-    first = ((item * cameras + camera) * rays + ray) * samples
-    zero = tl.zeros([1 if COMBINE else SOURCES, BLOCK], tl.float32)
-    sum_l1, sum_red, sum_green, sum_blue, sum_weight, ever = zero, zero, zero, zero, zero, zero
+    """weights, depths [B, N, R, S] -> l1, color, valid, total (sum w valid) [B, K or 1, N, R]."""
+    sight, first = look(scene, COMBINE, SOURCES), _proposals_of(samples)
+    sums = no_sums(COMBINE, SOURCES, BLOCK)
     for start in range(0, samples, BLOCK):
         sample = start + tl.arange(0, BLOCK)[None, :]
         inside = sample < samples
         t = tl.load(depths + first + sample, inside, other=0.0).to(tl.float32)
         weight = tl.load(weights + first + sample, inside, other=0.0).to(tl.float32)
-        difference, red, green, blue, seen = compared_proposals(
-            line, image, strides, t, inside & known, goal, size, scale, COMBINE
-        )
-        sum_l1 += weight * difference
-        sum_red += weight * red
-        sum_green += weight * green
-        sum_blue += weight * blue
-        sum_weight += weight * seen
-        ever = tl.maximum(ever, seen)
-
-    all_weight = tl.sum(sum_weight, 1, keep_dims=True)
-    norm = 1 / at_least_epsilon(all_weight)
-    tl.store(total + results, all_weight, answers)
-    tl.store(valid + results, tl.max(ever, 1, keep_dims=True) > 0, answers)
-    tl.store(l1 + results, tl.sum(sum_l1, 1, keep_dims=True) * norm, answers)
-    tl.store(color + 3 * results, tl.sum(sum_red, 1, keep_dims=True) * norm, answers)
-    tl.store(color + 3 * results + 1, tl.sum(sum_green, 1, keep_dims=True) * norm, answers)
-    tl.store(color + 3 * results + 2, tl.sum(sum_blue, 1, keep_dims=True) * norm, answers)
+        sums = with_sums(sums, weight, compare(sight, scene, t, inside, COMBINE))
+    store_sums(l1, color, valid, total, sums, sight)
 
 
 @triton.jit
@@ -367,72 +381,54 @@ def epipolar_backward(
     color,
     total,
     depths,
-    pixels,
-    target,
-    images,
-    projections,
+    scene,
     grad_weights,
     samples,
-    sources,
-    size,
-    target_strides,
-    image_strides,
-    scale,
     COMBINE: tl.constexpr,
     SOURCES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Gradients of l1 and color [B, K or 1, N, R] -> grad_weights [B, N, R, S]."""
-    ray, rays = tl.program_id(0), tl.num_programs(0)
-    camera, cameras = tl.program_id(1), tl.num_programs(1)
-    item = tl.program_id(2).to(tl.int64)
-    known, line, image, goal, results, answers = ray_in_sources(
-        pixels,
-        target,
-        images,
-        projections,
-        (item, camera, ray),
-        (cameras, rays, sources),
-        target_strides,
-        image_strides,
-        COMBINE,
-        SOURCES,
-    )
-    strides = (image_strides[3], image_strides[4], image_strides[5])
-    by_l1, by_red, by_green, by_blue, offset = result_gradient(
-        grad_l1, grad_color, l1, color, total, results, answers
-    )
-    first = ((item * cameras + camera) * rays + ray) * samples
+    sight, first = look(scene, COMBINE, SOURCES), _proposals_of(samples)
+    by_sums = sum_gradients(grad_l1, grad_color, l1, color, total, sight)
     for start in range(0, samples, BLOCK):
         sample = start + tl.arange(0, BLOCK)[None, :]
         inside = sample < samples
         t = tl.load(depths + first + sample, inside, other=0.0).to(tl.float32)
-        difference, red, green, blue, seen = compared_proposals(
-            line, image, strides, t, inside & known, goal, size, scale, COMBINE
-        )
-        slope = by_l1 * difference + by_red * red + by_green * green + by_blue * blue
-        slope = tl.sum(slope - offset * seen, 0, keep_dims=True)
-        tl.store(grad_weights + first + sample, slope, inside)
+        here = compare(sight, scene, t, inside, COMBINE)
+        tl.store(grad_weights + first + sample, weight_gradient(here, by_sums), inside)
 
 
-def _views(views: list[Tensor], combine: bool, published_pixels: bool) -> dict[str, object]:
-    """What both kernels are told of depths, pixels, target, sources and projections."""
-    depths, pixels, target, sources, projections = views
-    _, count, _, _, height, width = sources.shape
-    return dict(
-        depths=depths.contiguous(),
-        pixels=pixels.contiguous(),
-        target=target,
-        images=sources,
-        projections=projections.contiguous(),
-        samples=depths.shape[-1],
-        sources=count,
-        size=(height, width),
+def scene_of(
+    pixels: Tensor, target: Tensor, sources: Tensor, projections: Tensor, published_pixels: bool
+) -> Scene:
+    """As kernels get it."""
+    count, *_, rows, columns = sources.shape[1:]
+    strides, shrink = sources.stride(), ((columns - 1) / columns, (rows - 1) / rows)
+    return Scene(
+        pixels.contiguous(),
+        target,
+        sources,
+        projections.contiguous(),
+        shape=(count, rows, columns),
         target_strides=target.stride(),
-        image_strides=sources.stride(),
-        scale=((width - 1) / width, (height - 1) / height) if published_pixels else (1.0, 1.0),
+        image_strides=strides[:3],
+        pixel_strides=strides[3:],
+        read=shrink if published_pixels else (1.0, 1.0),
+    )
+
+
+def _told(views: list[Tensor], combine: bool, published_pixels: bool) -> dict[str, object]:
+    """Grid and what both kernels are told of depths, pixels, target, sources and projections."""
+    depths, *images = views
+    batch, cameras, rays, samples = depths.shape
+    return dict(
+        grid=(rays, cameras, batch),
+        depths=depths.contiguous(),
+        scene=scene_of(*images, published_pixels),
+        samples=samples,
         COMBINE=combine,
-        SOURCES=triton.next_power_of_2(count),
+        SOURCES=triton.next_power_of_2(images[2].shape[1]),
         BLOCK=PROPOSALS,
         warps=WARPS,
     )
@@ -452,17 +448,9 @@ def _epipolar_op(
     weights: Tensor, views: list[Tensor], combine: bool, published_pixels: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     l1, color, valid, total = _results(weights, views, combine)
-    batch, cameras, rays, _ = weights.shape
-    launch(
-        epipolar_forward,
-        (rays, cameras, batch),
-        weights=weights.contiguous(),
-        l1=l1,
-        color=color,
-        valid=valid,
-        total=total,
-        **_views(views, combine, published_pixels),
-    )
+    out = dict(l1=l1, color=color, valid=valid, total=total)
+    told = _told(views, combine, published_pixels)
+    launch(epipolar_forward, weights=weights.contiguous(), **out, **told)
     return l1, color, valid, total
 
 
@@ -482,18 +470,16 @@ def _epipolar_gradient_op(
     combine: bool,
     published_pixels: bool,
 ) -> Tensor:
-    batch, cameras, rays, _ = views[0].shape
     grad_weights = views[0].new_empty(views[0].shape, dtype=torch.float32)
     launch(
         epipolar_backward,
-        (rays, cameras, batch),
         grad_l1=grad_l1.contiguous(),
         grad_color=grad_color.contiguous(),
         l1=l1,
         color=color,
         total=total,
         grad_weights=grad_weights,
-        **_views(views, combine, published_pixels),
+        **_told(views, combine, published_pixels),
     )
     return grad_weights
 

@@ -24,7 +24,6 @@ the SDF's.
 
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,15 +33,14 @@ from kernels.checks import at_least_float32, check
 from kernels.composite import EPSILON
 from kernels.dispatch import launch, triton, use_triton
 from kernels.node_losses import node_table, node_table_adjoint
-from kernels.proposals import epipolar_photometric, shapes_of_views
+from kernels.proposals import epipolar_photometric, scene_of, shapes_of_views
 from kernels.ray import LANES, Grid, Rays, Strides
-from kernels.render_cpu import Box, node_spacing, render_reference
+from kernels.render_cpu import Box, Options, node_spacing, render_reference
 from kernels.render_triton import (
     Added,
     Field,
     Gradients,
     Results,
-    Scene,
     render_backward,
     render_forward,
 )
@@ -81,21 +79,6 @@ class Rendering:
 # pixels, target, sources, projections, or nothing.
 
 
-class _Options(NamedTuple):
-    """What is not a tensor."""
-
-    box: list[float]
-    samples: int
-    knobs: list[float]
-    alpha: str
-    classes: int
-    backdrop: bool
-    stop_below: float = 0.0
-    keep_samples: bool = False
-    combine: bool = False
-    published_pixels: bool = False
-
-
 _SCHEMA = (
     "Tensor volume, Tensor inv_s, Tensor[] rays, Tensor[] scene, float[] box, int samples, "
     "float[] knobs, str alpha, int classes, bool backdrop, float stop_below, bool keep_samples, "
@@ -103,7 +86,7 @@ _SCHEMA = (
 )
 
 
-def _results(volume: Tensor, rays: list[Tensor], scene: list[Tensor], options: _Options) -> Results:
+def _results(volume: Tensor, rays: list[Tensor], scene: list[Tensor], options: Options) -> Results:
     """Not yet filled; those not asked for have no elements."""
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -133,7 +116,7 @@ def _results(volume: Tensor, rays: list[Tensor], scene: list[Tensor], options: _
 
 
 def _walk(
-    volume: Tensor, inv_s: Tensor, rays: list[Tensor], scene: list[Tensor], options: _Options
+    volume: Tensor, inv_s: Tensor, rays: list[Tensor], scene: list[Tensor], options: Options
 ) -> tuple[tuple[int, int, int], dict[str, object]]:
     """A program a ray, and what both kernels are told."""
     batch, channels, *nodes = volume.shape
@@ -142,27 +125,14 @@ def _walk(
     spacing = node_spacing(options.box, nodes)
     cameras, count, views, sources = 1, rays[2].shape[1], None, 1
     if scene:
-        stretch, pixels, target, images, projections = scene
-        _, cameras, count, _ = target.shape
-        _, sources, *_, rows, columns = images.shape
-        shrink = ((columns - 1) / columns, (rows - 1) / rows)
-        views = Scene(
-            stretch.contiguous(),
-            pixels.contiguous(),
-            target,
-            images,
-            projections.contiguous(),
-            shape=(sources, rows, columns),
-            target_strides=target.stride(),
-            image_strides=images.stride()[:3],
-            pixel_strides=images.stride()[3:],
-            read=shrink if options.published_pixels else (1.0, 1.0),
-        )
+        _, cameras, count, _ = scene[2].shape
+        views = scene_of(*scene[1:], options.published_pixels)
+        sources = views.shape[0]
     wide = triton.next_power_of_2(channels)
     arguments = dict(
-        # Triton 3.6 hands no tuple on that holds None: without jitter any number is read
+        # Triton 3.6 hands no tuple on that holds None: what is not looked at is any tensor
         rays=Rays(*(x.contiguous() for x in (*rays, rays[-1])[:5])),
-        field=Field(volume, node_table(volume, spacing), inv_s),
+        field=Field(volume, node_table(volume, spacing), inv_s, (*scene, inv_s)[0].contiguous()),
         scene=views,
         count=count,
         samples=options.samples,
@@ -197,7 +167,7 @@ def _given(tensors) -> list[Tensor | None]:
 
 
 def _forward(
-    volume: Tensor, inv_s: Tensor, rays: list[Tensor], scene: list[Tensor], options: _Options
+    volume: Tensor, inv_s: Tensor, rays: list[Tensor], scene: list[Tensor], options: Options
 ) -> Results:
     out = _results(volume, rays, scene, options)
     (count, *others), arguments = _walk(volume, inv_s, rays, scene, options)
@@ -225,7 +195,7 @@ def _backward(
     inv_s: Tensor,
     rays: list[Tensor],
     scene: list[Tensor],
-    options: _Options,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of volume and inv_s, float32, given `Gradients`; saved: distance, opacity, light,
     l1, color, total.
@@ -280,11 +250,11 @@ def _backward(
 
 
 def _render(volume, inv_s, rays, scene, *options):
-    return tuple(_forward(volume, inv_s, rays, scene, _Options(*options)))
+    return tuple(_forward(volume, inv_s, rays, scene, Options(*options)))
 
 
 def _render_gradient(grads, saved, volume, inv_s, rays, scene, *options):
-    return _backward(grads, saved, volume, inv_s, rays, scene, _Options(*options))
+    return _backward(grads, saved, volume, inv_s, rays, scene, Options(*options))
 
 
 _op = torch.library.custom_op(
@@ -303,7 +273,7 @@ _gradient_op = torch.library.custom_op(
 
 @_op.register_fake
 def _(volume, inv_s, rays, scene, *options):
-    return tuple(_results(volume, rays, scene, _Options(*options)))
+    return tuple(_results(volume, rays, scene, Options(*options)))
 
 
 @_gradient_op.register_fake
@@ -455,9 +425,9 @@ def _named(**tensors: Tensor | None) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def _options(box, knobs, samples, alpha, classes, backdrop) -> _Options:
+def _options(box, knobs, samples, alpha, classes, backdrop) -> Options:
     numbers = [float(x) for x in box], samples, [float(x) for x in Knobs(**knobs)]
-    return _Options(*numbers, alpha, classes, backdrop)
+    return Options(*numbers, alpha, classes, backdrop)
 
 
 def _checked(
@@ -465,7 +435,7 @@ def _checked(
     inv_s: Tensor,
     rays: dict[str, Tensor],
     scene: dict[str, Tensor],
-    options: _Options,
+    options: Options,
 ) -> bool:
     """Raises ValueError naming the argument at fault; whether Triton renders these."""
     known, views = {}, {}
@@ -496,7 +466,7 @@ def _checked(
     return True
 
 
-def _rendering(out: Results, options: _Options) -> Rendering:
+def _rendering(out: Results, options: Options) -> Rendering:
     out = Results(*out)
     classes = options.classes
     color, semantics = out.sums.split([out.sums.shape[-1] - classes, classes], dim=-1)
@@ -512,20 +482,9 @@ def _rendering(out: Results, options: _Options) -> Rendering:
 
 
 def _reference(
-    volume: Tensor, inv_s: Tensor, rays: dict[str, Tensor], options: _Options
+    volume: Tensor, inv_s: Tensor, rays: dict[str, Tensor], options: Options
 ) -> Rendering:
-    lines = (rays.get(name) for name in Rays._fields)
-    seen = render_reference(
-        volume.float() if volume.dtype in (torch.float16, torch.bfloat16) else volume,
-        *lines,
-        inv_s.reshape(()),
-        box=options.box,
-        samples=options.samples,
-        knobs=Knobs(*options.knobs),
-        alpha=options.alpha,
-        classes=options.classes,
-        backdrop=options.backdrop,
-        keep_samples=options.keep_samples,
-        stop_below=options.stop_below,
+    lines = [*rays.values()]
+    return Rendering(
+        **render_reference(at_least_float32(volume), inv_s.reshape(()), lines, options)
     )
-    return Rendering(**seen)

@@ -7,8 +7,9 @@ cell. Positions get no gradient. Long lists of rays are walked in chunks that ba
 again, so that memory holds the samples of one chunk and what the caller keeps.
 """
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,47 +27,34 @@ SH0 = 0.28209479177387814  # spherical harmonic of degree 0, from features to co
 Box = tuple[float, float, float, float, float, float]
 
 
-def render_reference(
-    volume: Tensor,
-    origins: Tensor,
-    directions: Tensor,
-    near: Tensor,
-    far: Tensor,
-    jitter: Tensor | None,
-    inv_s: Tensor,
-    *,
-    box: Box,
-    samples: int,
-    knobs: Knobs,
-    alpha: str,
-    classes: int,
-    backdrop: bool,
-    keep_samples: bool,
-    stop_below: float,
-) -> dict[str, Tensor]:
-    """The fields of a `Rendering` by name; arguments as in `kernels.render_rays`."""
-    batch, channels, *nodes = volume.shape
-    colors = channels - 1 - classes
-    table = _NodeTable.apply(volume, node_spacing(box, nodes), colors)
-    march = _March(
-        tuple(nodes),
-        box,
-        samples,
-        knobs,
-        ALPHAS[alpha].reference,
-        (colors, classes),
-        backdrop,
-        keep_samples,
-        stop_below,
-    )
+class Options(NamedTuple):
+    """What of a rendering is not a tensor; as in `kernels.render_rays` and `render_photometric`."""
 
-    item = torch.arange(batch, dtype=torch.int32, device=volume.device) * (
-        table.shape[0] // max(1, batch)
+    box: list[float]
+    samples: int
+    knobs: list[float]
+    alpha: str
+    classes: int
+    backdrop: bool
+    stop_below: float = 0.0
+    keep_samples: bool = False
+    combine: bool = False
+    published_pixels: bool = False
+
+
+def render_reference(
+    volume: Tensor, inv_s: Tensor, rays: list[Tensor], options: Options
+) -> dict[str, Tensor]:
+    """The fields of a `Rendering` by name; rays: origins, directions, near, far, maybe jitter."""
+    batch, channels, *nodes = volume.shape
+    table = _NodeTable.apply(
+        volume, node_spacing(options.box, nodes), channels - 1 - options.classes
     )
+    march, near = _March(tuple(nodes), options), rays[2]
+    item = torch.arange(batch, dtype=torch.int32, device=volume.device) * math.prod(nodes)
     item = item[:, None].expand(near.shape)
-    rays = [origins, directions, near, far, item] + ([] if jitter is None else [jitter])
-    rays = [x.detach().flatten(0, 1) for x in rays]
-    count = max(1, CHUNK // samples)
+    rays = [x.detach().flatten(0, 1) for x in (item, *rays)]
+    count = max(1, CHUNK // options.samples)
     pieces = zip(*(x.split(count) for x in rays), strict=True)
     if near.numel() <= count or not torch.is_grad_enabled():
         chunks = [march(table, inv_s, *piece) for piece in pieces]
@@ -92,41 +80,37 @@ class _March:
     """What is the same for all rays of a rendering; called with a chunk of them."""
 
     nodes: tuple[int, int, int]
-    box: Box
-    samples: int
-    knobs: Knobs
-    alpha: Callable[..., Tensor]
-    widths: tuple[int, int]  # colours, classes
-    backdrop: bool
-    keep_samples: bool
-    stop_below: float
+    options: Options
 
     def __call__(
-        self, table, inv_s, origins, directions, near, far, item, jitter=None
+        self, table, inv_s, item, origins, directions, near, far, jitter=None
     ) -> dict[str, Tensor]:
+        options = self.options
         start, delta, mid = self._intervals(near, far, jitter)
         cell, fraction = self._cells(origins, directions, start, item)
         geometry, features = _Interpolate.apply(table, cell, fraction, self.nodes)
         sdf, *gradient = geometry.unflatten(1, start.shape).unbind(0)
-        color, logits = features.unflatten(0, start.shape).split(self.widths, dim=-1)
+        features = features.unflatten(0, start.shape)
+        color, logits = features.tensor_split([features.shape[-1] - options.classes], dim=-1)
         x, y, z = directions.unsqueeze(-1).unbind(-2)
         cosine = torch.addcmul(torch.addcmul(gradient[0] * x, gradient[1], y), gradient[2], z)
-        alpha = self.alpha(sdf, cosine, delta, inv_s, self.knobs)
-        if self.backdrop:
+        opaque = ALPHAS[options.alpha].reference
+        alpha = opaque(sdf, cosine, delta, inv_s, Knobs(*options.knobs))
+        if options.backdrop:
             alpha = torch.cat([alpha[..., :-1], torch.ones_like(alpha[..., :1])], dim=-1)
         weights, _ = Weights.apply(alpha)
-        if self.stop_below > 0:
+        if options.stop_below > 0:
             passed = torch.cumprod((1 - alpha.detach()).add_(EPSILON), dim=-1)
             reaches = torch.cat([torch.ones_like(passed[:, :1]), passed[:, :-1]], dim=-1)
-            weights = torch.where(reaches > self.stop_below, weights, 0.0)
+            weights = torch.where(reaches > options.stop_below, weights, 0.0)
 
         color = (weights[:, None] @ F.relu(color))[:, 0]
         opacity = weights.sum(-1)
         distance = (weights * mid).sum(-1) / (opacity + 1e-10)
         out = dict(distance=distance, opacity=opacity, color=color)
-        if self.widths[1]:
+        if options.classes:
             out["semantics"] = (weights[:, None] @ logits.softmax(-1))[:, 0]
-        if self.keep_samples:
+        if options.keep_samples:
             squares = gradient[0].square() + gradient[1].square() + gradient[2].square()
             norm = torch.sqrt(squares + torch.finfo(squares.dtype).tiny)  # differentiable at zero
             out |= dict(weights=weights, mids=mid, deltas=delta, sdf=sdf)
@@ -135,7 +119,7 @@ class _March:
 
     def _intervals(self, near, far, jitter) -> tuple[Tensor, Tensor, Tensor]:
         """Start, length and middle [R, S] of the intervals; jitter [R] shifts those of a ray."""
-        edges = torch.linspace(0, 1, self.samples + 1, dtype=near.dtype, device=near.device)
+        edges = torch.linspace(0, 1, self.options.samples + 1, dtype=near.dtype, device=near.device)
         if jitter is not None:
             middle = (edges[1:] + edges[:-1]) / 2
             lower, upper = torch.cat([edges[:1], middle]), torch.cat([middle, edges[-1:]])
@@ -149,12 +133,12 @@ class _March:
         the cell [3, M], 0 to 1 along y, x, z.
         """
         cell, fraction = item[:, None], torch.empty(3, *t.shape, dtype=t.dtype, device=t.device)
-        height, width, depth = self.nodes
+        (height, width, depth), box = self.nodes, self.options.box
         for k, (axis, n, stride) in enumerate(
             ((1, height, width * depth), (0, width, depth), (2, depth, 1))
         ):
-            scale = (n - 1) / (self.box[axis + 3] - self.box[axis])
-            offset = (origins[:, axis, None] - self.box[axis]) * scale
+            scale = (n - 1) / (box[axis + 3] - box[axis])
+            offset = (origins[:, axis, None] - box[axis]) * scale
             place = torch.addcmul(offset, directions[:, axis, None] * scale, t)
             # the border beyond the box, and no reading beside the table for an invalid ray
             place = place.nan_to_num_(0.0).clamp_(0, n - 1)

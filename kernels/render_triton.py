@@ -13,10 +13,13 @@ from torch import Tensor
 
 from kernels.dispatch import tl, triton
 from kernels.proposals import (
-    at_least_epsilon,
-    compared_proposals,
-    ray_in_sources,
-    result_gradient,
+    compare,
+    look,
+    no_sums,
+    store_sums,
+    sum_gradients,
+    weight_gradient,
+    with_sums,
 )
 from kernels.ray import (
     add_channels,
@@ -40,21 +43,7 @@ class Field(NamedTuple):
     volume: Tensor  # [B, C, H, W, Z]
     table: Tensor  # [B, H, W, Z, 4] SDF and its gradient, `node_losses.node_table`
     inv_s: Tensor
-
-
-class Scene(NamedTuple):
-    """Images with which samples are compared, as in `proposals.epipolar_photometric`."""
-
-    stretch: Tensor  # [B, N R]
-    pixels: Tensor
-    target: Tensor
-    images: Tensor
-    projections: Tensor
-    shape: tuple[int, int, int]  # sources, rows, columns; 3.6 wants what may be 1 in a tuple within
-    target_strides: tuple[int, ...]
-    image_strides: tuple[int, ...]  # of items, sources and cameras
-    pixel_strides: tuple[int, ...]  # of channels, rows and columns
-    read: tuple[float, float]  # pixel u is read at index u read[0]
+    stretch: Tensor  # [B, N R] metres along a ray for one of z-depth; is looked at with a scene
 
 
 class Results(NamedTuple):
@@ -101,23 +90,6 @@ class Added(NamedTuple):
 
 
 @triton.jit
-def _sources(scene, item, count, COMBINE: tl.constexpr, SOURCES: tl.constexpr):
-    """`ray_in_sources` of the only ray of a program."""
-    return ray_in_sources(
-        scene.pixels,
-        scene.target,
-        scene.images,
-        scene.projections,
-        (item, tl.program_id(1), tl.program_id(0)),
-        (tl.num_programs(1), count, scene.shape[0]),
-        scene.target_strides,
-        scene.image_strides,
-        COMBINE,
-        SOURCES,
-    )
-
-
-@triton.jit
 def render_forward(
     rays,
     field,
@@ -155,12 +127,8 @@ def render_forward(
     sharpness = tl.load(field.inv_s).to(tl.float32)
     volume, table = field.volume + item * VOLUME.item, field.table + item * TABLE.item
     if scene is not None:
-        metre = tl.load(scene.stretch + index).to(tl.float32)
-        sources, view, image, goal, results, answers = _sources(
-            scene, item, count, COMBINE, SOURCES
-        )
-        zero = tl.zeros([1 if COMBINE else SOURCES, BLOCK], tl.float32)
-        sum_l1, sum_red, sum_green, sum_blue, sum_seen, ever = zero, zero, zero, zero, zero, zero
+        metre = tl.load(field.stretch + index).to(tl.float32)
+        sight, sums = look(scene, COMBINE, SOURCES), no_sums(COMBINE, SOURCES, BLOCK)
 
     tiles, first = tl.cdiv(samples, STEP), index * samples
     zero = tl.zeros([RAYS, BLOCK], tl.float32)
@@ -176,18 +144,7 @@ def render_forward(
         inside = known & (sample < samples)
         span = interval(sample, line, samples, JITTER)
         if scene is not None:  # first, while there is little to keep in registers
-            t = span.middle / metre
-            difference, red, green, blue, seen = compared_proposals(
-                view,
-                image,
-                scene.pixel_strides,
-                t,
-                inside & sources,
-                goal,
-                (scene.shape[1], scene.shape[2]),
-                scene.read,
-                COMBINE,
-            )
+            here = compare(sight, scene, span.middle / metre, inside, COMBINE)
         place = locate(line, span.start, low, scale, GRID)
         last = sample == samples - 1
         at = surface(
@@ -204,12 +161,7 @@ def render_forward(
             gap = norm(at) - 1
             sum_eikonal += tl.where(inside, gap * gap, 0.0)
         if scene is not None:
-            sum_l1 += weight * difference
-            sum_red += weight * red
-            sum_green += weight * green
-            sum_blue += weight * blue
-            sum_seen += weight * seen
-            ever = tl.maximum(ever, seen)
+            sums = with_sums(sums, weight, here)
         if out.sums is not None:
             for part in range(0, BLOCK, FEW):
                 share, _, _, shown = shown_by(
@@ -233,17 +185,10 @@ def render_forward(
     if out.sums is not None:
         channel = tl.arange(0, CHANNELS)[None, :]
         wanted = known & (channel > 0) & (channel <= GRID.colors + GRID.classes)
-        sums = out.sums + index * (GRID.colors + GRID.classes) + (channel - 1)
-        tl.store(sums, tl.sum(sum_shown, 1), wanted)
+        shown = out.sums + index * (GRID.colors + GRID.classes) + (channel - 1)
+        tl.store(shown, tl.sum(sum_shown, 1), wanted)
     if scene is not None:
-        total = tl.sum(sum_seen, 1, keep_dims=True)
-        share = 1 / at_least_epsilon(total)
-        tl.store(out.total + results, total, answers)
-        tl.store(out.valid + results, tl.max(ever, 1, keep_dims=True) > 0, answers)
-        tl.store(out.l1 + results, tl.sum(sum_l1, 1, keep_dims=True) * share, answers)
-        tl.store(out.color + 3 * results, tl.sum(sum_red, 1, keep_dims=True) * share, answers)
-        tl.store(out.color + 3 * results + 1, tl.sum(sum_green, 1, keep_dims=True) * share, answers)
-        tl.store(out.color + 3 * results + 2, tl.sum(sum_blue, 1, keep_dims=True) * share, answers)
+        store_sums(out.l1, out.color, out.valid, out.total, sums, sight)
 
 
 @triton.jit
@@ -297,13 +242,9 @@ def render_backward(
     if grads.eikonal is not None:
         by_eikonal = tl.load(grads.eikonal + index)
     if scene is not None:
-        metre = tl.load(scene.stretch + index).to(tl.float32)
-        sources, view, image, goal, results, answers = _sources(
-            scene, item, count, COMBINE, SOURCES
-        )
-        by_l1, by_red, by_green, by_blue, offset = result_gradient(
-            grads.l1, grads.color, out.l1, out.color, out.total, results, answers
-        )
+        metre = tl.load(field.stretch + index).to(tl.float32)
+        sight = look(scene, COMBINE, SOURCES)
+        by_sums = sum_gradients(grads.l1, grads.color, out.l1, out.color, out.total, sight)
 
     tiles, first = tl.cdiv(samples, BLOCK), index * samples
     zero = tl.zeros([1, BLOCK], tl.float32)
@@ -320,20 +261,8 @@ def render_backward(
             span = interval(sample, line, samples, JITTER)
             by_weight = by_opacity + by_middle * (span.middle - distance)
             if scene is not None:
-                t = span.middle / metre
-                difference, red, green, blue, seen = compared_proposals(
-                    view,
-                    image,
-                    scene.pixel_strides,
-                    t,
-                    inside & sources,
-                    goal,
-                    (scene.shape[1], scene.shape[2]),
-                    scene.read,
-                    COMBINE,
-                )
-                by_source = by_l1 * difference + by_red * red + by_green * green + by_blue * blue
-                by_weight += tl.sum(by_source - offset * seen, 0, keep_dims=True)
+                here = compare(sight, scene, span.middle / metre, inside, COMBINE)
+                by_weight += weight_gradient(here, by_sums)
             if grads.weights is not None:
                 by_weight += tl.load(grads.weights + first + sample, inside, other=0.0)
             place = locate(line, span.start, low, scale, GRID)
