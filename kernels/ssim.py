@@ -62,34 +62,6 @@ def _ssim(x: Tensor, y: Tensor) -> Tensor:
     return ((1 - numerator / denominator) / 2).clamp(0, 1)
 
 
-def _ssim_l1(prediction: Tensor, target: Tensor) -> Tensor:
-    l1 = robust(prediction - target).mean(-3)
-    return SSIM_SHARE * _ssim(prediction, target).mean(-3) + L1_SHARE * l1
-
-
-def _least(
-    color: Tensor,
-    l1: Tensor,
-    target: Tensor,
-    rays: tuple[int, int],
-    valid: Tensor | None,
-    identity: Tensor | None,
-    unseen: float,
-) -> Tensor:
-    def grid(values):  # [B, K, N, R, 3] -> [B, K, N, 3, rows, cols]
-        return values.unflatten(-2, rays).movedim(-1, -3)
-
-    goal = grid(target)[:, None]
-    similarity = _ssim(grid(color), goal.expand(-1, color.shape[1], -1, -1, -1, -1))
-    error = SSIM_SHARE * similarity.mean(-3).flatten(-2) + L1_SHARE * l1
-    if valid is not None:
-        error = torch.where(valid, error, unseen)
-    if identity is not None:
-        still = _ssim_l1(grid(identity), goal.expand(-1, identity.shape[1], -1, -1, -1, -1))
-        error = torch.cat([error, still.flatten(-2)], dim=1)
-    return error.min(dim=1).values
-
-
 # -----------------------------------------------------------------------------------------------
 # Windows
 
@@ -220,11 +192,11 @@ def _added(a, b, c):
 
 
 @triton.jit
-def _gathered(x, y, grad, winner, source, row, column, layout, mask, CHOSEN: tl.constexpr):
+def _gathered(x, y, grad, row, column, layout, mask):
     """x - y at pixels [BLOCK], and the sum of grad d unlike / d x over the windows they are in.
 
-    grad and winner [rows, columns]; with CHOSEN only windows whose winner is `source` count. The
-    nine windows share the rows of a 5 x 5 neighbourhood, which is read once.
+    grad [rows, columns]. The nine windows share the rows of a 5 x 5 neighbourhood, which is read
+    once.
     """
     rows, columns = layout[0], layout[1]
     x_here, y_here = _read(x, y, row, column, layout, mask)
@@ -242,8 +214,6 @@ def _gathered(x, y, grad, winner, source, row, column, layout, mask, CHOSEN: tl.
             times = row_times * _times(at_column, column, columns)
             counts = mask & (times > 0)
             at = at_row * columns + at_column
-            if CHOSEN:
-                counts &= tl.load(winner + at, counts, other=-1) == source
             moments = _from_sums(_added(upper[j], middle[j], lower[j]), x_here, y_here)
             by_mean, by_variance, by_covariance = _unlike_slopes(moments)
             slope = by_mean + 2 * by_variance * (x_here - moments[0])
@@ -290,7 +260,7 @@ def ssim_l1_backward(grad, x, y, grad_x, counts, x_strides, y_strides, shares, B
     y += image * y_strides[0] + channel * y_strides[1]
     grad += image * rows * columns
     layout = (rows, columns, x_strides[2], x_strides[3], y_strides[2], y_strides[3])
-    difference, gathered = _gathered(x, y, grad, grad, 0, row, column, layout, mask, CHOSEN=False)
+    difference, gathered = _gathered(x, y, grad, row, column, layout, mask)
     here = tl.load(grad + pixel, mask, other=0.0).to(tl.float32)
     slope = shares[0] * gathered + shares[1] * here * robust_slope(difference)
     tl.store(grad_x + plane * rows * columns + pixel, slope / channels, mask)
@@ -352,6 +322,18 @@ def _ssim_l1_autograd(ctx, grad):
 _ssim_l1_op.register_autograd(_ssim_l1_autograd, setup_context=_ssim_l1_setup)
 
 
+def _weighted(x: Tensor, y: Tensor, ssim_share: float, l1_share: float) -> Tensor:
+    """Means over channels: images [..., C, h, w] -> [..., h, w]."""
+    if use_triton(x) and use_triton(y):
+        return _ssim_l1_op(x, y, ssim_share, l1_share)
+    x, y = at_least_float32(x), at_least_float32(y)
+    error = ssim_share * _ssim(x, y).mean(-3)
+    return error + l1_share * robust(x - y).mean(-3) if l1_share else error
+
+
+# -----------------------------------------------------------------------------------------------
+
+
 def ssim(x: Tensor, y: Tensor) -> Tensor:
     """Structural dissimilarity clamp((1 - SSIM) / 2, 0, 1), 3 x 3 windows, reflected borders.
 
@@ -360,9 +342,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     read as float32, and so are results. Raises ValueError naming the argument at fault.
     """
     check(x=(x, "... C h>=2 w>=2"), y=(y, "... C h w"))
-    if use_triton(x) and use_triton(y):
-        return _ssim_l1_op(x.unsqueeze(-3), y.unsqueeze(-3), 1.0, 0.0)
-    return _ssim(at_least_float32(x), at_least_float32(y))
+    return _weighted(x.unsqueeze(-3), y.unsqueeze(-3), 1.0, 0.0)
 
 
 def ssim_l1(prediction: Tensor, target: Tensor) -> Tensor:
@@ -371,210 +351,7 @@ def ssim_l1(prediction: Tensor, target: Tensor) -> Tensor:
     Everything else as in `ssim`.
     """
     check(prediction=(prediction, "... C h>=2 w>=2"), target=(target, "... C h w"))
-    if use_triton(prediction) and use_triton(target):
-        return _ssim_l1_op(prediction, target, SSIM_SHARE, L1_SHARE)
-    return _ssim_l1(at_least_float32(prediction), at_least_float32(target))
-
-
-# -----------------------------------------------------------------------------------------------
-# The least error over sources and standing still
-
-
-@triton.jit
-def least_forward(
-    color,
-    l1,
-    target,
-    valid,
-    identity,
-    least,
-    winner,
-    counts,
-    target_strides,
-    identity_strides,
-    unseen,
-    shares,
-    VALID: tl.constexpr,
-    IDENTITY: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The least [B, N, R] and the source [B, N, R] its gradient goes to, -1 for none.
-
-    counts: rows, columns, cameras, sources, identities; strides of batch, (identity,) camera, ray
-    and channel; shares of SSIM and L1.
-    """
-    rows, columns, cameras, sources, identities = counts
-    camera, item = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    rays = rows * columns
-    ray = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = ray < rays
-    row, column = ray // columns, ray % columns
-    target += item * target_strides[0] + camera * target_strides[1]
-    target_ray, target_channel = target_strides[2], target_strides[3]
-    layout = (rows, columns, 3 * columns, 3, columns * target_ray, target_ray)
-    best = tl.full([BLOCK], float("inf"), tl.float32)
-    who = tl.full([BLOCK], -1, tl.int32)
-
-    for source in range(sources):
-        plane = ((item * sources + source) * cameras + camera) * rays
-        x = color + plane * 3
-        unlike, _ = _compared(x, target, 3, 1, target_channel, row, column, layout, mask)
-        difference = tl.load(l1 + plane + ray, mask, other=0.0).to(tl.float32)
-        error = shares[0] * unlike / 3 + shares[1] * difference
-        taught = tl.full([BLOCK], True, tl.int1)
-        if VALID:
-            taught = tl.load(valid + plane + ray, mask, other=0).to(tl.int1)
-            error = tl.where(taught, error, unseen)
-        better = (error < best) | ((error != error) & (best == best))  # NaN wins and stays
-        best = tl.where(better, error, best)
-        who = tl.where(better, tl.where(taught, source, -1), who)
-
-    if IDENTITY:
-        identity_ray, identity_channel = identity_strides[3], identity_strides[4]
-        identity += item * identity_strides[0] + camera * identity_strides[2]
-        moved = columns * identity_ray
-        layout = (rows, columns, moved, identity_ray, columns * target_ray, target_ray)
-        for _ in range(identities):
-            unlike, cost = _compared(
-                identity, target, 3, identity_channel, target_channel, row, column, layout, mask
-            )
-            error = (shares[0] * unlike + shares[1] * cost) / 3
-            better = (error < best) | ((error != error) & (best == best))
-            best = tl.where(better, error, best)
-            who = tl.where(better, -1, who)
-            identity += identity_strides[1]
-
-    out = (item * cameras + camera) * rays + ray
-    tl.store(least + out, best, mask)
-    tl.store(winner + out, who, mask)
-
-
-@triton.jit
-def least_backward(
-    grad,
-    winner,
-    color,
-    target,
-    grad_color,
-    grad_l1,
-    counts,
-    target_strides,
-    shares,
-    BLOCK: tl.constexpr,
-):
-    """One channel of grad_color [B, K, N, R, 3]; the program of the first also grad_l1."""
-    rows, columns, cameras, sources = counts
-    place, item = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    channel, source, camera = place % 3, place // 3 // cameras, place // 3 % cameras
-    rays = rows * columns
-    ray = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = ray < rays
-    row, column = ray // columns, ray % columns
-    view = (item * cameras + camera) * rays
-    plane = ((item * sources + source) * cameras + camera) * rays
-    target += item * target_strides[0] + camera.to(tl.int64) * target_strides[1]
-    target += channel * target_strides[3]
-    layout = (rows, columns, 3 * columns, 3, columns * target_strides[2], target_strides[2])
-    color += plane * 3 + channel
-    grad += view
-    winner += view
-    _, gathered = _gathered(
-        color, target, grad, winner, source, row, column, layout, mask, CHOSEN=True
-    )
-    tl.store(grad_color + (plane + ray) * 3 + channel, shares[0] / 3 * gathered, mask)
-    if channel == 0:
-        won = mask & (tl.load(winner + ray, mask, other=-1) == source)
-        slope = shares[1] * tl.load(grad + ray, won, other=0.0).to(tl.float32)
-        tl.store(grad_l1 + plane + ray, slope, mask)
-
-
-@torch.library.custom_op("selfocc::least_photometric", mutates_args=())
-def _least_op(
-    color: Tensor,
-    l1: Tensor,
-    target: Tensor,
-    rows: int,
-    columns: int,
-    valid: Tensor | None,
-    identity: Tensor | None,
-    unseen: float,
-) -> tuple[Tensor, Tensor]:
-    batch, sources, cameras, rays, _ = color.shape
-    least = color.new_empty(batch, cameras, rays, dtype=torch.float32)
-    winner = torch.empty_like(least, dtype=torch.int32)
-    shown = target[:, None] if identity is None else identity
-    launch(
-        least_forward,
-        (triton.cdiv(rays, PIXELS), cameras, batch),
-        color=color.contiguous(),
-        l1=l1.contiguous(),
-        target=target,
-        valid=l1 if valid is None else valid.contiguous(),
-        identity=shown,
-        least=least,
-        winner=winner,
-        counts=(rows, columns, cameras, sources, shown.shape[1]),
-        target_strides=target.stride(),
-        identity_strides=shown.stride(),
-        unseen=unseen,
-        shares=(SSIM_SHARE, L1_SHARE),
-        VALID=valid is not None,
-        IDENTITY=identity is not None,
-        BLOCK=PIXELS,
-        warps=WARPS,
-    )
-    return least, winner
-
-
-@_least_op.register_fake
-def _(color, l1, target, rows, columns, valid, identity, unseen):
-    least = color.new_empty(l1[:, 0].shape, dtype=torch.float32)
-    return least, torch.empty_like(least, dtype=torch.int32)
-
-
-@torch.library.custom_op("selfocc::least_photometric_gradient", mutates_args=())
-def _least_gradient_op(
-    grad: Tensor, winner: Tensor, color: Tensor, target: Tensor, rows: int, columns: int
-) -> tuple[Tensor, Tensor]:
-    batch, sources, cameras, rays, _ = color.shape
-    grad_color = torch.empty_like(color, memory_format=torch.contiguous_format)
-    grad_l1 = color.new_empty(color.shape[:-1], dtype=torch.float32)
-    launch(
-        least_backward,
-        (triton.cdiv(rays, PIXELS), 3 * sources * cameras, batch),
-        grad=grad.contiguous(),
-        winner=winner,
-        color=color.contiguous(),
-        target=target,
-        grad_color=grad_color,
-        grad_l1=grad_l1,
-        counts=(rows, columns, cameras, sources),
-        target_strides=target.stride(),
-        shares=(SSIM_SHARE, L1_SHARE),
-        BLOCK=PIXELS,
-        warps=WARPS,
-    )
-    return grad_color, grad_l1
-
-
-@_least_gradient_op.register_fake
-def _(grad, winner, color, target, rows, columns):
-    by_color = torch.empty_like(color, memory_format=torch.contiguous_format)
-    return by_color, color.new_empty(color.shape[:-1], dtype=torch.float32)
-
-
-def _least_setup(ctx, inputs, output):
-    color, l1, target, ctx.rows, ctx.columns, *_ = inputs
-    ctx.l1_dtype = l1.dtype
-    ctx.save_for_backward(output[1], color, target)
-
-
-def _least_autograd(ctx, grad, _):
-    by_color, by_l1 = _least_gradient_op(grad, *ctx.saved_tensors, ctx.rows, ctx.columns)
-    return by_color, by_l1.to(ctx.l1_dtype), None, None, None, None, None, None
-
-
-_least_op.register_autograd(_least_autograd, setup_context=_least_setup)
+    return _weighted(prediction, target, SSIM_SHARE, L1_SHARE)
 
 
 def least_photometric(
@@ -612,8 +389,16 @@ def least_photometric(
     count = color.shape[3]
     if min(rays) < 2 or rays[0] * rays[1] != count:
         raise ValueError(f"rays must be rows and columns of {count} rays, 2 or more, got {rays}")
-    tensors = [color, l1, target] + ([] if identity is None else [identity])
-    if all(map(use_triton, tensors)):
-        return _least_op(color, l1, target, *rays, valid, identity, unseen)[0]
-    color, l1, target, *identity = map(at_least_float32, tensors)
-    return _least(color, l1, target, rays, valid, *(identity or [None]), unseen)
+
+    def grid(x: Tensor) -> Tensor:  # [B, K, N, R, 3] -> [B, K, N, 3, rows, columns]
+        return x.unflatten(-2, rays).movedim(-1, -3)
+
+    goal = grid(target[:, None])
+    unlike = _weighted(grid(color), goal.expand_as(grid(color)), SSIM_SHARE, 0.0)
+    error = unlike.flatten(-2) + L1_SHARE * at_least_float32(l1)
+    if valid is not None:
+        error = torch.where(valid, error, unseen)
+    if identity is not None:
+        still = ssim_l1(grid(identity), goal.expand_as(grid(identity)))
+        error = torch.cat([error, still.flatten(-2)], dim=1)
+    return error.min(dim=1).values

@@ -399,8 +399,8 @@ def calls():
     return {
         "ssim_l1": (SSIM._ssim_l1_op, (x, y, 0.85, 0.15), kernels.ssim_l1, [x, y], {}, 2),
         "least_photometric": (
-            SSIM._least_op,
-            (color, l1, target, 3, 4, valid, identity, 1e3),
+            None,  # made of PyTorch's and of that of ssim_l1
+            (),
             lambda c, e, t, **o: kernels.least_photometric(c, e, t, (3, 4), **o),
             [color, l1, target],
             grid,
@@ -420,7 +420,7 @@ def calls():
 NAMES = ["ssim_l1", "least_photometric", "epipolar_photometric"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["ssim_l1", "epipolar_photometric"])
 def test_opcheck(name):
     operator, arguments, *_, wanted = calls()[name]
     arguments = [x.detach().requires_grad_() if i < wanted else x for i, x in enumerate(arguments)]
@@ -446,7 +446,7 @@ def test_compiles_without_a_graph_break(name):
 def test_saves_only_inputs_and_results_of_rays(name):
     _, _, function, tensors, options, wanted = calls()[name]
     leaves = [x.detach().requires_grad_(i < wanted) for i, x in enumerate(tensors)]
-    given = {x.untyped_storage().data_ptr() for x in leaves}
+    given = {x.untyped_storage().data_ptr() for x in (*leaves, *options.values())}
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         results = function(*leaves, **options)
