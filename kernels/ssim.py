@@ -327,8 +327,8 @@ def _weighted(x: Tensor, y: Tensor, ssim_share: float, l1_share: float) -> Tenso
     if use_triton(x) and use_triton(y):
         return _ssim_l1_op(x, y, ssim_share, l1_share)
     x, y = at_least_float32(x), at_least_float32(y)
-    error = ssim_share * _ssim(x, y).mean(-3)
-    return error + l1_share * robust(x - y).mean(-3) if l1_share else error
+    l1 = l1_share * robust(x - y).mean(-3) if l1_share else 0.0
+    return ssim_share * _ssim(x, y).mean(-3) + l1
 
 
 # -----------------------------------------------------------------------------------------------
