@@ -1,4 +1,4 @@
-"""Deformable sampling in plain PyTorch, on any device: what the kernels of `deformable.py` mean.
+"""Deformable sampling in plain PyTorch, as fast as CPUs allow.
 
 The computation walks over the heads, so that sampling locations and weights exist for one head at a
 time, and backward computes them again. All levels of a head lie in one table of rows, an atlas with
