@@ -434,7 +434,7 @@ def _told(views: list[Tensor], combine: bool, published_pixels: bool) -> dict[st
     )
 
 
-def _results(weights: Tensor, views: list[Tensor], combine: bool) -> tuple[Tensor, ...]:
+def _results(weights: Tensor, views: list[Tensor], combine: bool, *_) -> tuple[Tensor, ...]:
     """l1, color, valid and total, not yet filled."""
     batch, cameras, rays, _ = weights.shape
     count = 1 if combine else views[3].shape[1]
@@ -454,9 +454,7 @@ def _epipolar_op(
     return l1, color, valid, total
 
 
-@_epipolar_op.register_fake
-def _(weights, views, combine, published_pixels):
-    return _results(weights, views, combine)
+_epipolar_op.register_fake(_results)
 
 
 @torch.library.custom_op("selfocc::epipolar_photometric_gradient", mutates_args=())
