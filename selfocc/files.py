@@ -114,3 +114,12 @@ def write_file(path: Path, content: bytes):
     """Write a file with its folder. Raises InputError if that is not possible."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+
+
+def append(path: Path, text: str):
+    """Write text at the end of a file. Raises InputError if that is not possible."""
+    try:
+        with path.open("a") as file:
+            file.write(text)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None

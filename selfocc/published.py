@@ -16,7 +16,6 @@ Every parameter of the published network has its counterpart here, with these ex
 
 import functools
 import math
-import pickle  # the name of an error alone: nothing here unpickles
 import re
 import sys
 import zipfile
@@ -52,42 +51,36 @@ _INERT = ("head.model.field_background", "head.model.device_indicator_param", _A
 
 def published_names(settings: Config) -> dict[str, str | None]:
     """Published name -> ours, in the published order; None for what computes nothing."""
-    tpv = settings.encoder.kind == "tpv"
-    names: dict[str, str | None] = {}
-    for theirs, ours in (("img_backbone", "backbone."), ("img_neck", "fpn.")):
-        found = (name for name in _shapes(settings) if name.startswith(ours))
-        names |= {f"{theirs}.{name.removeprefix(ours)}": name for name in found}
-    planes = PLANES[settings.encoder.kind]
+    tpv, planes = settings.encoder.kind == "tpv", PLANES[settings.encoder.kind]
+    pairs = [("img_backbone.", "backbone."), ("img_neck.", "fpn.")]  # how names begin
     for plane in planes:
-        names[f"lifter.tpv_{plane}" if tpv else "lifter.bev"] = f"encoder.queries.{plane}"
-    names["encoder.level_embeds"] = "encoder.level_embedding"
-    names["encoder.cams_embeds"] = "encoder.camera_embedding"
-    modules = {
-        f"encoder.positional_encoding.position_layer{f'_{plane}' if tpv else ''}": (
-            f"encoder.position.{plane}"
-        )
-        for plane in planes
-    }
-    for i in range(settings.encoder.layers):
-        layer = f"encoder.layers.{i}"
+        pairs.append((f"lifter.tpv_{plane}" if tpv else "lifter.bev", f"encoder.queries.{plane}"))
+    pairs.append(("encoder.level_embeds", "encoder.level_embedding"))
+    pairs.append(("encoder.cams_embeds", "encoder.camera_embedding"))
+    for plane in planes:
+        position = f"encoder.positional_encoding.position_layer{f'_{plane}' if tpv else ''}."
+        pairs.append((position, f"encoder.position.{plane}."))
+    for layer in (f"encoder.layers.{i}." for i in range(settings.encoder.layers)):
         for theirs, ours in _ATTENTION.items():
-            modules[f"{layer}.attentions.0.{theirs}"] = f"{layer}.self_attention.{ours}"
+            pairs.append((f"{layer}attentions.0.{theirs}.", f"{layer}self_attention.{ours}."))
         for plane in planes:
-            cross = f"{layer}.attentions.1.{f'attn_{plane}.' if tpv else ''}"
+            cross = f"{layer}attentions.1.{f'attn_{plane}.' if tpv else ''}"
             for theirs, ours in _ATTENTION.items():
                 inner = "" if theirs == "output_proj" else "deformable_attention."
-                modules[f"{cross}{inner}{theirs}"] = f"{layer}.cross.{plane}.{ours}"
-        modules[f"{layer}.ffns.0.layers.0.0"] = f"{layer}.ffn.0"
-        modules[f"{layer}.ffns.0.layers.1"] = f"{layer}.ffn.3"
-        modules |= {f"{layer}.norms.{k}": f"{layer}.norms.{k}" for k in range(3)}
-    head = {f"{_FIELD}{k}": f"decoder.net.{k}" for k in (1, 3)}
-    for part in (modules, dict.fromkeys(_INERT), head):
-        for theirs, ours in part.items():
-            if ours is None:
-                names[theirs] = None
-            else:
-                names |= {f"{theirs}.{kind}": f"{ours}.{kind}" for kind in ("weight", "bias")}
-    names["head.model.field.deviation_network.variance"] = "variance"
+                pairs.append((f"{cross}{inner}{theirs}.", f"{layer}cross.{plane}.{ours}."))
+        pairs.append((f"{layer}ffns.0.layers.0.0.", f"{layer}ffn.0."))
+        pairs.append((f"{layer}ffns.0.layers.1.", f"{layer}ffn.3."))
+        pairs.append((f"{layer}norms.", f"{layer}norms."))
+    pairs += [(name, None) for name in _INERT]
+    pairs += [(f"{_FIELD}{k}.", f"decoder.net.{k}.") for k in (1, 3)]
+    pairs.append(("head.model.field.deviation_network.variance", "variance"))
+    names: dict[str, str | None] = {}
+    for theirs, ours in pairs:
+        if ours is None:
+            names[theirs] = None
+        else:
+            found = (name for name in _shapes(settings) if name.startswith(ours))
+            names |= {theirs + name.removeprefix(ours): name for name in found}
     return names
 
 
@@ -123,14 +116,13 @@ def read_state(path: Path) -> dict[str, Tensor]:
     _check_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)|global (\S+) ", str(error))
-        what = next(filter(None, found.groups()), "code") if found else "code"
-        raise InputError(
-            f"{path} needs to run {what.rstrip('.,')} to be read, which could do anything; save "
-            "its state_dict alone, with torch.save, where you trust the file"
-        ) from None
     except Exception as error:  # torch raises whatever the broken byte leads to
+        if "Weights only" in str(error):
+            code = re.search(r"(?:GLOBAL|global) ([\w.]*\w)", str(error))
+            raise InputError(
+                f"{path} needs to run {code[1] if code else 'code'} to be read, which could do "
+                "anything; save its state_dict alone, with torch.save, where you trust the file"
+            ) from None
         reason = str(error).partition("\n")[0]
         raise InputError(f"{path} cannot be read ({reason}); fetch it again") from None
     state = content.get("state_dict", content) if isinstance(content, dict) else None
@@ -216,28 +208,21 @@ def choose(
     Raises InputError if it is none of SelfOcc's, or has other planes than the preset named.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    kind = {"lifter.tpv_hw": "tpv", "lifter.bev": "bev"}
-    kinds = {kind[name] for name in kind if name in shapes}
+    kinds = [k for k, n in (("tpv", "lifter.tpv_hw"), ("bev", "lifter.bev")) if n in shapes]
     if len(kinds) != 1 or "encoder.cams_embeds" not in shapes:
         raise InputError(
             f"{path} has no SelfOcc in it (such as {min(shapes)}); name a published checkpoint"
         )
-    (kind,) = kinds
-    if preset is not None:
-        base = presets.build(preset, overrides)
-        if base.encoder.kind != kind:
-            raise InputError(
-                f"{path} has the planes of a {kind} network, --preset {preset} is "
-                f"{base.encoder.kind}; name another or none"
-            )
-        settings = _read_sizes(path, state, shapes, base)
-        _tell_differences(path, base, settings)
-        return settings
-    likeness: dict[str, tuple] = {}
+    bases = {name: presets.build(name, overrides) for name in ([preset] if preset else PRESETS)}
+    if preset and bases[preset].encoder.kind != kinds[0]:
+        raise InputError(
+            f"{path} has the planes of a {kinds[0]} network, --preset {preset} is "
+            f"{bases[preset].encoder.kind}; name another or none"
+        )
     found: dict[str, Config] = {}
-    for name in PRESETS:
-        base = presets.build(name, overrides)
-        if base.encoder.kind != kind:
+    likeness: dict[str, tuple] = {}
+    for name, base in bases.items():
+        if base.encoder.kind != kinds[0]:
             continue
         settings = found[name] = _read_sizes(path, state, shapes, base)
         likeness[name] = (
@@ -249,18 +234,17 @@ def choose(
             settings.volume.nodes == base.volume.nodes,
         )
     best = max(likeness, key=likeness.get)
-    alike = [name for name in likeness if likeness[name] == likeness[best] and name != best]
-    how = "guessed by names and shapes" if likeness[best][0] else "the nearest, with other sizes"
-    also = f", which are those of {', '.join(alike)} too" if alike else ""
-    print(f"{path} is a published checkpoint of preset {best} ({how}{also}); --preset says another")
-    _tell_differences(path, presets.build(best, overrides), found[best])
+    if preset is None:
+        alike = [name for name in likeness if likeness[name] == likeness[best] and name != best]
+        how = (
+            "guessed by names and shapes" if likeness[best][0] else "the nearest, with other sizes"
+        )
+        also = f", which are those of {', '.join(alike)} too" if alike else ""
+        said = f"{path} is a published checkpoint of preset {best} ({how}{also})"
+        print(f"{said}; --preset says another")
+    for name, before, now in config.differences(bases[best], found[best]):
+        print(f"{path}: {name} is {now} in the file, {before} in preset {best}")
     return found[best]
-
-
-def _tell_differences(path: Path, base: Config, settings: Config) -> None:
-    """Print a line for every setting that the file changes."""
-    for name, before, now in config.differences(base, settings):
-        print(f"{path}: {name} is {now} in the file, {before} in preset {base.preset}")
 
 
 def _read_sizes(path, state, shapes, base: Config) -> Config:
@@ -370,24 +354,22 @@ def _box(state, usual: tuple[float, ...]) -> tuple[float, ...]:
 
 def _check(path, found, expected, preset: str) -> None:
     """Print what does not fit, a line a name, and raise InputError if there is any."""
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected]
-    other = [name for name in expected if name in found and found[name] != expected[name]]
-    lines = [f"missing: {name} {list(expected[name])}" for name in missing]
-    lines += [f"unexpected: {name} {list(found[name])}" for name in unexpected]
-    lines += [
-        f"of another shape: {name} is {list(found[name])}, preset {preset} has "
-        f"{list(expected[name])}"
-        for name in other
+    missing = [f"missing: {n} {list(shape)}" for n, shape in expected.items() if n not in found]
+    unexpected = [f"unexpected: {n} {list(s)}" for n, s in found.items() if n not in expected]
+    other = [
+        f"of another shape: {n} is {list(found[n])}, preset {preset} has {list(shape)}"
+        for n, shape in expected.items()
+        if found.get(n, shape) != shape
     ]
-    if not lines:
-        return
-    lines, more = lines[:LISTED], len(lines) - LISTED
-    print("\n".join([*lines, *([f"and {more} more"] if more > 0 else [])]), file=sys.stderr)
-    raise InputError(
-        f"{path} does not fit preset {preset}: {len(missing)} names missing, {len(unexpected)} "
-        f"unexpected, {len(other)} of another shape; name the right one with --preset"
-    )
+    lines = missing + unexpected + other
+    if lines:
+        more = [f"and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
+        print("\n".join(lines[:LISTED] + more), file=sys.stderr)
+        raise InputError(
+            f"{path} does not fit preset {preset}: {len(missing)} names missing, "
+            f"{len(unexpected)} unexpected, {len(other)} of another shape; name the right one with "
+            "--preset"
+        )
 
 
 def swap_colors(last: Tensor, settings: Config) -> Tensor:

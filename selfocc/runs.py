@@ -84,8 +84,4 @@ class Log:
     def write(self, **values):
         values["seconds"] = round(time.time() - self.begun, 1)
         values = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
-        try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(values) + "\n")
-        except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror}") from None
+        files.append(self.path, json.dumps(values) + "\n")
