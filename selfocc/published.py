@@ -37,51 +37,47 @@ PRESETS = (
 )  # fmt: skip
 SH0 = 0.28209479177387814  # of the spherical harmonic that makes colour of a feature
 LISTED = 20  # names in doubt that are listed one by one
-_ATTENTION = {
-    "sampling_offsets": "offsets",
-    "attention_weights": "weights",
-    "value_proj": "value",
-    "output_proj": "output",
-}
 _FIELD = "head.model.field.density_net."
 _LAST = f"{_FIELD}3."
 _AABB = "head.model.field.aabb"
 _INERT = ("head.model.field_background", "head.model.device_indicator_param", _AABB)
+# What is replaced in our names, one after the other, by kind; the plane of a BEV has no name.
+_TPV = {
+    r"^backbone\.": "img_backbone.",
+    r"^fpn\.": "img_neck.",
+    r"^encoder\.queries\.": "lifter.tpv_",
+    r"\.level_embedding$": ".level_embeds",
+    r"\.camera_embedding$": ".cams_embeds",
+    r"\.position\.": ".positional_encoding.position_layer_",
+    r"\.self_attention\.": ".attentions.0.",
+    r"\.cross\.(..)\.": r".attentions.1.attn_\1.deformable_attention.",
+    r"\.offsets\.": ".sampling_offsets.",
+    r"\.weights\.": ".attention_weights.",
+    r"\.value\.": ".value_proj.",
+    r"(\.deformable_attention)?\.output\.": ".output_proj.",
+    r"\.ffn\.0\.": ".ffns.0.layers.0.0.",
+    r"\.ffn\.3\.": ".ffns.0.layers.1.",
+    r"^decoder\.net\.": _FIELD,
+    r"^variance$": "head.model.field.deviation_network.variance",
+}
+_BEV = {r"tpv_hw$": "bev", r"position_layer_hw": "position_layer", r"attn_hw\.": ""}
+_RENAMED = {"tpv": _TPV, "bev": _TPV | _BEV}
+_ORDER = (  # how names begin
+    "img_backbone.", "img_neck.", "lifter.tpv_hw", "lifter.tpv_zh", "lifter.", "encoder.level",
+    "encoder.cams", "encoder.position", "encoder.layers.", *_INERT, _FIELD, "head.",
+)  # fmt: skip
 
 
 def published_names(settings: Config) -> dict[str, str | None]:
     """Published name -> ours, in the published order; None for what computes nothing."""
-    tpv, planes = settings.encoder.kind == "tpv", PLANES[settings.encoder.kind]
-    pairs = [("img_backbone.", "backbone."), ("img_neck.", "fpn.")]  # how names begin
-    for plane in planes:
-        pairs.append((f"lifter.tpv_{plane}" if tpv else "lifter.bev", f"encoder.queries.{plane}"))
-    pairs.append(("encoder.level_embeds", "encoder.level_embedding"))
-    pairs.append(("encoder.cams_embeds", "encoder.camera_embedding"))
-    for plane in planes:
-        position = f"encoder.positional_encoding.position_layer{f'_{plane}' if tpv else ''}."
-        pairs.append((position, f"encoder.position.{plane}."))
-    for layer in (f"encoder.layers.{i}." for i in range(settings.encoder.layers)):
-        for theirs, ours in _ATTENTION.items():
-            pairs.append((f"{layer}attentions.0.{theirs}.", f"{layer}self_attention.{ours}."))
-        for plane in planes:
-            cross = f"{layer}attentions.1.{f'attn_{plane}.' if tpv else ''}"
-            for theirs, ours in _ATTENTION.items():
-                inner = "" if theirs == "output_proj" else "deformable_attention."
-                pairs.append((f"{cross}{inner}{theirs}.", f"{layer}cross.{plane}.{ours}."))
-        pairs.append((f"{layer}ffns.0.layers.0.0.", f"{layer}ffn.0."))
-        pairs.append((f"{layer}ffns.0.layers.1.", f"{layer}ffn.3."))
-        pairs.append((f"{layer}norms.", f"{layer}norms."))
-    pairs += [(name, None) for name in _INERT]
-    pairs += [(f"{_FIELD}{k}.", f"decoder.net.{k}.") for k in (1, 3)]
-    pairs.append(("head.model.field.deviation_network.variance", "variance"))
-    names: dict[str, str | None] = {}
-    for theirs, ours in pairs:
-        if ours is None:
-            names[theirs] = None
-        else:
-            found = (name for name in _shapes(settings) if name.startswith(ours))
-            names |= {theirs + name.removeprefix(ours): name for name in found}
-    return names
+    names: dict[str, str | None] = dict.fromkeys(_INERT)
+    for ours in _shapes(settings):
+        theirs = ours
+        for pattern, published in _RENAMED[settings.encoder.kind].items():
+            theirs = re.sub(pattern, published, theirs)
+        names[theirs] = ours
+    place = {name: next(i for i, s in enumerate(_ORDER) if name.startswith(s)) for name in names}
+    return {name: names[name] for name in sorted(names, key=place.get)}
 
 
 def published_shapes(settings: Config) -> dict[str, tuple[int, ...]]:
