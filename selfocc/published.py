@@ -30,6 +30,7 @@ from selfocc.config import Config
 from selfocc.encoder import PLANES
 from selfocc.files import replacing
 from selfocc.model import SelfOcc
+from selfocc.settings import change
 
 PRESETS = (
     "kitti", "kitti_novel_depth", "kitti_raw", "nuscenes", "nuscenes_bev", "nuscenes_novel_depth",
@@ -94,9 +95,8 @@ def published_shapes(settings: Config) -> dict[str, tuple[int, ...]]:
 @functools.lru_cache(maxsize=16)
 def _shapes(settings: Config) -> dict[str, tuple[int, ...]]:
     """Our names and shapes."""
-    backbone = replace(settings.backbone, weights="none")
     with torch.device("meta"):  # without memory
-        state = SelfOcc(replace(settings, backbone=backbone)).state_dict()
+        state = SelfOcc(change(settings, ["backbone.weights=none"])).state_dict()
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
@@ -191,8 +191,7 @@ def import_published(
             tensor = swap_colors(tensor, settings)
         model[name] = tensor.to(torch.int64 if counter else torch.float32).reshape(ours[name])
     # its weights are these, and no others are to be fetched
-    settings = replace(settings, backbone=replace(settings.backbone, weights="none"))
-    return settings, model, inert
+    return change(settings, ["backbone.weights=none"]), model, inert
 
 
 def choose(

@@ -106,13 +106,10 @@ class Scores:
         sdf, likeliest = protocols.read_voxels(
             volume, self.classes, rules, self.settings.box, shape, voxels_to_volume
         )
-        sdf, edge = sdf.cpu(), (box[5] - box[2]) / shape[2]
-        z = protocols.heights(box, shape, voxels_to_volume)
-        flat = z - self.settings.ground
-        if rules.crop is not None:
-            sdf, flat = rules.crop(sdf), rules.crop(flat)
+        sdf, edge = rules.crop(sdf.cpu()), (box[5] - box[2]) / shape[2]
         fields = dict.fromkeys(self.thresholds, sdf)
-        fields["flat ground, best threshold"] = flat
+        flat = protocols.heights(box, shape, voxels_to_volume) - self.settings.ground
+        fields["flat ground, best threshold"] = rules.crop(flat)
         if self.occupancy_prior is not None:
             fields["constant prior, best threshold"] = self.occupancy_prior
         above = metrics.above_ground(labels, edge, rules.ground)
