@@ -164,12 +164,11 @@ def score(
             "the network's volume is not finite: its weights have diverged, or are not of these "
             "settings; evaluate an earlier checkpoint"
         )
-    rules, record = scores.rules, {}
+    rules, rays, record = scores.rules, model.config.render.eval_rays, {}
     size = tuple(batch.target.images.shape[-2:])
     if sample.labels is not None:
         record |= scores.occupancy(volume, sample.labels, sample.voxels_to_volume)
     if "depth" in tasks:
-        rays = model.config.render.eval_rays
         grid, color = render_grid(model, volume, batch.target, size, rays)
         depth, _ = to_images(grid, color, size)
         record |= scores.depth_maps(depth, batch)
@@ -177,10 +176,9 @@ def score(
             record |= scores.depth_points(grid, batch.target, sample.location, sample.depth)
         record |= photometric_record(depth, batch)
     novel = []
+    if rules.novel_rays is not None:
+        rays = tuple(map(min, rays, rules.novel_rays))
     for later in sample.later:
-        rays = model.config.render.eval_rays
-        if rules.novel_rays is not None:
-            rays = tuple(map(min, rays, rules.novel_rays))
         moved = torch.from_numpy(later.camera_to_volume)[None].to(device)
         cameras = dataclasses.replace(batch.target, camera_to_volume=moved)
         depth, _ = render_grid(model, volume, cameras, size, rays)

@@ -42,14 +42,14 @@ class Priors:
     """What can be guessed without looking at the image, learnt from training truth."""
 
     def __init__(self):
-        self.voxels: Tensor | None = None  # `voxel_counts` of all frames
+        self.voxels: Tensor | int = 0  # `voxel_counts` of all frames
         self.depth: dict[str, list[tuple[Tensor, Tensor]]] = {}  # `known_depths` of each, by truth
         self.size = (0, 0, 0)  # of the maps [N, h, w]
 
     def add(self, labels: Tensor | None, batch: Batch) -> None:
         """labels [ny, nx, nz] as they are scored, and the depth truths of a single sample."""
         if labels is not None:
-            self._add_voxels(metrics.voxel_counts(labels))
+            self.voxels = self.voxels + metrics.voxel_counts(labels)
         for name, truth in truth_maps(batch).items():
             self.depth.setdefault(name, []).append(metrics.known_depths(truth[0]))
             self.size = tuple(truth.shape[1:])
@@ -57,14 +57,10 @@ class Priors:
     def join(self, others: Iterable["Priors"]) -> None:
         """Add what other processes have learnt."""
         for other in others:
-            if other.voxels is not None:
-                self._add_voxels(other.voxels)
+            self.voxels = self.voxels + other.voxels
+            self.size = max(self.size, other.size)
             for name, known in other.depth.items():
                 self.depth.setdefault(name, []).extend(known)
-                self.size = other.size
-
-    def _add_voxels(self, counts: Tensor) -> None:
-        self.voxels = counts if self.voxels is None else self.voxels + counts
 
 
 class Scores:
@@ -84,13 +80,12 @@ class Scores:
             self.thresholds[UNKNOWN_FREE] = fixed
         self.thresholds["SelfOcc, best threshold"] = SWEEP
         self.thresholds["flat ground, best threshold"] = SWEEP
-        self.depth_priors, self.occupancy_prior = {}, None
-        if priors is not None:
-            self.depth_priors = {
-                name: metrics.median_depth(known, priors.size)
-                for name, known in priors.depth.items()
-            }
-        if priors is not None and priors.voxels is not None:
+        priors = priors or Priors()
+        self.depth_priors = {
+            name: metrics.median_depth(known, priors.size) for name, known in priors.depth.items()
+        }
+        self.occupancy_prior = None
+        if isinstance(priors.voxels, Tensor):
             self.occupancy_prior = -metrics.prior_probability(priors.voxels)
             self.thresholds["constant prior, best threshold"] = metrics.PRIOR_THRESHOLDS
 
@@ -107,11 +102,11 @@ class Scores:
             volume, self.classes, rules, self.settings.box, shape, voxels_to_volume
         )
         sdf, edge = rules.crop(sdf.cpu()), (box[5] - box[2]) / shape[2]
-        fields = dict.fromkeys(self.thresholds, sdf)
         flat = protocols.heights(box, shape, voxels_to_volume) - self.settings.ground
-        fields["flat ground, best threshold"] = rules.crop(flat)
-        if self.occupancy_prior is not None:
-            fields["constant prior, best threshold"] = self.occupancy_prior
+        fields = dict.fromkeys(self.thresholds, sdf) | {
+            "flat ground, best threshold": rules.crop(flat),
+            "constant prior, best threshold": self.occupancy_prior,
+        }
         above = metrics.above_ground(labels, edge, rules.ground)
         record = {}
         for method, thresholds in self.thresholds.items():
@@ -128,37 +123,34 @@ class Scores:
 
     def depth_maps(self, depth: Tensor, batch: Batch) -> Record:
         """Maps of depth [1, N, h, w], rendered for the target, against maps of truth."""
-        flat = self._flat_depth(batch.target, depth.shape[-2:])
         record = {}
         for name, truth in truth_maps(batch).items():
-            truth = protocols.scored_depth(truth, self.rules)
-            predictions = {"SelfOcc": depth[0].cpu(), "flat ground": flat}
-            if name in self.depth_priors:
-                predictions["median prior"] = self.depth_priors[name]
-            for method, prediction in predictions.items():
-                sums = metrics.depth_sums(prediction, truth[0].cpu())
-                record[f"depth/{name}/{method}"] = sums
+            truth = protocols.scored_depth(truth, self.rules)[0].cpu()
+            for method, prediction in self._depths(name, depth, batch.target).items():
+                record[f"depth/{name}/{method}"] = metrics.depth_sums(prediction, truth)
         return record
 
     def depth_points(self, grid: Tensor, target: Frames, location: Tensor, truth: Tensor) -> Record:
         """Depth of fixed rays [1, N, rows, cols] against LiDAR points as `lidar_truth` has them."""
-        size = target.images.shape[-2:]
-        readings = {
-            "SelfOcc": (grid[0].cpu(), self.rules.ends),
-            "flat ground": (self._flat_depth(target, size), False),
-        }
-        if "lidar" in self.depth_priors:
-            readings["median prior"] = (self.depth_priors["lidar"], False)
         record = {}
-        for method, (depth, displaced) in readings.items():
+        for method, depth in self._depths("lidar", grid, target).items():
+            displaced = self.rules.ends and method == "SelfOcc"
             reading = protocols.read_depth(depth, location, displaced)
             record[f"depth/lidar/{method}"] = metrics.depth_sums(reading, truth)
         return record
 
-    def _flat_depth(self, target: Frames, size: tuple[int, int]) -> Tensor:
-        return metrics.flat_ground_depth(
-            target.intrinsics[0].cpu(), target.camera_to_volume[0].cpu(), size, self.settings.ground
+    def _depths(self, name: str, rendered: Tensor, target: Frames) -> dict[str, Tensor]:
+        """What every method says, [N, rows, cols], where `name` is the truth."""
+        flat = metrics.flat_ground_depth(
+            target.intrinsics[0].cpu(),
+            target.camera_to_volume[0].cpu(),
+            target.images.shape[-2:],
+            self.settings.ground,
         )
+        depths = {"SelfOcc": rendered[0].cpu(), "flat ground": flat}
+        if name in self.depth_priors:
+            depths["median prior"] = self.depth_priors[name]
+        return depths
 
     def tables(self, records: Iterable[Record]) -> dict[str, Table]:
         """{task: {method: {metric: value}}} of all frames; tasks without truth are left out."""
@@ -166,7 +158,9 @@ class Scores:
         tables: dict[str, Table] = {}
         for method, thresholds in self.thresholds.items():
             if f"occupancy/{method}" in totals:
-                row = _occupancy_row(totals[f"occupancy/{method}"], thresholds)
+                counts = totals[f"occupancy/{method}"]
+                row, above = (metrics.best_threshold(part, thresholds) for part in counts)
+                row |= {"iou_above": above["iou"], "threshold_above": above["threshold"]}
                 tables.setdefault("occupancy", {})[method] = row
         if "semantics" in totals:
             tables["semantics"] = self._semantic_table(totals["semantics"])
@@ -214,13 +208,8 @@ def merge(records: Iterable[Record]) -> Record:
     total: Record = {}
     for record in records:
         for name, counts in record.items():
-            total[name] = total[name] + counts if name in total else counts
+            total[name] = total.get(name, 0) + counts
     return total
-
-
-def _occupancy_row(counts: Tensor, thresholds: Tensor) -> dict[str, float]:
-    whole, above = (metrics.best_threshold(part, thresholds) for part in counts)
-    return whole | {"iou_above": above["iou"], "threshold_above": above["threshold"]}
 
 
 def photometric_record(depth: Tensor, batch: Batch) -> Record:
