@@ -28,7 +28,7 @@ from torch import Tensor
 from selfocc import InputError, config, presets
 from selfocc.config import Config
 from selfocc.encoder import PLANES
-from selfocc.files import replacing
+from selfocc.files import read_torch, replacing
 from selfocc.model import SelfOcc
 from selfocc.settings import change
 
@@ -110,17 +110,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     says, or needs code to run.
     """
     _check_archive(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises whatever the broken byte leads to
-        if "Weights only" in str(error):
-            code = re.search(r"(?:GLOBAL|global) ([\w.]*\w)", str(error))
-            raise InputError(
-                f"{path} needs to run {code[1] if code else 'code'} to be read, which could do "
-                "anything; save its state_dict alone, with torch.save, where you trust the file"
-            ) from None
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{path} cannot be read ({reason}); fetch it again") from None
+    content = read_torch(path, mmap=True)
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state:
         raise InputError(f"{path} holds no state dict; name a published SelfOcc checkpoint")
