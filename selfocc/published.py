@@ -209,7 +209,11 @@ def choose(
     for name, base in bases.items():
         if base.encoder.kind != kinds[0]:
             continue
-        settings = found[name] = _read_sizes(path, state, shapes, base)
+        try:
+            settings = _sizes(path, state, shapes, base)
+        except (KeyError, IndexError, ValueError, ZeroDivisionError):
+            settings = base  # what is missing is listed later
+        found[name] = settings
         likeness[name] = (
             settings == base,
             settings.encoder.cameras is None,
@@ -232,15 +236,8 @@ def choose(
     return found[best]
 
 
-def _read_sizes(path, state, shapes, base: Config) -> Config:
-    """The preset with the sizes that names and shapes show, or as it is where names are missing."""
-    try:
-        return _sizes(path, state, shapes, base)
-    except (KeyError, IndexError, ValueError, ZeroDivisionError):
-        return base  # what is missing is listed later
-
-
 def _sizes(path, state, shapes, base: Config) -> Config:
+    """The preset with the sizes that names and shapes show."""
     encoder = base.encoder
     tpv = encoder.kind == "tpv"
     planes = PLANES[encoder.kind]
