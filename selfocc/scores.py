@@ -5,7 +5,6 @@ the sum of their records, whatever process scored which frame. They are named `o
 `semantics`, `depth/TRUTH/METHOD`, `novel/METRES` and `photometric`.
 """
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Iterable
@@ -217,47 +216,35 @@ def photometric_record(depth: Tensor, batch: Batch) -> Record:
 
     Empty where there is no other frame to warp, or none that sees what the target does.
     """
-    target, sources = batch.target, _other_frames(batch)
     height, width = depth.shape[-2:]
-    if not sources.images.shape[1]:
+    here, poses = batch.target.camera_to_volume[0], batch.sources.camera_to_volume[0]
+    # at the ends of a drive a source may be the target itself
+    other = [k for k, pose in enumerate(poses) if not torch.equal(pose, here)]
+    if not other:
         return {}
+    target, sources = batch.target.each(lambda x: x[0]), batch.sources.each(lambda x: x[0, other])
     v, u = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     pixels = torch.stack([u, v, torch.ones_like(u)]).to(depth).flatten(1)  # [3, h w]
-    points = F.pad(pixels * depth.flatten(2)[:, :, None], (0, 0, 0, 1), value=1.0)
+    points = F.pad(pixels * depth[0].flatten(1)[:, None], (0, 0, 0, 1), value=1.0)
     matrix = image_to_image(
-        target.intrinsics[:, None],
-        target.camera_to_volume[:, None],
-        sources.intrinsics,
-        sources.camera_to_volume,
+        target.intrinsics, target.camera_to_volume, sources.intrinsics, sources.camera_to_volume
     )
     with exact_products():
-        projected = matrix.to(depth) @ points[:, None]  # [1, K, N, 4, h w]
-    z = projected[..., 2, :].clamp_min(1e-5)
-    x, y = projected[..., 0, :] / z, projected[..., 1, :] / z
-    seen = (projected[..., 2, :] > 0) & (x > 0) & (x < width - 1) & (y > 0) & (y < height - 1)
+        projected = matrix.to(depth) @ points  # [K, N, 4, h w]
+    x, y, z, _ = projected.flatten(0, 1).unflatten(2, (height, width)).unbind(1)  # [K N, h, w]
+    in_front, z = z > 0, z.clamp_min(1e-5)
+    x, y = x / z, y / z
+    seen = in_front & (x > 0) & (x < width - 1) & (y > 0) & (y < height - 1)
     grid = torch.stack([2 * x / (width - 1) - 1, 2 * y / (height - 1) - 1], dim=-1)
-    images = sources.images.flatten(0, 2)
-    warped = F.grid_sample(
-        images, grid.flatten(0, 2).unflatten(1, (height, width)), align_corners=True
-    )
-    goal = target.images[:, None].expand_as(sources.images).flatten(0, 2)
-    seen = seen.flatten(0, 2).unflatten(1, (height, width))
+    images = sources.images.flatten(0, 1)
+    warped = F.grid_sample(images, grid, align_corners=True)
+    goal = target.images.expand_as(sources.images).flatten(0, 1)
     error = torch.where(seen, kernels.ssim_l1(warped, goal), torch.inf)
     error, identity = (
-        e.unflatten(0, (sources.images.shape[1], -1)).amin(0)
-        for e in (error, kernels.ssim_l1(images, goal))
+        e.unflatten(0, (len(other), -1)).amin(0) for e in (error, kernels.ssim_l1(images, goal))
     )
     seen = error.isfinite()
     if not seen.any():
         return {}
     errors = error[seen].mean().item(), identity[seen].mean().item()
     return {"photometric": torch.tensor([*errors, 1]).double()}
-
-
-def _other_frames(batch: Batch) -> Frames:
-    """The sources of a single sample that are not the target itself, as at the ends of a drive."""
-    sources, here = batch.sources, batch.target.camera_to_volume
-    other = [
-        k for k, pose in enumerate(sources.camera_to_volume[0]) if not torch.equal(pose, here[0])
-    ]
-    return Frames(*(getattr(sources, f.name)[:, other] for f in dataclasses.fields(Frames)))
