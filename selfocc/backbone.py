@@ -17,7 +17,7 @@ from selfocc import InputError
 from selfocc.config import BackboneConfig
 from selfocc.files import read_torch
 
-_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 _IMAGENET = {
     18: "https://download.pytorch.org/models/resnet18-f37072fd.pth",
     34: "https://download.pytorch.org/models/resnet34-b627a593.pth",
@@ -104,7 +104,7 @@ class Backbone(nn.Module):
         self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         inputs, self.channels = width, []
-        for stage, count in enumerate(_BLOCKS[config.depth]):
+        for stage, count in enumerate(BLOCKS[config.depth]):
             blocks = []
             for i in range(count):
                 stride = 2 if stage > 0 and i == 0 else 1

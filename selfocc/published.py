@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from selfocc import InputError, config, presets
+from selfocc.backbone import BLOCKS
 from selfocc.config import Config
 from selfocc.encoder import PLANES
 from selfocc.files import read_torch, replacing
@@ -204,34 +205,22 @@ def choose(
             f"{path} has the planes of a {kinds[0]} network, --preset {preset} is "
             f"{bases[preset].encoder.kind}; name another or none"
         )
-    found: dict[str, Config] = {}
-    likeness: dict[str, tuple] = {}
+    found, changes = {}, {}
     for name, base in bases.items():
-        if base.encoder.kind != kinds[0]:
-            continue
-        try:
-            settings = _sizes(path, state, shapes, base)
-        except (KeyError, IndexError, ValueError, ZeroDivisionError):
-            settings = base  # what is missing is listed later
-        found[name] = settings
-        likeness[name] = (
-            settings == base,
-            settings.encoder.cameras is None,
-            (settings.field.colors, settings.field.classes)
-            == (base.field.colors, base.field.classes),
-            settings.volume.box == base.volume.box,
-            settings.volume.nodes == base.volume.nodes,
-        )
-    best = max(likeness, key=likeness.get)
+        if base.encoder.kind == kinds[0]:
+            try:
+                found[name] = _sizes(path, state, shapes, base)
+            except (KeyError, IndexError, ValueError, ZeroDivisionError):
+                found[name] = base  # what is missing is listed later
+            changes[name] = config.differences(base, found[name])
+    best = min(changes, key=lambda name: len(changes[name]))
     if preset is None:
-        alike = [name for name in likeness if likeness[name] == likeness[best] and name != best]
-        how = (
-            "guessed by names and shapes" if likeness[best][0] else "the nearest, with other sizes"
-        )
+        alike = [n for n in changes if len(changes[n]) == len(changes[best]) and n != best]
+        how = "the nearest, with other sizes" if changes[best] else "guessed by names and shapes"
         also = f", which are those of {', '.join(alike)} too" if alike else ""
         said = f"{path} is a published checkpoint of preset {best} ({how}{also})"
         print(f"{said}; --preset says another")
-    for name, before, now in config.differences(bases[best], found[best]):
+    for name, before, now in changes[best]:
         print(f"{path}: {name} is {now} in the file, {before} in preset {best}")
     return found[best]
 
@@ -313,13 +302,13 @@ def _bev_nodes(path, tokens: int, rows: int, base: Config) -> tuple[tuple[int, i
 
 def _depth(shapes, usual: int) -> int:
     """Which ResNet it is, from its blocks."""
-    blocks = [
+    blocks = tuple(
         len({n.split(".")[2] for n in shapes if n.startswith(f"img_backbone.layer{stage}.")})
         for stage in (1, 2, 3, 4)
-    ]
+    )
     narrow = "img_backbone.layer1.0.conv3.weight" not in shapes
-    known = {(True, 2): 18, (True, 3): 34, (False, 3): 50}
-    return 101 if blocks[2] == 23 else known.get((narrow, blocks[0]), usual)
+    known = (depth for depth, b in BLOCKS.items() if b == blocks and (depth < 50) == narrow)
+    return next(known, usual)
 
 
 def _box(state, usual: tuple[float, ...]) -> tuple[float, ...]:
