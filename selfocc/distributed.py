@@ -147,15 +147,8 @@ def chief_first() -> Iterator[None]:
 
 
 def mean(value: Tensor) -> Tensor:
-    """The mean of a tensor over all processes, differentiable.
-
-    Its gradient is the mean of the gradients, as each process's loss is a share of the whole.
-    """
-    if not joined():
-        return value
-    from torch.distributed.nn.functional import all_reduce  # some builds have none
-
-    return all_reduce(value) / dist.get_world_size()
+    """The mean of a tensor over all processes, differentiable."""
+    return _Mean.apply(value) if joined() else value
 
 
 def in_any(flag: bool, device: torch.device) -> bool:
@@ -182,6 +175,20 @@ def parallel(model: nn.Module, device: torch.device, batch_norm: bool) -> nn.Mod
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm
     return nn.parallel.DistributedDataParallel(model)
+
+
+class _Mean(torch.autograd.Function):
+    """Its gradient is the mean of the gradients, as each process's loss is a share of the whole."""
+
+    @staticmethod
+    def forward(_, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total / dist.get_world_size()
+
+    @staticmethod
+    def backward(_, gradient: Tensor) -> Tensor:
+        return _Mean.forward(_, gradient.contiguous())
 
 
 class SyncBatchNorm(nn.BatchNorm2d):

@@ -215,6 +215,7 @@ def evaluate(
     samples = Samples(dataset, rules, tasks, settings.volume.voxel)
     mine = evenly(dataset, frames)[rank::world]
     records = {} if journal is None else journal.records
+    keep = records.__setitem__ if journal is None else journal.add
     todo = [index for index in mine if index not in records]
     bar = tqdm(
         read_ahead(Subset(samples, todo), settings.optim.workers, world, batch_size=None),
@@ -225,11 +226,7 @@ def evaluate(
         disable=not progress,
     )
     for sample in bar:
-        record = score(model, scores, sample, device, tasks)
-        if journal is None:
-            records[sample.index] = record
-        else:
-            journal.add(sample.index, record)
+        keep(sample.index, score(model, scores, sample, device, tasks))
     model.train(training)
     if world > 1:
         records = distributed.gather_dicts(records)
