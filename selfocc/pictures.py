@@ -30,10 +30,8 @@ GAP = 4  # white pixels between pictures
 FPS = 8  # frames of a video a second
 
 # of a legend: label -> number that is coloured
-DEPTH_TICKS = {
-    "far": 0.0, "50 m": NEAREST / 50, "20 m": NEAREST / 20, "10 m": NEAREST / 10,
-    "6 m": NEAREST / 6, "4 m": NEAREST / 4, f"<{NEAREST:g} m": 1.0,
-}  # fmt: skip
+DEPTH_TICKS = {"far": 0.0} | {f"{metres} m": NEAREST / metres for metres in (50, 20, 10, 6, 4)}
+DEPTH_TICKS |= {f"<{NEAREST:g} m": 1.0}
 ERROR_TICKS = {f"{100 * e:g} %": e / WORST for e in (0, 0.1, 0.2, 0.3, 0.4)}
 ERROR_TICKS |= {f">{100 * WORST:g} %": 1.0}
 
