@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import json
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -125,8 +124,7 @@ def score(
         plugin, why_not = pictures.video_plugin()
         if why_not:
             print(f"note: {why_not}")
-    untrained = replace(settings, backbone=replace(settings.backbone, weights="none"))
-    model = SelfOcc(untrained).to(device).eval()
+    model = SelfOcc(change(settings, ["backbone.weights=none"])).to(device).eval()
     checkpoint.restore(saved, model)
     with distributed.chief_first():  # it fills the cache of the synthetic data
         dataset, training = (

@@ -18,7 +18,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import argparse
 import contextlib
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -132,8 +131,8 @@ def build(
     torch.set_flush_denormal(True)  # Adam's vanishing moments are slow on CPUs otherwise
     torch.manual_seed(settings.optim.seed)
     # weights that are replaced anyway need not be fetched
-    backbone = replace(settings.backbone, weights="none") if initial else settings.backbone
-    model = SelfOcc(replace(settings, backbone=backbone)).to(device).train()
+    model = SelfOcc(change(settings, ["backbone.weights=none"] if initial else []))
+    model = model.to(device).train()
     optimizer = make_optimizer(model, settings.optim)
     if initial:
         checkpoint.restore(initial, model, optimizer if saved else None)

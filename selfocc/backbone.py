@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from selfocc import InputError
 from selfocc.config import BackboneConfig
+from selfocc.files import read_torch
 
-_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 _IMAGENET = {
     18: "https://download.pytorch.org/models/resnet18-f37072fd.pth",
     34: "https://download.pytorch.org/models/resnet34-b627a593.pth",
@@ -36,13 +37,12 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
         self.downsample = _shortcut(inputs, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = self.bn2(self.conv2(y))
-        return self.relu(y + self.downsample(x))
+        return F.relu(y + self.downsample(x), inplace=True)
 
 
 class Bottleneck(nn.Module):
@@ -58,14 +58,13 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, width * self.expansion, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(width * self.expansion)
-        self.relu = nn.ReLU(inplace=True)
         self.downsample = _shortcut(inputs, width * self.expansion, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.relu(self.bn2(self.conv2(y)))
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
         y = self.bn3(self.conv3(y))
-        return self.relu(y + self.downsample(x))
+        return F.relu(y + self.downsample(x), inplace=True)
 
 
 def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:
@@ -103,7 +102,7 @@ class Backbone(nn.Module):
         self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         inputs, self.channels = width, []
-        for stage, count in enumerate(_BLOCKS[config.depth]):
+        for stage, count in enumerate(BLOCKS[config.depth]):
             blocks = []
             for i in range(count):
                 stride = 2 if stage > 0 and i == 0 else 1
@@ -139,22 +138,18 @@ class Backbone(nn.Module):
     def _load(self, weights: dict, source: str) -> None:
         own = self.state_dict()
         weights = {k: v for k, v in weights.items() if not k.startswith("fc.")}
-        for key, tensor in own.items():
-            if key not in weights and key.endswith("num_batches_tracked"):
-                continue  # files older than torch 0.4.1 lack the counters
-            if key not in weights:
-                raise InputError(f"{source}: no {key} for this backbone; check backbone.depth")
-            if weights[key].shape != tensor.shape:
+        for key, tensor in weights.items():
+            if key in own and own[key].shape != tensor.shape:
                 raise InputError(
-                    f"{source}: {key} is {list(weights[key].shape)}, the backbone has "
-                    f"{list(tensor.shape)}; check backbone.depth and backbone.width"
+                    f"{source}: {key} is {list(tensor.shape)}, the backbone has "
+                    f"{list(own[key].shape)}; check backbone.depth and backbone.width"
                 )
-        unknown = weights.keys() - own.keys()
-        if unknown:
-            raise InputError(
-                f"{source}: {min(unknown)} has no place in this backbone; check backbone.depth"
-            )
-        self.load_state_dict(weights, strict=False)
+        missing, unknown = self.load_state_dict(weights, strict=False)
+        for key in missing:
+            if not key.endswith("num_batches_tracked"):  # which torch had not before 0.4.1
+                raise InputError(f"{source}: no {key} for this backbone; check backbone.depth")
+        for key in unknown:
+            raise InputError(f"{source}: {key} has no place in this backbone; check backbone.depth")
 
     def train(self, mode: bool = True) -> "Backbone":
         super().train(mode)
@@ -194,11 +189,7 @@ def _read(path: str) -> dict:
             f"{path}: no such file; "
             "--backbone-weights takes none, imagenet or a torchvision ResNet file"
         )
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the broken byte leads to
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{path}: not a readable torch file ({reason}); fetch it again") from None
+    weights = read_torch(Path(path))
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise InputError(
             f"{path}: not a state dict; --backbone-weights takes a torchvision ResNet file"

@@ -92,16 +92,17 @@ class Tensors:
     """Base of a dataclass that holds tensors, which move together."""
 
     def to(self, device: torch.device):
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self):
         """In page-locked memory, from which `to` copies beside the computation; for DataLoader."""
-        return self._each(lambda tensor: tensor.contiguous().pin_memory())
+        return self.each(lambda tensor: tensor.contiguous().pin_memory())
 
-    def _each(self, function):
+    def each(self, function):
+        """The same with what `function` makes of every tensor."""
         held = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         changed = {n: function(x) for n, x in held.items() if isinstance(x, Tensor)}
-        changed |= {n: x._each(function) for n, x in held.items() if isinstance(x, Tensors)}
+        changed |= {n: x.each(function) for n, x in held.items() if isinstance(x, Tensors)}
         return dataclasses.replace(self, **changed)
 
 

@@ -30,7 +30,7 @@ from kernels.bench.clock import (
     reset_cpu_peak,
 )
 from selfocc import InputError, distributed, files, presets
-from selfocc.batch import Batch, Frames, collate
+from selfocc.batch import Batch, Frames
 from selfocc.commandline import Parser, add_set, count, run
 from selfocc.config import Config
 from selfocc.geometry import fixed_pixels, node_positions
@@ -217,48 +217,36 @@ def random_batch(settings: Config, seed: int) -> Batch:
     Laid out as the loader of train.py does, for a GPU in page-locked memory.
     """
     generator = torch.Generator().manual_seed(seed)
-    data, box = settings.data, settings.volume.box
-    shown = data.target_crop or data.crop
-    network, size = data.pad, tuple(int(n * data.target_scale) for n in shown)
-    cameras = data.cameras
-    ring = cameras > 1
+    data, box, cameras = settings.data, settings.volume.box, settings.data.cameras
     angle = torch.arange(cameras).double() * (2 * math.pi / cameras) + math.pi / 2
     ahead = torch.stack([angle.cos(), angle.sin(), 0 * angle], -1)
     right = torch.stack([angle.sin(), -angle.cos(), 0 * angle], -1)
     down = torch.tensor([0.0, 0.0, -1.0]).double().expand(cameras, 3)
-    pose = torch.eye(4).double().repeat(cameras, 1, 1)
-    pose[:, :3, :3] = torch.stack([right, down, ahead], -1)
-    pose[:, :3, 3] = torch.tensor([(box[0] + box[3]) / 2, max(box[1], 0.0) + 0.3, box[2] + 2.0])
+    place = torch.tensor([(box[0] + box[3]) / 2, max(box[1], 0.0) + 0.3, box[2] + 2.0]).double()
 
-    def intrinsics(image: tuple[int, int]) -> torch.Tensor:
-        focal = (0.8 if ring else 0.6) * image[1]
-        matrix = torch.tensor([[focal, 0, image[1] / 2], [0, focal, image[0] / 2], [0, 0, 1]])
-        return matrix.double().expand(cameras, 3, 3)
+    def frames(size: tuple[int, int], *metres: float) -> Frames:
+        """A frame for every number of metres ahead."""
+        shape = (settings.optim.batch, len(metres), cameras)
+        pose = torch.eye(4).double().repeat(*shape, 1, 1)
+        pose[..., :3, :3] = torch.stack([right, down, ahead], -1)
+        pose[..., :3, 3] = place + torch.tensor(metres).double()[:, None, None] * ahead[0]
+        focal = (0.8 if cameras > 1 else 0.6) * size[1]
+        matrix = torch.tensor([[focal, 0, size[1] / 2], [0, focal, size[0] / 2], [0, 0, 1]])
+        images = torch.rand(*shape, 3, *size, generator=generator)
+        return Frames(images, matrix.double().repeat(*shape, 1, 1), pose)
 
-    def images(*shape: int) -> torch.Tensor:
-        return torch.rand(cameras, *shape, generator=generator)
-
-    def frame(metres: float) -> tuple[torch.Tensor, ...]:
-        moved = pose.clone()
-        moved[:, :3, 3] += metres * ahead[0]
-        return images(3, *size), intrinsics(size), moved
-
-    def sample() -> Batch:
-        labels = None
-        if settings.field.classes:
-            labels = (images(*size) * settings.field.classes).byte()
-        sources = zip(frame(-1.0), frame(1.0), strict=True)
-        return Batch(
-            name=[""],
-            images=images(3, *network) * 4 - 2,
-            intrinsics=intrinsics(network),
-            camera_to_volume=pose,
-            target=Frames(*frame(0.0)),
-            sources=Frames(*(torch.stack(pair) for pair in sources)),
-            semantics=labels,
-        )
-
-    batch = collate([sample() for _ in range(settings.optim.batch)])
+    size = tuple(int(n * data.target_scale) for n in data.target_crop or data.crop)
+    seen, target, sources = frames(data.pad, 0.0), frames(size, 0.0), frames(size, -1.0, 1.0)
+    classes = settings.field.classes
+    batch = Batch(
+        name=[""] * settings.optim.batch,
+        images=seen.images[:, 0] * 4 - 2,
+        intrinsics=seen.intrinsics[:, 0],
+        camera_to_volume=seen.camera_to_volume[:, 0],
+        target=Frames(target.images[:, 0], target.intrinsics[:, 0], target.camera_to_volume[:, 0]),
+        sources=sources,
+        semantics=(target.images[:, 0, :, 0] * classes).byte() if classes else None,
+    )
     return batch.pin_memory() if torch.cuda.is_available() else batch
 
 

@@ -1,7 +1,6 @@
 """What the scripts share: whatever goes wrong is told in one line, with an exit code."""
 
 import argparse
-import dataclasses
 import io
 import os
 import re
@@ -17,7 +16,7 @@ import torch
 from selfocc import InputError, distributed
 from selfocc.config import Config, Dataset, Folders
 from selfocc.labels import TABLES
-from selfocc.settings import kinds
+from selfocc.settings import entries
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,9 +29,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = re.match(r"unrecognized arguments: --([\w-]+)", message)
         name = unknown and unknown[1].replace("-", "_")
-        for section in dataclasses.fields(Config):
-            if section.type is not str and name in kinds(section.type):
-                message += f": it is a setting, --set {section.name}.{name}=VALUE"
+        for setting, *_ in entries(Config()):
+            if setting.partition(".")[2] == name:
+                message += f": it is a setting, --set {setting}=VALUE"
         raise InputError(f"{message}; --help lists the options")
 
 
@@ -131,60 +130,45 @@ def run(work: Callable[[], None]) -> int:
     """
     _make_writable()
     try:
-        try:
-            return _run(work)
-        finally:
-            sys.stdout.flush()
+        work()
+        sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
-
-
-def _run(work: Callable[[], None]) -> int:
-    try:
-        work()
-    except InputError as error:
-        return _fail(error.line())
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        return _fail(_out_of_memory(error))
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        return _fail(": ".join(str(x) for x in (error.filename, error.strerror or error) if x))
-    except Stopped as note:
-        if str(note):
-            print(note, file=sys.stderr)
+    except (Stopped, KeyboardInterrupt) as note:
+        said = str(note) if isinstance(note, Stopped) else "interrupted"
+        if said:
+            print(said, file=sys.stderr)
         return 130
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" in str(error):  # as torch says it of a CPU
-            return _fail(_out_of_memory(error))
-        if isinstance(error, BrokenProcessPool) or str(error).startswith("DataLoader worker (pid"):
-            return _fail(
-                f"a process that reads or renders ahead was ended ({str(error).splitlines()[0]}); "
-                "is memory short, or /dev/shm (docker run --shm-size)? --set optim.workers=0 "
-                "needs the least"
-            )
+    except (InputError, MemoryError, OSError, RuntimeError) as error:
+        reason = _reason(error)
         if distributed.first_to_fail():
-            raise
+            if reason is None:
+                raise
+            print(f"error: {reason}", file=sys.stderr)
         return 2
     return 0
 
 
-def _out_of_memory(error: Exception) -> str:
-    reason = f" ({str(error).partition('. ')[0]})" if str(error) else ""
-    return (
-        f"out of memory{reason}; what was saved is intact. Lower optim.batch (and raise "
-        "optim.accumulate), render.rays or render.samples, or set optim.bf16=true"
-    )
-
-
-def _fail(reason: str) -> int:
-    if distributed.first_to_fail():
-        print(f"error: {reason}", file=sys.stderr)
-    return 2
+def _reason(error: Exception) -> str | None:
+    """What the user is told; None for a fault of the program."""
+    said = str(error)
+    if isinstance(error, InputError):
+        return error.line()
+    if isinstance(error, OSError):
+        return ": ".join(str(x) for x in (error.filename, error.strerror or error) if x)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in said:
+        reason = f" ({said.partition('. ')[0]})" if said else ""
+        return (
+            f"out of memory{reason}; what was saved is intact. Lower optim.batch (and raise "
+            "optim.accumulate), render.rays or render.samples, or set optim.bf16=true"
+        )
+    if isinstance(error, BrokenProcessPool) or said.startswith("DataLoader worker (pid"):
+        return (
+            f"a process that reads or renders ahead was ended ({said.splitlines()[0]}); is memory "
+            "short, or /dev/shm (docker run --shm-size)? --set optim.workers=0 needs the least"
+        )
+    return None
 
 
 def _make_writable() -> None:

@@ -20,6 +20,7 @@ from selfocc.settings import (
     Section,
     Share,
     describe,
+    entries,
     kinds,
     text,
 )
@@ -27,6 +28,7 @@ from selfocc.settings import (
 Dataset = Literal["synthetic", "kitti", "kitti_raw", "nuscenes"]
 Size = tuple[Count, Count]  # height, width
 Scale = Annotated[float, Range(0, 4, above=True)]
+Several = Annotated[int, Range(2)]
 Window = tuple[NonNegative, NonNegative]  # least and greatest distance, metres
 
 
@@ -87,12 +89,7 @@ class Folders:
 class VolumeConfig(Section, name="volume"):
     # x0 y0 z0 x1 y1 z1, metres
     box: tuple[float, float, float, float, float, float] = (-25.6, 0.0, -2.0, 25.6, 51.2, 4.4)
-    # H (y), W (x), Z
-    nodes: tuple[Annotated[int, Range(2)], Annotated[int, Range(2)], Annotated[int, Range(2)]] = (
-        257,
-        257,
-        33,
-    )
+    nodes: tuple[Several, Several, Several] = (257, 257, 33)  # H (y), W (x), Z
     voxel: Literal[1, 2, 4, 8] = 1  # ground-truth voxels are pooled by this factor before scoring
     # the published KITTI post-processing: nothing at the sides, far end and top
     crop_margins: bool = True
@@ -139,8 +136,7 @@ class FieldConfig(Section, name="field"):
 
 @dataclass(frozen=True)
 class RenderConfig(Section, name="render"):
-    # rows, columns of training rays; SSIM compares neighbours
-    rays: tuple[Annotated[int, Range(2)], Annotated[int, Range(2)]] = (55, 190)
+    rays: tuple[Several, Several] = (55, 190)  # rows, columns in training; SSIM compares neighbours
     # least stride of the grid of training rays: 0 is neighbouring pixels, 1 the whole image
     spread: Share = 0.0
     samples: Count = 256  # intervals a ray
@@ -314,40 +310,28 @@ def from_dict(values: dict) -> Config:
     Raises InputError for fields this version lacks.
     """
     sections = {}
-    for entry in dataclasses.fields(Config):
-        if entry.name == "preset":
+    for section in dataclasses.fields(Config):
+        if section.type is str:
             continue
-        given = values.get(entry.name, {})
-        unknown = given.keys() - {f.name for f in dataclasses.fields(entry.type)}
+        given = values.get(section.name, {})
+        unknown = given.keys() - kinds(section.type).keys()
         if unknown:
             raise InputError(
-                f"the saved configuration has {entry.name}.{min(unknown)}, which this "
-                "version does not know"
+                f"the saved configuration has {section.name}.{min(unknown)}, which this version "
+                "does not know"
             )
-        sections[entry.name] = entry.type(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-        )
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        sections[section.name] = section.type(**given)
     return Config(preset=values.get("preset", "kitti"), **sections)
 
 
 def differences(before: Config, now: Config) -> list[tuple[str, object, object]]:
     """Every setting that differs: its name, what it was and what it is."""
-    before, now = to_dict(before), to_dict(now)
-    return [
-        (f"{section}.{name}", before[section][name], value)
-        for section, values in now.items()
-        if section != "preset"
-        for name, value in values.items()
-        if value != before[section][name]
-    ]
+    pairs = zip(entries(before), entries(now), strict=True)
+    return [(name, then, value) for (name, then, _), (_, value, _) in pairs if value != then]
 
 
 def listing(config: Config) -> str:
     """A line for every setting: its name, its value, and what it may be."""
-    return "\n".join(
-        f"  {f'{section.name}.{name}':24s} {text(getattr(getattr(config, section.name), name)):24s}"
-        f" {describe(kind)}"
-        for section in dataclasses.fields(config)
-        if section.name != "preset"
-        for name, kind in kinds(section.type).items()
-    )
+    lines = (f"  {n:24s} {text(value):24s} {describe(kind)}" for n, value, kind in entries(config))
+    return "\n".join(lines)

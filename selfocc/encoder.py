@@ -59,10 +59,7 @@ class Encoder(nn.Module):
             fixed(f"features_{axis}", fourier_features(nodes, config.frequencies))
         for plane, points in zip(self.planes, config.points_cross, strict=False):
             fixed(f"pillars_{plane}", self._pillars(plane, points, volume.box))
-        if config.kind == "tpv":
-            fixed("self_reference", self._cross_view_reference(config.points_self))
-        else:
-            fixed("self_reference", self._bev_reference(config.points_self, transposed))
+        fixed("self_reference", self._self_reference(config.points_self, transposed))
 
     def forward(
         self,
@@ -132,34 +129,28 @@ class Encoder(nn.Module):
             metric[..., k] = box[k] + fraction * (box[k + 3] - box[k])
         return metric.flatten(0, 1)
 
-    def _cross_view_reference(self, points: int) -> Tensor:
+    def _self_reference(self, points: int, transposed: bool) -> Tensor:
         """[1, T, planes, P, 2]: where the nodes of each plane read each plane.
 
         A coordinate that the two planes share is the node's own; along the other axis the points
-        cover the whole plane. Node i of n sits at i / n as published, half a cell before its
-        centre.
+        cover the whole plane. Node i of n of TPV sits at i / n as published, half a cell before its
+        centre; that of BEV in the centre, or where published.
         """
         spread = {axis: torch.linspace(0, n - 1, points) / n for axis, n in self.nodes.items()}
+        bev = len(self.planes) == 1
+        place = {axis: (torch.arange(n) + 0.5 * bev) / n for axis, n in self.nodes.items()}
+        if bev and transposed:
+            place = {axis: torch.linspace(0, 1, n) for axis, n in self.nodes.items()}
         planes = []
-        for plane, shape in zip(self.planes, self.plane_shapes, strict=True):
-            grid = torch.meshgrid(*(torch.arange(n) / n for n in shape), indexing="ij")
+        for plane in self.planes:
+            grid = torch.meshgrid(*(place[axis] for axis in plane), indexing="ij")
             grid = [fraction.flatten()[:, None].expand(-1, points) for fraction in grid]
             own = dict(zip(plane, grid, strict=True))  # [Q, P]
             at = {axis: own.get(axis, spread[axis].expand_as(grid[0])) for axis in self.nodes}
             levels = [torch.stack([at[cols], at[rows]], dim=-1) for rows, cols in self.planes]
             planes.append(torch.stack(levels, dim=1))
-        return torch.cat(planes)[None]
-
-    def _bev_reference(self, points: int, transposed: bool) -> Tensor:
-        """[1, T, 1, P, 2]: a node reads around its own cell, or where published."""
-        if transposed:
-            x, y = (torch.linspace(0, 1, n) for n in self.plane_shapes[0])
-            x, y = torch.meshgrid(x, y, indexing="ij")
-        else:
-            y, x = ((torch.arange(n) + 0.5) / n for n in self.plane_shapes[0])
-            y, x = torch.meshgrid(y, x, indexing="ij")
-        grid = torch.stack([x, y], dim=-1).view(1, -1, 1, 1, 2)
-        return grid.repeat(1, 1, 1, points, 1)
+        reference = torch.cat(planes)[None]
+        return reference.flip(-1) if bev and transposed else reference
 
 
 class EncoderLayer(nn.Module):

@@ -164,12 +164,11 @@ def score(
             "the network's volume is not finite: its weights have diverged, or are not of these "
             "settings; evaluate an earlier checkpoint"
         )
-    rules, record = scores.rules, {}
+    rules, rays, record = scores.rules, model.config.render.eval_rays, {}
     size = tuple(batch.target.images.shape[-2:])
     if sample.labels is not None:
         record |= scores.occupancy(volume, sample.labels, sample.voxels_to_volume)
     if "depth" in tasks:
-        rays = model.config.render.eval_rays
         grid, color = render_grid(model, volume, batch.target, size, rays)
         depth, _ = to_images(grid, color, size)
         record |= scores.depth_maps(depth, batch)
@@ -177,10 +176,9 @@ def score(
             record |= scores.depth_points(grid, batch.target, sample.location, sample.depth)
         record |= photometric_record(depth, batch)
     novel = []
+    if rules.novel_rays is not None:
+        rays = tuple(map(min, rays, rules.novel_rays))
     for later in sample.later:
-        rays = model.config.render.eval_rays
-        if rules.novel_rays is not None:
-            rays = tuple(map(min, rays, rules.novel_rays))
         moved = torch.from_numpy(later.camera_to_volume)[None].to(device)
         cameras = dataclasses.replace(batch.target, camera_to_volume=moved)
         depth, _ = render_grid(model, volume, cameras, size, rays)
@@ -217,6 +215,7 @@ def evaluate(
     samples = Samples(dataset, rules, tasks, settings.volume.voxel)
     mine = evenly(dataset, frames)[rank::world]
     records = {} if journal is None else journal.records
+    keep = records.__setitem__ if journal is None else journal.add
     todo = [index for index in mine if index not in records]
     bar = tqdm(
         read_ahead(Subset(samples, todo), settings.optim.workers, world, batch_size=None),
@@ -227,11 +226,7 @@ def evaluate(
         disable=not progress,
     )
     for sample in bar:
-        record = score(model, scores, sample, device, tasks)
-        if journal is None:
-            records[sample.index] = record
-        else:
-            journal.add(sample.index, record)
+        keep(sample.index, score(model, scores, sample, device, tasks))
     model.train(training)
     if world > 1:
         records = distributed.gather_dicts(records)

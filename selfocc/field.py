@@ -1,6 +1,7 @@
 """From planes to the volume, and the volume read at points and on grids."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -53,18 +54,14 @@ class FieldDecoder(nn.Module):
         whole = planes[2:]
         total = math.prod(self.nodes) * hw.shape[0] * hw.shape[-1]
         slabs = math.ceil((hw.numel() if self.kind == "bev" else total) / SLAB)
-        if slabs == 1:
-            rows = self._decode(whole, *split)
-        else:
-            step = math.ceil(self.nodes[0] / slabs)
-            pieces = zip(*(part.split(step, dim=1) for part in split), strict=True)
-            if torch.is_grad_enabled():
-                # nothing in it is random, and the state of a GPU's generator is slow to fetch
-                how = dict(use_reentrant=False, preserve_rng_state=False)
-                decoded = [checkpoint(self._decode, whole, *piece, **how) for piece in pieces]
-            else:
-                decoded = [self._decode(whole, *piece) for piece in pieces]
-            rows = torch.cat(decoded, dim=1)
+        decode, step = self._decode, math.ceil(self.nodes[0] / slabs)
+        if slabs > 1 and torch.is_grad_enabled():
+            # nothing in it is random, and the state of a GPU's generator is slow to fetch
+            how = dict(use_reentrant=False, preserve_rng_state=False)
+            decode = partial(checkpoint, self._decode, **how)
+        pieces = zip(*(part.split(step, dim=1) for part in split), strict=True)
+        decoded = [decode(whole, *piece) for piece in pieces]
+        rows = decoded[0] if slabs == 1 else torch.cat(decoded, dim=1)
         start = 0.0 if self.height is None else self.height
         if lifted is not None:
             start = start + lifted[0]

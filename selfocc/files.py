@@ -3,11 +3,14 @@
 import contextlib
 import errno
 import os
+import re
 import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
+
+import torch
 
 from selfocc import InputError
 
@@ -110,7 +113,34 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def read_torch(path: Path, **options) -> object:
+    """What torch.save wrote, on the CPU and without running code; options as of torch.load.
+
+    Raises InputError for a file that is damaged, or needs code to run.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, **options)
+    except Exception as error:  # torch raises whatever the broken byte leads to
+        code = re.search(r"(?:GLOBAL|global) ([\w.]*\w)", str(error))
+        if code:
+            raise InputError(
+                f"{path} needs to run {code[1]} to be read, which could do anything; save its "
+                "state_dict alone, with torch.save, where you trust the file"
+            ) from None
+        reason = str(error).partition("\n")[0].partition(". In PyTorch")[0]
+        raise InputError(f"{path}: not a readable torch file ({reason}); fetch it again") from None
+
+
 def write_file(path: Path, content: bytes):
     """Write a file with its folder. Raises InputError if that is not possible."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+
+
+def append(path: Path, text: str):
+    """Write text at the end of a file. Raises InputError if that is not possible."""
+    try:
+        with path.open("a") as file:
+            file.write(text)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None

@@ -54,11 +54,7 @@ def fixed_pixels(rays: tuple[int, int], image_size: tuple[int, int], device=None
 
 
 def cellular_pixels(
-    rays: tuple[int, int],
-    image_size: tuple[int, int],
-    uniform: Tensor,
-    spread: float = 0.0,
-    device=None,
+    rays: tuple[int, int], image_size: tuple[int, int], uniform: Tensor, spread: float = 0.0
 ) -> Tensor:
     """Pixels [rows * cols, 2] (u, v) of a grid with random stride and offset.
 
@@ -73,10 +69,10 @@ def cellular_pixels(
     step_u = stride_u * (width / cols - 1) + 1
     step_v = stride_v * (height / rows - 1) + 1
     start = (offset_v * (height - rows * step_v), offset_u * (width - cols * step_u))
-    return _pixel_grid(rays, (step_v, step_u), start, device)
+    return _pixel_grid(rays, (step_v, step_u), start)
 
 
-def _pixel_grid(rays, step, start, device) -> Tensor:
+def _pixel_grid(rays, step, start, device=None) -> Tensor:
     v = torch.arange(rays[0], device=device) * step[0] + start[0]
     u = torch.arange(rays[1], device=device) * step[1] + start[1]
     v, u = torch.meshgrid(v, u, indexing="ij")

@@ -26,55 +26,37 @@ class Journal:
     """
 
     def __init__(self, folder: Path, identity: str, rank: int, resume: bool):
-        self.header = json.dumps({"evaluation": identity}) + "\n"
-        first = folder / "frames.0.jsonl"
+        self.header = {"evaluation": identity}
+        self.path, first = folder / f"frames.{rank}.jsonl", folder / "frames.0.jsonl"
         with distributed.chief_first():
             if rank == 0:
-                kept = self._read_all(folder, identity) if resume else {}
+                left = sorted(folder.glob("frames.*.jsonl"))
+                kept = {f: r for path in left if resume for f, r in self._read(path).items()}
                 lines = (_line(frame, record) for frame, record in sorted(kept.items()))
-                others = [p for p in folder.glob("frames.*.jsonl") if p != first]
-                files.write_file(first, (self.header + "".join(lines)).encode())
-                for path in others:
-                    path.unlink()
-            else:
-                kept = self._read(first, identity)
-        self.records: dict[int, Record] = kept
-        path = folder / f"frames.{rank}.jsonl"
-        try:
-            self._file = path.open("a")
-            if rank > 0:
-                self._file.write(self.header)
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror}") from None
+                files.write_file(first, (json.dumps(self.header) + "\n" + "".join(lines)).encode())
+                for path in left:
+                    if path != first:
+                        path.unlink()
+            self.records: dict[int, Record] = self._read(first)
+        if rank > 0:
+            files.append(self.path, json.dumps(self.header) + "\n")
 
     def add(self, frame: int, record: Record) -> None:
         """Keep the scores of a frame. Raises InputError if they cannot be written."""
         line = _line(frame, record)
-        try:
-            self._file.write(line)
-            self._file.flush()
-        except OSError as error:
-            raise InputError(f"cannot write {self._file.name}: {error.strerror}") from None
+        files.append(self.path, line)
         self.records[frame] = _parse(line)[1]
 
-    @classmethod
-    def _read_all(cls, folder: Path, identity: str) -> dict[int, Record]:
-        records = {}
-        for path in sorted(folder.glob("frames.*.jsonl")):
-            records |= cls._read(path, identity)
-        return records
-
-    @staticmethod
-    def _read(path: Path, identity: str) -> dict[int, Record]:
+    def _read(self, path: Path) -> dict[int, Record]:
         # what follows the last line break was being written when the process died
         header, *lines = path.read_text().rpartition("\n")[0].splitlines() or [""]
         try:
-            if header and json.loads(header) != {"evaluation": identity}:
+            if header and json.loads(header) != self.header:
                 raise InputError(
                     f"{path} is of another evaluation (checkpoint, data or options differ); run "
                     "without --resume to start anew, or choose another --out"
                 )
-            return dict(_parse(line) for line in lines)
+            return dict(map(_parse, lines))
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is damaged ({error}); run without --resume") from None
 

@@ -9,7 +9,6 @@ from torch import Tensor
 from selfocc import metrics, pictures, protocols
 from selfocc.batch import Batch, collate
 from selfocc.datasets.video import VideoDataset
-from selfocc.geometry import Box
 from selfocc.model import SelfOcc
 from selfocc.render import rendered_maps
 from selfocc.scores import truth_maps
@@ -61,7 +60,11 @@ def _occupancy_rows(
     settings = model.config.volume
     rules = protocols.choose(model.config, "own")
     box = rules.box or settings.box
-    shape, labels = _labels(model, batch, box)
+    edge, labels = 0.2 * settings.voxel, None
+    shape = tuple(round((box[a + 3] - box[a]) / edge) for a in (1, 0, 2))
+    if batch.voxels is not None:
+        labels = metrics.pool_voxels(batch.voxels[0].cpu(), settings.voxel)
+        shape = tuple(labels.shape)
     sdf, _ = protocols.read_voxels(volume, 0, rules, settings.box, shape, matrix)
     occupied = sdf.cpu() <= settings.threshold
     columns = [("predicted", occupied)]
@@ -83,15 +86,6 @@ def _occupancy_rows(
             cells.append(pictures.caption(picture, f"{name}, from {view}", size, ticks))
         rows.append(cells)
     return rows
-
-
-def _labels(model: SelfOcc, batch: Batch, box: Box) -> tuple[tuple[int, int, int], Tensor | None]:
-    """Shape (ny, nx, nz) of the voxels to show, and their labels if known."""
-    if batch.voxels is not None:
-        labels = metrics.pool_voxels(batch.voxels[0].cpu(), model.config.volume.voxel)
-        return tuple(labels.shape), labels
-    edge = 0.2 * model.config.volume.voxel
-    return tuple(round((box[a + 3] - box[a]) / edge) for a in (1, 0, 2)), None
 
 
 class FlyThrough:

@@ -27,12 +27,11 @@ NOTHING = 24  # grey value where nothing is known
 NEAREST = 3.0  # metres of z-depth that are red; colours go with inverse depth
 WORST = 0.5  # relative error of depth that is red, and so is any above it
 GAP = 4  # white pixels between pictures
+FPS = 8  # frames of a video a second
 
 # of a legend: label -> number that is coloured
-DEPTH_TICKS = {
-    "far": 0.0, "50 m": NEAREST / 50, "20 m": NEAREST / 20, "10 m": NEAREST / 10,
-    "6 m": NEAREST / 6, "4 m": NEAREST / 4, f"<{NEAREST:g} m": 1.0,
-}  # fmt: skip
+DEPTH_TICKS = {"far": 0.0} | {f"{metres} m": NEAREST / metres for metres in (50, 20, 10, 6, 4)}
+DEPTH_TICKS |= {f"<{NEAREST:g} m": 1.0}
 ERROR_TICKS = {f"{100 * e:g} %": e / WORST for e in (0, 0.1, 0.2, 0.3, 0.4)}
 ERROR_TICKS |= {f">{100 * WORST:g} %": 1.0}
 
@@ -337,7 +336,7 @@ def video_plugin() -> tuple[str | None, str | None]:
     for plugin, module in PLUGINS.items():
         try:
             _ = known_plugins[plugin].plugin_class  # imports what it needs
-            _mp4([np.zeros((64, 64, 3), np.uint8)] * 2, 8, plugin)
+            _mp4([np.zeros((64, 64, 3), np.uint8)] * 2, plugin)
             return plugin, None
         except Exception as error:  # whatever a foreign package raises
             if not (isinstance(error, ModuleNotFoundError) and error.name == module):
@@ -352,9 +351,7 @@ def _reason(module: str, error: Exception) -> str:
     return f"{module} cannot write a video ({lines[0]}), so it is a GIF"
 
 
-def write_video(
-    path: Path, pictures: Collection[np.ndarray], fps: int = 8, plugin: str | None = None
-) -> Path:
+def write_video(path: Path, pictures: Collection[np.ndarray], plugin: str | None = None) -> Path:
     """Write an mp4 with a plugin of imageio (see `video_plugin`) or, without one, a GIF.
 
     Returns the file's path. Pictures are read one by one, and once more for a GIF, with a note,
@@ -363,7 +360,7 @@ def write_video(
     """
     if plugin:
         try:
-            content = _mp4(_same_size(pictures), fps, plugin)
+            content = _mp4(_same_size(pictures), plugin)
         except InputError:
             raise
         except Exception as error:  # whatever a foreign package raises
@@ -371,7 +368,7 @@ def write_video(
         else:
             write_file(path.with_suffix(".mp4"), content)
             return path.with_suffix(".mp4")
-    write_file(path.with_suffix(".gif"), _gif(_same_size(pictures), fps))
+    write_file(path.with_suffix(".gif"), _gif(_same_size(pictures)))
     return path.with_suffix(".gif")
 
 
@@ -386,13 +383,13 @@ def _same_size(pictures: Collection[np.ndarray]) -> Iterator[np.ndarray]:
         yield np.asarray(frame)
 
 
-def _mp4(pictures: Iterable[np.ndarray], fps: int, plugin: str) -> bytes:
+def _mp4(pictures: Iterable[np.ndarray], plugin: str) -> bytes:
     buffer = io.BytesIO()
     with iio.imopen(buffer, "w", plugin=plugin, extension=".mp4") as file:
         if plugin == "FFMPEG":  # stretches to multiples of 16 unless told not to
-            file.write(pictures, is_batch=True, fps=fps, macro_block_size=1)
+            file.write(pictures, is_batch=True, fps=FPS, macro_block_size=1)
         else:
-            options = dict(codec="libx264", fps=fps, out_pixel_format="yuv420p")
+            options = dict(codec="libx264", fps=FPS, out_pixel_format="yuv420p")
             for picture in pictures:
                 file.write(picture, is_batch=False, **options)
     content = buffer.getvalue()
@@ -406,10 +403,10 @@ def _mp4(pictures: Iterable[np.ndarray], fps: int, plugin: str) -> bytes:
     return content
 
 
-def _gif(pictures: Iterator[np.ndarray], fps: int) -> bytes:
+def _gif(pictures: Iterator[np.ndarray]) -> bytes:
     images = map(Image.fromarray, pictures)
     buffer = io.BytesIO()
     next(images).save(
-        buffer, "GIF", save_all=True, append_images=images, duration=1000 / fps, loop=0
+        buffer, "GIF", save_all=True, append_images=images, duration=1000 / FPS, loop=0
     )
     return buffer.getvalue()

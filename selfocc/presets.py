@@ -1,4 +1,7 @@
-"""The presets: what each data set, task and machine changes in the settings of config.py."""
+"""The presets: what each data set, task and machine changes in the settings of config.py.
+
+A preset is written as after `--set`, and differs from another one, or from the defaults, in that.
+"""
 
 from dataclasses import replace
 
@@ -9,249 +12,137 @@ from selfocc.settings import change, nearest
 PRESETS: dict[str, tuple[str, Config]] = {}
 
 
-def _preset(name: str, summary: str, base: Config, **sections: dict) -> Config:
-    """Register a preset that differs from `base` in the fields named, section by section."""
-    changes = {s: replace(getattr(base, s), **values) for s, values in sections.items()}
-    config = replace(base, preset=name, **changes)
-    PRESETS[name] = (summary, config)
-    return config
+def _preset(name: str, summary: str, base: str | None, changes: str) -> None:
+    """Register the preset that changes this of another one."""
+    config = change(PRESETS[base][1] if base else Config(), changes.split())
+    PRESETS[name] = summary, replace(config, preset=name)
 
 
-_PUBLISHED = dict(white_256=True, pixels_over_size=True)
+_preset("kitti", "SemanticKITTI occupancy as published (8 GPUs, 24 epochs)", None, """
+    data.dataset=kitti data.crop=352,1216 data.pad=352,1216
+    loss.sparsity_pitch=0.4
+    quirks.white_256=true quirks.pixels_over_size=true
+""")  # fmt: skip
 
-_kitti = _preset(
-    "kitti",
-    "SemanticKITTI occupancy as published (8 GPUs, 24 epochs)",
-    Config(),
-    data=dict(dataset="kitti", crop=(352, 1216), pad=(352, 1216)),
-    loss=dict(sparsity_pitch=0.4),
-    quirks=_PUBLISHED,
-)
+_preset("kitti_novel_depth", "SemanticKITTI, depth of views ahead, as published", "kitti", """
+    data.crop=370,1216 data.pad=384,1216 data.anchor_input=0.5 data.anchor_past=0
+    loss.weight_hessian=0.01 loss.compact_hessian=false loss.weight_sparsity=0
+    quirks.pad_rate=1.038,1
+""")  # fmt: skip
 
-_preset(
-    "kitti_novel_depth",
-    "SemanticKITTI, depth of views ahead, as published",
-    _kitti,
-    data=dict(crop=(370, 1216), pad=(384, 1216), anchor_input=0.5, anchor_past=0.0),
-    loss=dict(weight_hessian=0.01, compact_hessian=False, weight_sparsity=0.0),
-    quirks=dict(pad_rate=(1.038, 1.0)),
-)
+# 24 epochs of 4976 steps
+_preset("kitti_raw", "KITTI raw depth, stereo and video, as published", "kitti", """
+    data.dataset=kitti_raw data.crop=370,1216 data.scale=0.84 data.pad=320,1024
+    data.anchor_input=1 data.past=1,5 data.future=1,5 data.source=1,5 data.distance=straight
+    data.stereo_source=true
+    field.colors=0
+    render.rays=44,152
+    loss.weight_color=0 loss.weight_hessian=0 loss.weight_sparsity=0 loss.weight_edge=0.01
+    optim.lr=1e-4 optim.schedule=step optim.steps=119424
+    quirks.pad_rate=0.8649,0.8421
+""")  # fmt: skip
 
-_preset(
-    "kitti_raw",
-    "KITTI raw depth, stereo and video, as published",
-    _kitti,
-    data=dict(
-        dataset="kitti_raw",
-        crop=(370, 1216),
-        scale=0.84,
-        pad=(320, 1024),
-        anchor_input=1.0,
-        past=(1.0, 5.0),
-        future=(1.0, 5.0),
-        source=(1.0, 5.0),
-        distance="straight",
-        stereo_source=True,
-    ),
-    field=dict(colors=0),
-    render=dict(rays=(44, 152)),
-    loss=dict(weight_color=0.0, weight_hessian=0.0, weight_sparsity=0.0, weight_edge=0.01),
-    optim=dict(lr=1e-4, schedule="step", steps=24 * 4976),
-    quirks=dict(pad_rate=(0.8649, 0.8421)),
-)
+# 12 epochs of 3516 steps
+_preset("nuscenes", "nuScenes occupancy and semantics (Occ3D) as published (8 GPUs, 12 epochs)",
+        None, """
+    data.dataset=nuscenes data.crop=768,1600 data.scale=0.5 data.pad=384,800
+    data.mean=123.675,116.28,103.53 data.std=58.395,57.12,57.375
+    data.anchor_past=0.5 data.past=0.4,30 data.future=0.4,30 data.source=0.4,30
+    data.distance=straight data.neighbours=composite data.label_map=openseed21
+    volume.box=-40,-40,-1,40,40,5.4 volume.nodes=257,257,25 volume.ground=0
+    field.classes=21
+    render.rays=48,100 render.eval_rays=450,800
+    loss.photometric=mvs_combined loss.weight_hessian=0.01 loss.compact_hessian=false
+    loss.weight_sparsity=0 loss.weight_semantic=0.1
+    optim.lr=1e-4 optim.schedule=step optim.steps=42192
+    quirks.white_256=true quirks.pixels_over_size=true
+""")  # fmt: skip
 
-_nuscenes = _preset(
-    "nuscenes",
-    "nuScenes occupancy and semantics (Occ3D) as published (8 GPUs, 12 epochs)",
-    Config(),
-    data=dict(
-        dataset="nuscenes",
-        crop=(768, 1600),
-        scale=0.5,
-        pad=(384, 800),
-        mean=(123.675, 116.28, 103.53),
-        std=(58.395, 57.12, 57.375),
-        anchor_past=0.5,
-        past=(0.4, 30.0),
-        future=(0.4, 30.0),
-        source=(0.4, 30.0),
-        distance="straight",
-        neighbours="composite",
-        label_map="openseed21",
-    ),
-    volume=dict(box=(-40.0, -40.0, -1.0, 40.0, 40.0, 5.4), nodes=(257, 257, 25), ground=0.0),
-    field=dict(classes=21),
-    render=dict(rays=(48, 100), eval_rays=(450, 800)),
-    loss=dict(
-        photometric="mvs_combined",
-        weight_hessian=0.01,
-        compact_hessian=False,
-        weight_sparsity=0.0,
-        weight_semantic=0.1,
-    ),
-    optim=dict(lr=1e-4, schedule="step", steps=12 * 3516),
-    quirks=_PUBLISHED,
-)
+_preset("nuscenes_bev", "the same with one bird's-eye plane, as published", "nuscenes", """
+    encoder.kind=bev
+    loss.semantic=bce loss.weight_sparsity=0.001 loss.sparsity_pitch=0.4
+    quirks.transposed_bev_grid=true
+""")  # fmt: skip
 
-_preset(
-    "nuscenes_bev",
-    "the same with one bird's-eye plane, as published",
-    _nuscenes,
-    encoder=dict(kind="bev"),
-    loss=dict(semantic="bce", weight_sparsity=0.001, sparsity_pitch=0.4),
-    quirks=dict(transposed_bev_grid=True),
-)
+_preset("nuscenes_novel_depth", "nuScenes, depth of views ahead, as published (24 epochs)",
+        "nuscenes", """
+    data.volume_frame=lidar data.past=0.4,10 data.future=0.4,10 data.source=0.4,10 data.label_map=
+    volume.box=-51.2,-51.2,-4,51.2,51.2,5 volume.nodes=257,257,31 volume.ground=-1.84
+    field.classes=0
+    loss.weight_semantic=0
+    optim.steps=84384
+""")  # fmt: skip
 
-_nuscenes_novel = _preset(
-    "nuscenes_novel_depth",
-    "nuScenes, depth of views ahead, as published (24 epochs)",
-    _nuscenes,
-    data=dict(
-        volume_frame="lidar",
-        past=(0.4, 10.0),
-        future=(0.4, 10.0),
-        source=(0.4, 10.0),
-        label_map="",
-    ),
-    volume=dict(box=(-51.2, -51.2, -4.0, 51.2, 51.2, 5.0), nodes=(257, 257, 31), ground=-1.84),
-    field=dict(classes=0),
-    loss=dict(weight_semantic=0.0),
-    optim=dict(steps=24 * 3516),
-)
+_preset("nuscenes_depth", "nuScenes depth as published (24 epochs)", "nuscenes_novel_depth", """
+    data.crop=896,1600 data.target_crop=900,1600 data.pad=448,800
+    data.anchor_input=1 data.past=0.4,6 data.future=0.4,6 data.source=0.4,6
+    field.colors=0
+    loss.weight_color=0 loss.weight_hessian=0 loss.weight_edge=0.01
+""")  # fmt: skip
 
-_preset(
-    "nuscenes_depth",
-    "nuScenes depth as published (24 epochs)",
-    _nuscenes_novel,
-    data=dict(
-        crop=(896, 1600),
-        target_crop=(900, 1600),
-        pad=(448, 800),
-        anchor_input=1.0,
-        past=(0.4, 6.0),
-        future=(0.4, 6.0),
-        source=(0.4, 6.0),
-    ),
-    field=dict(colors=0),
-    loss=dict(weight_color=0.0, weight_hessian=0.0, weight_edge=0.01),
-)
+# Frames ahead as targets (data.anchor_input=0.5) cost depth and, in ten minutes, occupancy too.
+# VolSDF learns faster: NeuS has no gradient where nothing is seen from its front. More steps with
+# fewer images fill what no camera sees with matter.
+_preset("synthetic", "embedded street: ten minutes on two CPU cores", None, """
+    data.scenes_val=4 data.anchor_input=1 data.future=0.4,25 data.source=0.8,10
+    volume.nodes=49,49,25 volume.voxel=2 volume.crop_margins=false volume.threshold=0.15
+    backbone.depth=18 backbone.width=32 backbone.norm=local backbone.weights=none
+    backbone.frozen_stem=false
+    encoder.dim=32 encoder.heads=2 encoder.layers=1 encoder.points_cross=2,4,4
+    encoder.points_self=2 encoder.dropout=0 encoder.lift=true encoder.plane_scale=0.1
+    field.hidden=32 field.ground=-1.73
+    render.rays=16,54 render.spread=0.6 render.samples=64 render.eval_rays=48,160
+    render.eval_samples=96 render.alpha=volsdf render.sharpen=5,12 render.backdrop=true
+    render.margin=0,25.6,1.6
+    loss.automask=false loss.weight_eikonal=0.001 loss.weight_hessian=0.07
+    optim.steps=420 optim.batch=3 optim.accumulate=2 optim.lr=2.2e-3 optim.backbone_factor=1
+    optim.warmup=50 optim.workers=1 optim.clip=5 optim.validate_every=100000
+    optim.validate_frames=8 optim.picture_every=200 optim.save_every=200
+""")  # fmt: skip
 
-_synthetic = _preset(
-    "synthetic",
-    "embedded street: ten minutes on two CPU cores",
-    Config(),
-    # frames ahead as targets (anchor_input=0.5) cost depth and, in ten minutes, occupancy too
-    data=dict(scenes_val=4, anchor_input=1.0, future=(0.4, 25.0), source=(0.8, 10.0)),
-    volume=dict(nodes=(49, 49, 25), voxel=2, crop_margins=False, threshold=0.15),
-    backbone=dict(depth=18, width=32, norm="local", weights="none", frozen_stem=False),
-    encoder=dict(
-        dim=32,
-        heads=2,
-        layers=1,
-        points_cross=(2, 4, 4),
-        points_self=2,
-        dropout=0.0,
-        lift=True,
-        plane_scale=0.1,
-    ),
-    field=dict(hidden=32, ground=-1.73),
-    render=dict(
-        rays=(16, 54),
-        spread=0.6,
-        samples=64,
-        eval_rays=(48, 160),
-        eval_samples=96,
-        alpha="volsdf",  # learns faster: NeuS has no gradient where nothing is seen from its front
-        sharpen=(5.0, 12.0),
-        backdrop=True,
-        margin=(0.0, 25.6, 1.6),
-    ),
-    loss=dict(automask=False, weight_eikonal=0.001, weight_hessian=0.07),
-    optim=dict(
-        steps=420,
-        batch=3,
-        accumulate=2,  # more steps with fewer images fill what no camera sees with matter
-        lr=2.2e-3,
-        backbone_factor=1.0,
-        warmup=50,
-        workers=1,
-        clip=5.0,
-        validate_every=100_000,
-        validate_frames=8,
-        picture_every=200,
-        save_every=200,
-    ),
-)
+_preset("synthetic_depth", "the same, tuned for depth: rougher surfaces", "synthetic", """
+    loss.weight_hessian=0.01
+    optim.steps=470
+""")  # fmt: skip
 
-_depth = _preset(
-    "synthetic_depth",
-    "the same, tuned for depth: rougher surfaces",
-    _synthetic,
-    loss=dict(weight_hessian=0.01),
-    optim=dict(steps=470),
-)
+_preset("synthetic_surround", "embedded street seen by six cameras", "synthetic", """
+    data.rig=surround data.scenes=16 data.scenes_val=4 data.anchor_input=0.5 data.crop=96,160
+    data.pad=96,160
+    volume.box=-40,-40,-1,40,40,5.4 volume.nodes=81,81,17 volume.voxel=1 volume.ground=0
+    field.ground=0
+    render.rays=16,26 render.samples=48 render.eval_rays=48,80 render.margin=0,0,0
+    loss.weight_hessian=0.01
+    optim.steps=1750 optim.batch=2 optim.accumulate=1 optim.lr=1.5e-3
+""")  # fmt: skip
 
-_preset(
-    "synthetic_surround",
-    "embedded street seen by six cameras",
-    _synthetic,
-    data=dict(
-        rig="surround", scenes=16, scenes_val=4, anchor_input=0.5, crop=(96, 160), pad=(96, 160)
-    ),
-    volume=dict(box=(-40.0, -40.0, -1.0, 40.0, 40.0, 5.4), nodes=(81, 81, 17), voxel=1, ground=0.0),
-    field=dict(ground=0.0),
-    render=dict(rays=(16, 26), samples=48, eval_rays=(48, 80), margin=(0.0, 0.0, 0.0)),
-    loss=dict(weight_hessian=0.01),
-    optim=dict(steps=1750, batch=2, accumulate=1, lr=1.5e-3),
-)
+_preset("kitti_small",
+        "KITTI at a quarter of its resolution; to go on from runs/synthetic (--init)",
+        "synthetic_depth", """
+    data.dataset=kitti data.crop=352,1216 data.scale=0.25 data.pad=96,320 data.target_scale=0.25
+    render.sharpen=12,12 render.eval_rays=44,152
+    loss.weight_sparsity=0 loss.weight_edge=0.02
+    optim.steps=1000 optim.batch=2 optim.accumulate=1 optim.lr=1e-3
+""")  # fmt: skip
 
-_kitti_small = _preset(
-    "kitti_small",
-    "KITTI at a quarter of its resolution; to go on from runs/synthetic (--init)",
-    _depth,
-    data=dict(
-        dataset="kitti",
-        crop=(352, 1216),
-        scale=0.25,
-        pad=(96, 320),
-        target_scale=0.25,
-    ),
-    render=dict(sharpen=(12.0, 12.0), eval_rays=(44, 152)),
-    loss=dict(weight_sparsity=0.0, weight_edge=0.02),
-    optim=dict(steps=1000, batch=2, accumulate=1, lr=1e-3),
-)
+# The volume is the lanes beside the car, as far ahead as a metre of motion gives a pixel of
+# parallax. What moves along with the car looks infinitely far away: masked, and ended by its sides.
+_preset("kitti_raw_small",
+        "KITTI raw, slow drives in traffic; to go on from runs/synthetic (--init)",
+        "kitti_small", """
+    data.dataset=kitti_raw data.source=0.5,3 data.distance=straight
+    volume.box=-5.2,0,-2,5.2,25.6,4.4
+    render.samples=48 render.margin=0,0,0
+    loss.automask=true
+    optim.steps=400 optim.lr=5e-4
+""")  # fmt: skip
 
-_preset(
-    "kitti_raw_small",
-    "KITTI raw, slow drives in traffic; to go on from runs/synthetic (--init)",
-    _kitti_small,
-    data=dict(dataset="kitti_raw", source=(0.5, 3.0), distance="straight"),
-    # The lanes beside the car, as far ahead as a metre of motion gives a pixel of parallax. What
-    # moves along with the car looks infinitely far away: masked, and ended by the volume's sides.
-    volume=dict(box=(-5.2, 0.0, -2.0, 5.2, 25.6, 4.4)),
-    render=dict(samples=48, margin=(0.0, 0.0, 0.0)),
-    loss=dict(automask=True),
-    optim=dict(steps=400, lr=5e-4),
-)
-
-_preset(
-    "nuscenes_small",
-    "nuScenes at an eighth of its resolution, for single scenes and CPUs",
-    PRESETS["synthetic_surround"][1],
-    data=dict(
-        dataset="nuscenes",
-        crop=(768, 1600),
-        scale=0.125,
-        pad=(96, 224),
-        target_scale=0.125,
-        anchor_input=1.0,
-        source=(0.4, 30.0),
-        distance="straight",
-        neighbours="composite",
-        one_sided=True,
-    ),
-    loss=dict(photometric="mvs_combined", automask=True),
-)
+_preset("nuscenes_small", "nuScenes at an eighth of its resolution, for single scenes and CPUs",
+        "synthetic_surround", """
+    data.dataset=nuscenes data.crop=768,1600 data.scale=0.125 data.pad=96,224
+    data.target_scale=0.125 data.anchor_input=1 data.source=0.4,30 data.distance=straight
+    data.neighbours=composite data.one_sided=true
+    loss.photometric=mvs_combined loss.automask=true
+""")  # fmt: skip
 
 
 def build(preset: str, overrides: list[str] = ()) -> Config:

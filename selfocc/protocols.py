@@ -31,9 +31,8 @@ stereo, KITTI's annotated depth) is in no published script: maps are compared pi
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -52,6 +51,8 @@ PROTOCOLS = ("published", "corrected", "own")
 EIGEN = (0.03594771, 0.40810811, 0.96405229, 0.99189189)  # left, top, right, bottom of the image
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 Matrix = np.ndarray | Tensor
+Ranges = tuple[tuple[int, int | None], ...]
+ALL = ((0, None),) * 3
 POINTS = 1 << 18  # read at once, which limits memory
 
 
@@ -62,7 +63,7 @@ class Rules:
     protocol: str  # published | corrected | own
     dataset: str  # kitti | kitti_raw | nuscenes
     box: Box | None = None  # that the labelled voxels divide; None: the model's own
-    crop: Callable[[Tensor], Tensor] | None = None  # frees what is not scored as occupied
+    scored: Ranges = ALL  # first and end of y, x and z; other voxels are taken as free
     ground: tuple[int, ...] = GROUND  # voxel classes of the ground
     nearest: float = MIN_DEPTH  # metres; LiDAR points between this and 80 m count
     window: tuple[float, float, float, float] = WHOLE  # of the image: left, top, right, bottom
@@ -79,6 +80,17 @@ class Rules:
     def crude(self) -> bool:
         """Whether neither the frame of the labels nor noise nor classes are heeded (see above)."""
         return self.openoccupancy and self.protocol == "published"
+
+    def crop(self, prediction: Tensor) -> Tensor:
+        """The published post-processing: nothing is occupied near the borders of the box.
+
+        prediction [ny, nx, nz]: occupancy or classes (free = 0) or SDF (free = inf); a copy is
+        returned.
+        """
+        scored = tuple(slice(*ends) for ends in self.scored)
+        cropped = torch.full_like(prediction, torch.inf if prediction.is_floating_point() else 0)
+        cropped[scored] = prediction[scored]
+        return cropped
 
 
 def choose(settings: Config, name: str | None = None) -> Rules:
@@ -97,29 +109,33 @@ def choose(settings: Config, name: str | None = None) -> Rules:
     ground_axes = (0, 1, 2) if embedded else (0, 2)
     rules = {
         "kitti": Rules(
-            name, dataset, (-25.6, 0.0, -2.0, 25.6, 51.2, 4.4), crop_margins_kitti, axes=ground_axes
+            name,
+            dataset,
+            (-25.6, 0.0, -2.0, 25.6, 51.2, 4.4),
+            ((0, -6), (6, -6), (0, 28)),
+            axes=ground_axes,
         ),
         "kitti_raw": Rules(name, dataset, nearest=0.1, window=EIGEN, axes=ground_axes),
         "nuscenes": Rules(
             name,
             dataset,
             (-40.0, -40.0, -1.0, 40.0, 40.0, 5.4),
-            crop_margins_occ3d,
+            ((6, -6), (6, -6), (0, 12)),
             GROUND if embedded else (11, 12, 13, 14),
             nearest=1.0,
             novel_rays=(96, 200),
         ),
     }[dataset]
     if settings.data.dataset == "nuscenes" and settings.data.voxels == "openoccupancy":
-        crop = crop_margins_openoccupancy
-        rules = replace(rules, box=OpenOccupancy.box, crop=crop, openoccupancy=True)
+        scored = ((6, -6), (6, -6), (5, -4))
+        rules = replace(rules, box=OpenOccupancy.box, scored=scored, openoccupancy=True)
     if name != "own":
         return rules
-    crop = rules.crop if settings.volume.crop_margins else None
-    if crop in (crop_margins_kitti, crop_margins_openoccupancy):
-        crop = partial(crop, factor=settings.volume.voxel)
+    scored, pooled = ALL, settings.volume.voxel
+    if settings.volume.crop_margins and rules.scored != ALL:  # in voxels that are pooled
+        scored = tuple((-(-first // pooled), end // pooled) for first, end in rules.scored)
     box = rules.box if rules.openoccupancy else None  # wider than the model's own
-    return replace(rules, box=box, crop=crop, nearest=MIN_DEPTH, window=WHOLE, novel_rays=None)
+    return replace(rules, box=box, scored=scored, nearest=MIN_DEPTH, window=WHOLE, novel_rays=None)
 
 
 # voxels
@@ -135,39 +151,6 @@ def scored_labels(labels: Tensor, mask: np.ndarray | None, rules: Rules, pool: i
     if rules.crude:  # any class will do, as none is scored
         labels = torch.where(labels == UNKNOWN, 1, labels)
     return pool_voxels(labels, pool) if rules.protocol == "own" else labels
-
-
-def crop_margins_kitti(prediction: Tensor, factor: int = 1) -> Tensor:
-    """The published post-processing: free near the top, the far end and both sides of the box.
-
-    That is above 3.6 m, the farthest 1.2 m and 1.2 m at either side. prediction [ny, nx, nz]:
-    occupancy or classes (free = 0) or SDF (free = inf); a copy is returned. `factor` is by how much
-    the voxels of 0.2 m were pooled.
-    """
-    margin = -(-6 // factor)
-    top, sides = slice(28 // factor, None), (slice(0, margin), slice(-margin, None))
-    return _freed(prediction, [(..., top), sides[1], *((slice(None), side) for side in sides)])
-
-
-def crop_margins_occ3d(prediction: Tensor) -> Tensor:
-    """The same for Occ3D: above 3.8 m and the outer 2.4 m on all four sides of 0.4 m voxels."""
-    sides = slice(0, 6), slice(-6, None)
-    return _freed(prediction, [(..., slice(12, None)), *sides, *((slice(None), s) for s in sides)])
-
-
-def crop_margins_openoccupancy(prediction: Tensor, factor: int = 1) -> Tensor:
-    """The same for nuScenes-Occupancy: the lowest 1 m, the highest 0.8 m and the outer 1.2 m."""
-    margin, low, high = (-(-n // factor) for n in (6, 5, 4))
-    sides = slice(0, margin), slice(-margin, None)
-    levels = (..., slice(0, low)), (..., slice(-high, None))
-    return _freed(prediction, [*levels, *sides, *((slice(None), s) for s in sides)])
-
-
-def _freed(prediction: Tensor, places) -> Tensor:
-    prediction = torch.as_tensor(prediction).clone()
-    for place in places:
-        prediction[place] = torch.inf if prediction.is_floating_point() else 0
-    return prediction
 
 
 def read_voxels(

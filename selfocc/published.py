@@ -16,7 +16,6 @@ Every parameter of the published network has its counterpart here, with these ex
 
 import functools
 import math
-import pickle  # the name of an error alone: nothing here unpickles
 import re
 import sys
 import zipfile
@@ -27,10 +26,12 @@ import torch
 from torch import Tensor
 
 from selfocc import InputError, config, presets
+from selfocc.backbone import BLOCKS
 from selfocc.config import Config
 from selfocc.encoder import PLANES
-from selfocc.files import replacing
+from selfocc.files import read_torch, replacing
 from selfocc.model import SelfOcc
+from selfocc.settings import change
 
 PRESETS = (
     "kitti", "kitti_novel_depth", "kitti_raw", "nuscenes", "nuscenes_bev", "nuscenes_novel_depth",
@@ -38,57 +39,47 @@ PRESETS = (
 )  # fmt: skip
 SH0 = 0.28209479177387814  # of the spherical harmonic that makes colour of a feature
 LISTED = 20  # names in doubt that are listed one by one
-_ATTENTION = {
-    "sampling_offsets": "offsets",
-    "attention_weights": "weights",
-    "value_proj": "value",
-    "output_proj": "output",
-}
 _FIELD = "head.model.field.density_net."
 _LAST = f"{_FIELD}3."
 _AABB = "head.model.field.aabb"
 _INERT = ("head.model.field_background", "head.model.device_indicator_param", _AABB)
+# What is replaced in our names, one after the other, by kind; the plane of a BEV has no name.
+_TPV = {
+    r"^backbone\.": "img_backbone.",
+    r"^fpn\.": "img_neck.",
+    r"^encoder\.queries\.": "lifter.tpv_",
+    r"\.level_embedding$": ".level_embeds",
+    r"\.camera_embedding$": ".cams_embeds",
+    r"\.position\.": ".positional_encoding.position_layer_",
+    r"\.self_attention\.": ".attentions.0.",
+    r"\.cross\.(..)\.": r".attentions.1.attn_\1.deformable_attention.",
+    r"\.offsets\.": ".sampling_offsets.",
+    r"\.weights\.": ".attention_weights.",
+    r"\.value\.": ".value_proj.",
+    r"(\.deformable_attention)?\.output\.": ".output_proj.",
+    r"\.ffn\.0\.": ".ffns.0.layers.0.0.",
+    r"\.ffn\.3\.": ".ffns.0.layers.1.",
+    r"^decoder\.net\.": _FIELD,
+    r"^variance$": "head.model.field.deviation_network.variance",
+}
+_BEV = {r"tpv_hw$": "bev", r"position_layer_hw": "position_layer", r"attn_hw\.": ""}
+_RENAMED = {"tpv": _TPV, "bev": _TPV | _BEV}
+_ORDER = (  # how names begin
+    "img_backbone.", "img_neck.", "lifter.tpv_hw", "lifter.tpv_zh", "lifter.", "encoder.level",
+    "encoder.cams", "encoder.position", "encoder.layers.", *_INERT, _FIELD, "head.",
+)  # fmt: skip
 
 
 def published_names(settings: Config) -> dict[str, str | None]:
     """Published name -> ours, in the published order; None for what computes nothing."""
-    tpv = settings.encoder.kind == "tpv"
-    names: dict[str, str | None] = {}
-    for theirs, ours in (("img_backbone", "backbone."), ("img_neck", "fpn.")):
-        found = (name for name in _shapes(settings) if name.startswith(ours))
-        names |= {f"{theirs}.{name.removeprefix(ours)}": name for name in found}
-    planes = PLANES[settings.encoder.kind]
-    for plane in planes:
-        names[f"lifter.tpv_{plane}" if tpv else "lifter.bev"] = f"encoder.queries.{plane}"
-    names["encoder.level_embeds"] = "encoder.level_embedding"
-    names["encoder.cams_embeds"] = "encoder.camera_embedding"
-    modules = {
-        f"encoder.positional_encoding.position_layer{f'_{plane}' if tpv else ''}": (
-            f"encoder.position.{plane}"
-        )
-        for plane in planes
-    }
-    for i in range(settings.encoder.layers):
-        layer = f"encoder.layers.{i}"
-        for theirs, ours in _ATTENTION.items():
-            modules[f"{layer}.attentions.0.{theirs}"] = f"{layer}.self_attention.{ours}"
-        for plane in planes:
-            cross = f"{layer}.attentions.1.{f'attn_{plane}.' if tpv else ''}"
-            for theirs, ours in _ATTENTION.items():
-                inner = "" if theirs == "output_proj" else "deformable_attention."
-                modules[f"{cross}{inner}{theirs}"] = f"{layer}.cross.{plane}.{ours}"
-        modules[f"{layer}.ffns.0.layers.0.0"] = f"{layer}.ffn.0"
-        modules[f"{layer}.ffns.0.layers.1"] = f"{layer}.ffn.3"
-        modules |= {f"{layer}.norms.{k}": f"{layer}.norms.{k}" for k in range(3)}
-    head = {f"{_FIELD}{k}": f"decoder.net.{k}" for k in (1, 3)}
-    for part in (modules, dict.fromkeys(_INERT), head):
-        for theirs, ours in part.items():
-            if ours is None:
-                names[theirs] = None
-            else:
-                names |= {f"{theirs}.{kind}": f"{ours}.{kind}" for kind in ("weight", "bias")}
-    names["head.model.field.deviation_network.variance"] = "variance"
-    return names
+    names: dict[str, str | None] = dict.fromkeys(_INERT)
+    for ours in _shapes(settings):
+        theirs = ours
+        for pattern, published in _RENAMED[settings.encoder.kind].items():
+            theirs = re.sub(pattern, published, theirs)
+        names[theirs] = ours
+    place = {name: next(i for i, s in enumerate(_ORDER) if name.startswith(s)) for name in names}
+    return {name: names[name] for name in sorted(names, key=place.get)}
 
 
 def published_shapes(settings: Config) -> dict[str, tuple[int, ...]]:
@@ -105,9 +96,8 @@ def published_shapes(settings: Config) -> dict[str, tuple[int, ...]]:
 @functools.lru_cache(maxsize=16)
 def _shapes(settings: Config) -> dict[str, tuple[int, ...]]:
     """Our names and shapes."""
-    backbone = replace(settings.backbone, weights="none")
     with torch.device("meta"):  # without memory
-        state = SelfOcc(replace(settings, backbone=backbone)).state_dict()
+        state = SelfOcc(change(settings, ["backbone.weights=none"])).state_dict()
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
@@ -121,18 +111,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     says, or needs code to run.
     """
     _check_archive(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)|global (\S+) ", str(error))
-        what = next(filter(None, found.groups()), "code") if found else "code"
-        raise InputError(
-            f"{path} needs to run {what.rstrip('.,')} to be read, which could do anything; save "
-            "its state_dict alone, with torch.save, where you trust the file"
-        ) from None
-    except Exception as error:  # torch raises whatever the broken byte leads to
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{path} cannot be read ({reason}); fetch it again") from None
+    content = read_torch(path, mmap=True)
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state:
         raise InputError(f"{path} holds no state dict; name a published SelfOcc checkpoint")
@@ -203,8 +182,7 @@ def import_published(
             tensor = swap_colors(tensor, settings)
         model[name] = tensor.to(torch.int64 if counter else torch.float32).reshape(ours[name])
     # its weights are these, and no others are to be fetched
-    settings = replace(settings, backbone=replace(settings.backbone, weights="none"))
-    return settings, model, inert
+    return change(settings, ["backbone.weights=none"]), model, inert
 
 
 def choose(
@@ -216,62 +194,39 @@ def choose(
     Raises InputError if it is none of SelfOcc's, or has other planes than the preset named.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    kind = {"lifter.tpv_hw": "tpv", "lifter.bev": "bev"}
-    kinds = {kind[name] for name in kind if name in shapes}
+    kinds = [k for k, n in (("tpv", "lifter.tpv_hw"), ("bev", "lifter.bev")) if n in shapes]
     if len(kinds) != 1 or "encoder.cams_embeds" not in shapes:
         raise InputError(
             f"{path} has no SelfOcc in it (such as {min(shapes)}); name a published checkpoint"
         )
-    (kind,) = kinds
-    if preset is not None:
-        base = presets.build(preset, overrides)
-        if base.encoder.kind != kind:
-            raise InputError(
-                f"{path} has the planes of a {kind} network, --preset {preset} is "
-                f"{base.encoder.kind}; name another or none"
-            )
-        settings = _read_sizes(path, state, shapes, base)
-        _tell_differences(path, base, settings)
-        return settings
-    likeness: dict[str, tuple] = {}
-    found: dict[str, Config] = {}
-    for name in PRESETS:
-        base = presets.build(name, overrides)
-        if base.encoder.kind != kind:
-            continue
-        settings = found[name] = _read_sizes(path, state, shapes, base)
-        likeness[name] = (
-            settings == base,
-            settings.encoder.cameras is None,
-            (settings.field.colors, settings.field.classes)
-            == (base.field.colors, base.field.classes),
-            settings.volume.box == base.volume.box,
-            settings.volume.nodes == base.volume.nodes,
+    bases = {name: presets.build(name, overrides) for name in ([preset] if preset else PRESETS)}
+    if preset and bases[preset].encoder.kind != kinds[0]:
+        raise InputError(
+            f"{path} has the planes of a {kinds[0]} network, --preset {preset} is "
+            f"{bases[preset].encoder.kind}; name another or none"
         )
-    best = max(likeness, key=likeness.get)
-    alike = [name for name in likeness if likeness[name] == likeness[best] and name != best]
-    how = "guessed by names and shapes" if likeness[best][0] else "the nearest, with other sizes"
-    also = f", which are those of {', '.join(alike)} too" if alike else ""
-    print(f"{path} is a published checkpoint of preset {best} ({how}{also}); --preset says another")
-    _tell_differences(path, presets.build(best, overrides), found[best])
+    found, changes = {}, {}
+    for name, base in bases.items():
+        if base.encoder.kind == kinds[0]:
+            try:
+                found[name] = _sizes(path, state, shapes, base)
+            except (KeyError, IndexError, ValueError, ZeroDivisionError):
+                found[name] = base  # what is missing is listed later
+            changes[name] = config.differences(base, found[name])
+    best = min(changes, key=lambda name: len(changes[name]))
+    if preset is None:
+        alike = [n for n in changes if len(changes[n]) == len(changes[best]) and n != best]
+        how = "the nearest, with other sizes" if changes[best] else "guessed by names and shapes"
+        also = f", which are those of {', '.join(alike)} too" if alike else ""
+        said = f"{path} is a published checkpoint of preset {best} ({how}{also})"
+        print(f"{said}; --preset says another")
+    for name, before, now in changes[best]:
+        print(f"{path}: {name} is {now} in the file, {before} in preset {best}")
     return found[best]
 
 
-def _tell_differences(path: Path, base: Config, settings: Config) -> None:
-    """Print a line for every setting that the file changes."""
-    for name, before, now in config.differences(base, settings):
-        print(f"{path}: {name} is {now} in the file, {before} in preset {base.preset}")
-
-
-def _read_sizes(path, state, shapes, base: Config) -> Config:
-    """The preset with the sizes that names and shapes show, or as it is where names are missing."""
-    try:
-        return _sizes(path, state, shapes, base)
-    except (KeyError, IndexError, ValueError, ZeroDivisionError):
-        return base  # what is missing is listed later
-
-
 def _sizes(path, state, shapes, base: Config) -> Config:
+    """The preset with the sizes that names and shapes show."""
     encoder = base.encoder
     tpv = encoder.kind == "tpv"
     planes = PLANES[encoder.kind]
@@ -347,13 +302,13 @@ def _bev_nodes(path, tokens: int, rows: int, base: Config) -> tuple[tuple[int, i
 
 def _depth(shapes, usual: int) -> int:
     """Which ResNet it is, from its blocks."""
-    blocks = [
+    blocks = tuple(
         len({n.split(".")[2] for n in shapes if n.startswith(f"img_backbone.layer{stage}.")})
         for stage in (1, 2, 3, 4)
-    ]
+    )
     narrow = "img_backbone.layer1.0.conv3.weight" not in shapes
-    known = {(True, 2): 18, (True, 3): 34, (False, 3): 50}
-    return 101 if blocks[2] == 23 else known.get((narrow, blocks[0]), usual)
+    known = (depth for depth, b in BLOCKS.items() if b == blocks and (depth < 50) == narrow)
+    return next(known, usual)
 
 
 def _box(state, usual: tuple[float, ...]) -> tuple[float, ...]:
@@ -370,24 +325,22 @@ def _box(state, usual: tuple[float, ...]) -> tuple[float, ...]:
 
 def _check(path, found, expected, preset: str) -> None:
     """Print what does not fit, a line a name, and raise InputError if there is any."""
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected]
-    other = [name for name in expected if name in found and found[name] != expected[name]]
-    lines = [f"missing: {name} {list(expected[name])}" for name in missing]
-    lines += [f"unexpected: {name} {list(found[name])}" for name in unexpected]
-    lines += [
-        f"of another shape: {name} is {list(found[name])}, preset {preset} has "
-        f"{list(expected[name])}"
-        for name in other
+    missing = [f"missing: {n} {list(shape)}" for n, shape in expected.items() if n not in found]
+    unexpected = [f"unexpected: {n} {list(s)}" for n, s in found.items() if n not in expected]
+    other = [
+        f"of another shape: {n} is {list(found[n])}, preset {preset} has {list(shape)}"
+        for n, shape in expected.items()
+        if found.get(n, shape) != shape
     ]
-    if not lines:
-        return
-    lines, more = lines[:LISTED], len(lines) - LISTED
-    print("\n".join([*lines, *([f"and {more} more"] if more > 0 else [])]), file=sys.stderr)
-    raise InputError(
-        f"{path} does not fit preset {preset}: {len(missing)} names missing, {len(unexpected)} "
-        f"unexpected, {len(other)} of another shape; name the right one with --preset"
-    )
+    lines = missing + unexpected + other
+    if lines:
+        more = [f"and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
+        print("\n".join(lines[:LISTED] + more), file=sys.stderr)
+        raise InputError(
+            f"{path} does not fit preset {preset}: {len(missing)} names missing, "
+            f"{len(unexpected)} unexpected, {len(other)} of another shape; name the right one with "
+            "--preset"
+        )
 
 
 def swap_colors(last: Tensor, settings: Config) -> Tensor:

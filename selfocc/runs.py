@@ -21,10 +21,8 @@ class Run:
 
     def write(self, folder: Path) -> None:
         """Raises InputError if the folder cannot be written."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values |= {"settings": config.to_dict(self.settings)}
-        values |= {"folders": dataclasses.asdict(self.folders)}
-        files.write_file(folder / FILE_NAME, json.dumps(values, indent=1, default=str).encode())
+        content = json.dumps(dataclasses.asdict(self), indent=1, default=str)
+        files.write_file(folder / FILE_NAME, content.encode())
 
     def changed(self, before: "Run") -> list[str]:
         """A line for everything that differs from an earlier part of the same run."""
@@ -84,8 +82,4 @@ class Log:
     def write(self, **values):
         values["seconds"] = round(time.time() - self.begun, 1)
         values = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
-        try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(values) + "\n")
-        except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror}") from None
+        files.append(self.path, json.dumps(values) + "\n")

@@ -5,7 +5,6 @@ the sum of their records, whatever process scored which frame. They are named `o
 `semantics`, `depth/TRUTH/METHOD`, `novel/METRES` and `photometric`.
 """
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Iterable
@@ -42,14 +41,14 @@ class Priors:
     """What can be guessed without looking at the image, learnt from training truth."""
 
     def __init__(self):
-        self.voxels: Tensor | None = None  # `voxel_counts` of all frames
+        self.voxels: Tensor | int = 0  # `voxel_counts` of all frames
         self.depth: dict[str, list[tuple[Tensor, Tensor]]] = {}  # `known_depths` of each, by truth
         self.size = (0, 0, 0)  # of the maps [N, h, w]
 
     def add(self, labels: Tensor | None, batch: Batch) -> None:
         """labels [ny, nx, nz] as they are scored, and the depth truths of a single sample."""
         if labels is not None:
-            self._add_voxels(metrics.voxel_counts(labels))
+            self.voxels = self.voxels + metrics.voxel_counts(labels)
         for name, truth in truth_maps(batch).items():
             self.depth.setdefault(name, []).append(metrics.known_depths(truth[0]))
             self.size = tuple(truth.shape[1:])
@@ -57,14 +56,10 @@ class Priors:
     def join(self, others: Iterable["Priors"]) -> None:
         """Add what other processes have learnt."""
         for other in others:
-            if other.voxels is not None:
-                self._add_voxels(other.voxels)
+            self.voxels = self.voxels + other.voxels
+            self.size = max(self.size, other.size)
             for name, known in other.depth.items():
                 self.depth.setdefault(name, []).extend(known)
-                self.size = other.size
-
-    def _add_voxels(self, counts: Tensor) -> None:
-        self.voxels = counts if self.voxels is None else self.voxels + counts
 
 
 class Scores:
@@ -84,13 +79,12 @@ class Scores:
             self.thresholds[UNKNOWN_FREE] = fixed
         self.thresholds["SelfOcc, best threshold"] = SWEEP
         self.thresholds["flat ground, best threshold"] = SWEEP
-        self.depth_priors, self.occupancy_prior = {}, None
-        if priors is not None:
-            self.depth_priors = {
-                name: metrics.median_depth(known, priors.size)
-                for name, known in priors.depth.items()
-            }
-        if priors is not None and priors.voxels is not None:
+        priors = priors or Priors()
+        self.depth_priors = {
+            name: metrics.median_depth(known, priors.size) for name, known in priors.depth.items()
+        }
+        self.occupancy_prior = None
+        if isinstance(priors.voxels, Tensor):
             self.occupancy_prior = -metrics.prior_probability(priors.voxels)
             self.thresholds["constant prior, best threshold"] = metrics.PRIOR_THRESHOLDS
 
@@ -106,15 +100,12 @@ class Scores:
         sdf, likeliest = protocols.read_voxels(
             volume, self.classes, rules, self.settings.box, shape, voxels_to_volume
         )
-        sdf, edge = sdf.cpu(), (box[5] - box[2]) / shape[2]
-        z = protocols.heights(box, shape, voxels_to_volume)
-        flat = z - self.settings.ground
-        if rules.crop is not None:
-            sdf, flat = rules.crop(sdf), rules.crop(flat)
-        fields = dict.fromkeys(self.thresholds, sdf)
-        fields["flat ground, best threshold"] = flat
-        if self.occupancy_prior is not None:
-            fields["constant prior, best threshold"] = self.occupancy_prior
+        sdf, edge = rules.crop(sdf.cpu()), (box[5] - box[2]) / shape[2]
+        flat = protocols.heights(box, shape, voxels_to_volume) - self.settings.ground
+        fields = dict.fromkeys(self.thresholds, sdf) | {
+            "flat ground, best threshold": rules.crop(flat),
+            "constant prior, best threshold": self.occupancy_prior,
+        }
         above = metrics.above_ground(labels, edge, rules.ground)
         record = {}
         for method, thresholds in self.thresholds.items():
@@ -131,37 +122,34 @@ class Scores:
 
     def depth_maps(self, depth: Tensor, batch: Batch) -> Record:
         """Maps of depth [1, N, h, w], rendered for the target, against maps of truth."""
-        flat = self._flat_depth(batch.target, depth.shape[-2:])
         record = {}
         for name, truth in truth_maps(batch).items():
-            truth = protocols.scored_depth(truth, self.rules)
-            predictions = {"SelfOcc": depth[0].cpu(), "flat ground": flat}
-            if name in self.depth_priors:
-                predictions["median prior"] = self.depth_priors[name]
-            for method, prediction in predictions.items():
-                sums = metrics.depth_sums(prediction, truth[0].cpu())
-                record[f"depth/{name}/{method}"] = sums
+            truth = protocols.scored_depth(truth, self.rules)[0].cpu()
+            for method, prediction in self._depths(name, depth, batch.target).items():
+                record[f"depth/{name}/{method}"] = metrics.depth_sums(prediction, truth)
         return record
 
     def depth_points(self, grid: Tensor, target: Frames, location: Tensor, truth: Tensor) -> Record:
         """Depth of fixed rays [1, N, rows, cols] against LiDAR points as `lidar_truth` has them."""
-        size = target.images.shape[-2:]
-        readings = {
-            "SelfOcc": (grid[0].cpu(), self.rules.ends),
-            "flat ground": (self._flat_depth(target, size), False),
-        }
-        if "lidar" in self.depth_priors:
-            readings["median prior"] = (self.depth_priors["lidar"], False)
         record = {}
-        for method, (depth, displaced) in readings.items():
+        for method, depth in self._depths("lidar", grid, target).items():
+            displaced = self.rules.ends and method == "SelfOcc"
             reading = protocols.read_depth(depth, location, displaced)
             record[f"depth/lidar/{method}"] = metrics.depth_sums(reading, truth)
         return record
 
-    def _flat_depth(self, target: Frames, size: tuple[int, int]) -> Tensor:
-        return metrics.flat_ground_depth(
-            target.intrinsics[0].cpu(), target.camera_to_volume[0].cpu(), size, self.settings.ground
+    def _depths(self, name: str, rendered: Tensor, target: Frames) -> dict[str, Tensor]:
+        """What every method says, [N, rows, cols], where `name` is the truth."""
+        flat = metrics.flat_ground_depth(
+            target.intrinsics[0].cpu(),
+            target.camera_to_volume[0].cpu(),
+            target.images.shape[-2:],
+            self.settings.ground,
         )
+        depths = {"SelfOcc": rendered[0].cpu(), "flat ground": flat}
+        if name in self.depth_priors:
+            depths["median prior"] = self.depth_priors[name]
+        return depths
 
     def tables(self, records: Iterable[Record]) -> dict[str, Table]:
         """{task: {method: {metric: value}}} of all frames; tasks without truth are left out."""
@@ -169,7 +157,9 @@ class Scores:
         tables: dict[str, Table] = {}
         for method, thresholds in self.thresholds.items():
             if f"occupancy/{method}" in totals:
-                row = _occupancy_row(totals[f"occupancy/{method}"], thresholds)
+                counts = totals[f"occupancy/{method}"]
+                row, above = (metrics.best_threshold(part, thresholds) for part in counts)
+                row |= {"iou_above": above["iou"], "threshold_above": above["threshold"]}
                 tables.setdefault("occupancy", {})[method] = row
         if "semantics" in totals:
             tables["semantics"] = self._semantic_table(totals["semantics"])
@@ -217,13 +207,8 @@ def merge(records: Iterable[Record]) -> Record:
     total: Record = {}
     for record in records:
         for name, counts in record.items():
-            total[name] = total[name] + counts if name in total else counts
+            total[name] = total.get(name, 0) + counts
     return total
-
-
-def _occupancy_row(counts: Tensor, thresholds: Tensor) -> dict[str, float]:
-    whole, above = (metrics.best_threshold(part, thresholds) for part in counts)
-    return whole | {"iou_above": above["iou"], "threshold_above": above["threshold"]}
 
 
 def photometric_record(depth: Tensor, batch: Batch) -> Record:
@@ -231,47 +216,35 @@ def photometric_record(depth: Tensor, batch: Batch) -> Record:
 
     Empty where there is no other frame to warp, or none that sees what the target does.
     """
-    target, sources = batch.target, _other_frames(batch)
     height, width = depth.shape[-2:]
-    if not sources.images.shape[1]:
+    here, poses = batch.target.camera_to_volume[0], batch.sources.camera_to_volume[0]
+    # at the ends of a drive a source may be the target itself
+    other = [k for k, pose in enumerate(poses) if not torch.equal(pose, here)]
+    if not other:
         return {}
+    target, sources = batch.target.each(lambda x: x[0]), batch.sources.each(lambda x: x[0, other])
     v, u = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     pixels = torch.stack([u, v, torch.ones_like(u)]).to(depth).flatten(1)  # [3, h w]
-    points = F.pad(pixels * depth.flatten(2)[:, :, None], (0, 0, 0, 1), value=1.0)
+    points = F.pad(pixels * depth[0].flatten(1)[:, None], (0, 0, 0, 1), value=1.0)
     matrix = image_to_image(
-        target.intrinsics[:, None],
-        target.camera_to_volume[:, None],
-        sources.intrinsics,
-        sources.camera_to_volume,
+        target.intrinsics, target.camera_to_volume, sources.intrinsics, sources.camera_to_volume
     )
     with exact_products():
-        projected = matrix.to(depth) @ points[:, None]  # [1, K, N, 4, h w]
-    z = projected[..., 2, :].clamp_min(1e-5)
-    x, y = projected[..., 0, :] / z, projected[..., 1, :] / z
-    seen = (projected[..., 2, :] > 0) & (x > 0) & (x < width - 1) & (y > 0) & (y < height - 1)
+        projected = matrix.to(depth) @ points  # [K, N, 4, h w]
+    x, y, z, _ = projected.flatten(0, 1).unflatten(2, (height, width)).unbind(1)  # [K N, h, w]
+    in_front, z = z > 0, z.clamp_min(1e-5)
+    x, y = x / z, y / z
+    seen = in_front & (x > 0) & (x < width - 1) & (y > 0) & (y < height - 1)
     grid = torch.stack([2 * x / (width - 1) - 1, 2 * y / (height - 1) - 1], dim=-1)
-    images = sources.images.flatten(0, 2)
-    warped = F.grid_sample(
-        images, grid.flatten(0, 2).unflatten(1, (height, width)), align_corners=True
-    )
-    goal = target.images[:, None].expand_as(sources.images).flatten(0, 2)
-    seen = seen.flatten(0, 2).unflatten(1, (height, width))
+    images = sources.images.flatten(0, 1)
+    warped = F.grid_sample(images, grid, align_corners=True)
+    goal = target.images.expand_as(sources.images).flatten(0, 1)
     error = torch.where(seen, kernels.ssim_l1(warped, goal), torch.inf)
     error, identity = (
-        e.unflatten(0, (sources.images.shape[1], -1)).amin(0)
-        for e in (error, kernels.ssim_l1(images, goal))
+        e.unflatten(0, (len(other), -1)).amin(0) for e in (error, kernels.ssim_l1(images, goal))
     )
     seen = error.isfinite()
     if not seen.any():
         return {}
     errors = error[seen].mean().item(), identity[seen].mean().item()
     return {"photometric": torch.tensor([*errors, 1]).double()}
-
-
-def _other_frames(batch: Batch) -> Frames:
-    """The sources of a single sample that are not the target itself, as at the ends of a drive."""
-    sources, here = batch.sources, batch.target.camera_to_volume
-    other = [
-        k for k, pose in enumerate(sources.camera_to_volume[0]) if not torch.equal(pose, here[0])
-    ]
-    return Frames(*(getattr(sources, f.name)[:, other] for f in dataclasses.fields(Frames)))

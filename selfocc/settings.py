@@ -10,7 +10,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -36,6 +36,7 @@ class Range:
 
 
 UNIONS = types.UnionType, typing.Union
+BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 Count = Annotated[int, Range(1)]
 Index = Annotated[int, Range(0)]
 Positive = Annotated[float, Range(0, above=True)]
@@ -56,11 +57,8 @@ class Section:
         for name, kind in kinds(type(self)).items():
             value = getattr(self, name)
             if not allows(kind, value):
-                shown = value if isinstance(value, str) else text(value)
-                raise InputError(
-                    f"{self.section}.{name} is {shown}; expected {describe(kind)}"
-                    f"{nearest(str(value), words(kind))}"
-                )
+                said = f"{self.section}.{name} is {text(value)}"
+                raise InputError(f"{said}; {expected(kind, str(value))}")
 
 
 @functools.cache
@@ -70,24 +68,21 @@ def kinds(section: type) -> dict[str, object]:
     return {field.name: hints[field.name] for field in dataclasses.fields(section)}
 
 
+def entries(config) -> Iterator[tuple[str, object, object]]:
+    """Of a dataclass of sections every setting: `section.field`, its value, what it may be."""
+    for section in dataclasses.fields(config):
+        if section.type is not str:
+            values = getattr(config, section.name)
+            for name, kind in kinds(section.type).items():
+                yield f"{section.name}.{name}", getattr(values, name), kind
+
+
 def allows(kind, value) -> bool:
-    """Whether a value is of the annotated kind. No float may be infinite or NaN."""
-    origin, options = typing.get_origin(kind), typing.get_args(kind)
-    if origin in UNIONS:
-        return any(allows(option, value) for option in options)
-    if origin is Literal:
-        return any(type(value) is type(option) and value == option for option in options)
-    if origin is Annotated:
-        return allows(options[0], value) and value in options[1]
-    if origin is tuple:
-        pairs = zip(options, value, strict=True) if isinstance(value, tuple) else ()
-        return isinstance(value, tuple) and len(value) == len(options) and all(
-            allows(option, part) for option, part in pairs
-        )  # fmt: skip
-    if kind is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and math.isfinite(value)
-    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+    """Whether a value is what it would be read as from text."""
+    try:
+        return parse(kind, text(value, digits="")) == value
+    except ValueError:
+        return False
 
 
 def describe(kind) -> str:
@@ -108,9 +103,10 @@ def describe(kind) -> str:
     }[kind]  # fmt: skip
 
 
-def words(kind) -> Iterable[str]:
-    """The words among which one is chosen, if any."""
-    return map(str, typing.get_args(kind)) if typing.get_origin(kind) is Literal else ()
+def expected(kind, word: str) -> str:
+    """What is said where `word` is given instead of what is allowed."""
+    choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+    return f"expected {describe(kind)}{nearest(word, map(str, choices))}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -119,12 +115,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def text(value) -> str:
+def text(value, digits: str = "g") -> str:
     """A value as `--set` takes it."""
     if isinstance(value, tuple):
-        return ",".join(map(text, value))
+        return ",".join(text(part, digits) for part in value)
     if isinstance(value, float):
-        return f"{value:g}"
+        return f"{value:{digits}}"
     return str(value).lower() if isinstance(value, bool | None) else str(value)
 
 
@@ -134,31 +130,25 @@ def change(config, overrides: Iterable[str]):
     Raises InputError for an unknown section or field, or for a value that is not allowed.
     """
     changes: dict[str, dict] = {}
-    sections = {f.name: f.type for f in dataclasses.fields(config) if f.type is not str}
+    sections = {f.name: kinds(f.type) for f in dataclasses.fields(config) if f.type is not str}
     for override in overrides:
         path, equals, value = override.partition("=")
         section, dot, name = (part.strip() for part in path.partition("."))
+        fields = sections.get(section, {})
         if not equals or not dot:
-            raise InputError(
-                f"--set {override}: expected section.field=value, for example optim.steps=500"
-            )
-        if section not in sections:
-            known = [f"{s}.{name}" for s, kind in sections.items() for name in kinds(kind)]
-            raise InputError(
-                f"--set {override}: there is no section {section!r}{nearest(path, known)}"
-            )
-        fields = kinds(sections[section])
-        if name not in fields:
-            raise InputError(
-                f"--set {override}: {section} has no field {name!r}{nearest(name, fields)}"
-            )
-        try:
-            changes.setdefault(section, {})[name] = parse(fields[name], value.strip())
-        except ValueError:
-            raise InputError(
-                f"--set {override}: expected {describe(fields[name])}"
-                f"{nearest(value, words(fields[name]))}"
-            ) from None
+            problem = "expected section.field=value, for example optim.steps=500"
+        elif not fields:
+            known = (setting for setting, *_ in entries(config))
+            problem = f"there is no section {section!r}{nearest(path, known)}"
+        elif name not in fields:
+            problem = f"{section} has no field {name!r}{nearest(name, fields)}"
+        else:
+            try:
+                changes.setdefault(section, {})[name] = parse(fields[name], value.strip())
+                continue
+            except ValueError:
+                problem = expected(fields[name], value)
+        raise InputError(f"--set {override}: {problem}")
     return dataclasses.replace(
         config,
         **{s: dataclasses.replace(getattr(config, s), **values) for s, values in changes.items()},
@@ -168,23 +158,29 @@ def change(config, overrides: Iterable[str]):
 def parse(kind, word: str):
     """A value of the annotated kind; tuples are comma separated, optional fields take `none`.
 
-    Raises ValueError where the text is none.
+    Raises ValueError where the text is none. No float may be infinite or NaN.
     """
     origin, options = typing.get_origin(kind), typing.get_args(kind)
     if origin in UNIONS:
         if word.lower() == "none" and types.NoneType in options:
             return None
         return parse(next(option for option in options if option is not types.NoneType), word)
-    if origin is Literal:
-        return {str(option): option for option in options}.get(word, word)
     if origin is Annotated:
-        return parse(options[0], word)
+        value = parse(options[0], word)
+        if value not in options[1]:
+            raise ValueError
+        return value
     if origin is tuple:
         parts = word.strip("()[] ").split(",")
         return tuple(parse(o, part.strip()) for o, part in zip(options, parts, strict=True))
-    if kind is bool:
-        known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if word.lower() not in known:
-            raise ValueError
-        return known[word.lower()]
-    return kind(word)
+    if origin is Literal:
+        known = {str(option): option for option in options}
+    elif kind is bool:
+        word, known = word.lower(), BOOLS
+    elif kind is float and not math.isfinite(float(word)):
+        raise ValueError
+    else:
+        return kind(word)
+    if word not in known:
+        raise ValueError
+    return known[word]

@@ -65,14 +65,6 @@ def _census(image: Tensor) -> Tensor:
     return code
 
 
-def _count_bits(x: Tensor) -> Tensor:
-    """Number of set bits of 24-bit integers (the parallel sum of Hacker's Delight, section 5-1)."""
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    return (x + (x >> 8) + (x >> 16)) & 0x3F
-
-
 def _box(image: Tensor, window: tuple[int, int]) -> Tensor:
     """Mean over an odd window (rows, columns), borders replicated; [h, w]."""
     rows, cols = window
@@ -89,14 +81,14 @@ def _box(image: Tensor, window: tuple[int, int]) -> Tensor:
 
 def _matching_cost(left: Tensor, right: Tensor, max_disparity: int) -> tuple[Tensor, Tensor]:
     """Mean Hamming distances [max_disparity + 1, h, w]; the right image's best disparity [h, w]."""
-    left, right = _census(left), _census(right)
+    left, right = _census(left).numpy(), _census(right).numpy()
     h, w = left.shape
     outside = 24.0  # no bit agrees
     cost = torch.full((max_disparity + 1, h, w), outside)
     best_right = torch.full((h, w), outside)
     index_right = torch.zeros(h, w, dtype=torch.long)
     for d in range(min(max_disparity + 1, w - max(cols for _, cols in WINDOWS))):
-        bits = _count_bits(left[:, d:] ^ right[:, : w - d]).float()
+        bits = torch.from_numpy(np.bitwise_count(left[:, d:] ^ right[:, : w - d])).float()
         value = torch.stack([_box(bits, window) for window in WINDOWS]).amin(dim=0)
         cost[d, :, d:] = value
         better = value < best_right[:, : w - d]

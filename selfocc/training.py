@@ -65,11 +65,8 @@ def make_optimizer(model: SelfOcc, optim: OptimConfig) -> torch.optim.AdamW:
     inside = {id(p) for p in model.backbone.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if id(p) not in inside], "base": optim.lr},
-        {
-            "params": [p for p in trained if id(p) in inside],
-            "base": optim.lr * optim.backbone_factor,
-        },
+        {"params": [p for p in trained if (id(p) in inside) == slow], "base": base}
+        for slow, base in ((False, optim.lr), (True, optim.lr * optim.backbone_factor))
     ]
     return torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
 

@@ -144,7 +144,7 @@ def test_margins_of_pooled_voxels():
     kept = rules.crop(torch.ones(256, 256, 20)) == 1
     assert kept.sum() == 250 * 250 * (20 - 3 - 2) and not kept[..., :3].any()
     _, rules = settings("own", volume__crop_margins="false")
-    assert rules.crop is None and rules.box == BOX
+    assert rules.scored == protocols.ALL and rules.box == BOX
 
 
 # files

@@ -62,9 +62,9 @@ def kitti_frames():
 def test_kitti_occupancy_equals_the_published(published):
     occupancy = unknown_as_free = 0
     for truth, frame in kitti_frames():
-        occupied = protocols.crop_margins_kitti(frame["sdf"] <= 0)
+        occupied = rules("kitti").crop(frame["sdf"] <= 0)
         assert torch.equal(occupied, frame["pred_occ_post"].bool())
-        assert torch.equal(protocols.crop_margins_kitti(frame["sdf"]) <= 0, occupied)
+        assert torch.equal(rules("kitti").crop(frame["sdf"]) <= 0, occupied)
         occupancy += counted(occupied, truth)
         unknown_as_free += counted(occupied, torch.where(truth == 255, 0, truth))
     want, counts = published["kitti"]["SSCMetrics2"], published["kitti"]["SSCMetrics2_counts"]
@@ -82,7 +82,7 @@ def test_kitti_semantics_equal_the_published(published):
     confusion = 0
     for truth, frame in kitti_frames():
         classes = torch.where(frame["sdf"] <= 0, frame["pred_sem"], 0)
-        classes = protocols.crop_margins_kitti(classes)
+        classes = rules("kitti").crop(classes)
         assert torch.equal(classes, frame["pred_miou"])
         confusion += metrics.confusion_counts(classes, truth, 20)
     want, results = published["kitti"], metrics.class_scores(confusion)
@@ -289,7 +289,7 @@ def test_a_moved_street_does_not_score(move):
     truth[10:240, 60, 6:20] = 13
     truth[30:52, 100:110, 6:13] = 1
     moved, exact = (
-        scored(counted(protocols.crop_margins_kitti(labels) > 0, truth))["iou"]
+        scored(counted(rules("kitti").crop(labels) > 0, truth))["iou"]
         for labels in (move(truth), truth)
     )
     assert exact == 1 and moved < 0.98
@@ -394,10 +394,12 @@ def test_novel_targets_of_nuscenes():
 def test_the_default_protocol():
     assert rules("kitti", None).protocol == "published"
     embedded = protocols.choose(presets.build("synthetic"))
-    assert (embedded.protocol, embedded.box, embedded.crop) == ("own", None, None)
+    assert (embedded.protocol, embedded.box, embedded.scored) == ("own", None, protocols.ALL)
     ring = protocols.choose(presets.build("synthetic_surround"), "published")
     assert ring.dataset == "nuscenes" and ring.ground == metrics.GROUND
     with pytest.raises(InputError, match="--protocol paper: unknown"):
         rules("kitti", "paper")
     pooled = protocols.choose(presets.build("kitti", ["volume.voxel=2"]), "own")
     assert (pooled.crop(torch.ones(128, 128, 16)) == 1).sum() == 125 * 122 * 14
+    pooled = protocols.choose(presets.build("nuscenes", ["volume.voxel=2"]), "own")
+    assert (pooled.crop(torch.ones(100, 100, 8)) == 1).sum() == 94 * 94 * 6
