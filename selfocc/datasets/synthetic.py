@@ -211,7 +211,7 @@ class SyntheticSequence(Sequence):
         return self._stored(("frames",), dtype, (self.frames,), render)
 
     def _stored(self, what, dtype, shape, make):
-        return disk.load_or_make(self._file(what), dtype, shape, make)
+        return disk.load_or_make(self._file(what), make, dtype, shape)
 
     def _file(self, what) -> Path:
         return self.cache / f"{disk.key(VERSION, self.config, self.seed, what)}.npy"
