@@ -215,9 +215,9 @@ class PseudoLabels:
     data: Path  # --data
     classes: int
 
-    def read(self, images: list[Path], size: tuple[int, int]) -> np.ndarray:
-        """Class ids, uint8 [N, h, w], of these image files; InputError as `read_label_map`."""
-        return np.stack([read_label_map(self.file(i), size, self.classes) for i in images])
+    def read(self, image: Path, size: tuple[int, int]) -> np.ndarray:
+        """Class ids, uint8 [h, w], of an image file; InputError as `read_label_map`."""
+        return read_label_map(self.file(image), size, self.classes)
 
     def file(self, image: Path) -> Path:
         """The label file of an image below the data folder, whatever links lie between the two."""

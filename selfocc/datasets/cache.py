@@ -52,8 +52,9 @@ def key(*parts):
 def load_or_make(path, make, dtype=None, shape=None, what="what was rendered"):
     """An array as a read-only memory map; where the file is missing or damaged `make()` gives it.
 
-    dtype and shape: those that `make` is sure to give, None where only it knows. A .npy file followed by 4 bytes, the CRC-32 of the rest. Any number of processes may ask for the
-    same file at once. Raises InputError if the folder cannot be written."""
+    A .npy file followed by 4 bytes, the CRC-32 of the rest; dtype and shape are those it must have,
+    None where only `make` knows. Any number of processes may ask for the same file at once. Raises
+    InputError if the folder cannot be written."""
     array = load(path, dtype, shape)
     if array is None:
         check_writable(path.parent)

@@ -292,7 +292,7 @@ class NuScenesSequence(Sequence):
             return None
         sizes = self._views["size"][frame].tolist()
         return [
-            self._labels.read([self._path(frame, camera)], tuple(size))[0]
+            self._labels.read(self._path(frame, camera), tuple(size))
             for camera, size in enumerate(sizes)
         ]
 
