@@ -19,6 +19,7 @@ rectified camera 0.
 import re
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -57,20 +58,20 @@ def kitti_raw_sequences(
     """
     root = _data_folder(Path(root))
     if split_folder is not None:
-        return _listed(
-            root, Path(split_folder) / f"{chosen or split}_files.txt", pose_folder, labels
-        )
-    if chosen:
-        parts = [reading.parse_range(part) for part in chosen.split(",")]
-    else:
-        usable, others = drives_on_disk(root)
-        parts = [(drive, _default_frames(root, drive, split)) for drive in usable]
-        parts = [(drive, frames) for drive, frames in parts if frames]
-    if not parts:
-        raise InputError(f"{root}: too few frames to split; name them with --train and --val")
-    sequences = []
+        listing = Path(split_folder) / f"{chosen or split}_files.txt"
+        return _listed(root, listing, pose_folder, labels)
+    usable, others = drives_on_disk(root)
+    parts = map(reading.parse_range, chosen.split(",")) if chosen else zip_longest(usable, ())
+    sequences, ranges = [], []
     for name, frames in parts:
         drive = Drive(root, name, pose_folder)
+        if not chosen:
+            numbers = drive.numbers["l"] or drive.numbers["r"]
+            held = int(len(numbers) * (1 - HELD_OUT))
+            frames = numbers[:held] if split == "train" else numbers[held:]
+            if not frames:
+                continue
+            ranges.append(f"{name}:{frames[0]}-{frames[-1]}")
         for eye in EYES:
             numbers = drive.choose(eye, frames)
             if numbers:
@@ -78,15 +79,17 @@ def kitti_raw_sequences(
                 judged = [f for f in range(sequence.frames) if sequence.judged(f)]
                 sequence.inputs = judged if split == "val" and judged else None
                 sequences.append(sequence)
+    if not sequences:
+        raise InputError(f"{root}: too few frames to split; name them with --train and --val")
     if not chosen:
-        ranges = ",".join(f"{name}:{frames[0]}-{frames[-1]}" for name, frames in parts)
         share = "the first four fifths" if split == "train" else "the last fifth"
-        what = ranges if len(parts) < 4 else f"{share} of each of the {len(parts)} drives on disk"
-        sequences[0].missing.insert(0, f"no --split-dir: the {split} split is {what}")
+        what = f"{share} of each of the {len(ranges)} drives on disk"
+        what = ",".join(ranges) if len(ranges) < 4 else what
+        notes = [f"no --split-dir: the {split} split is {what}"]
         if others:
-            sequences[0].missing.insert(
-                1, f"{counted(len(others), 'drive')} left out ({others[0]}, ..): {WHY_SYNC}"
-            )
+            left_out = f"{counted(len(others), 'drive')} left out ({others[0]}, ..)"
+            notes.append(f"{left_out}: {WHY_SYNC}")
+        sequences[0].missing[:0] = notes
     return sequences
 
 
@@ -102,17 +105,6 @@ def _data_folder(root: Path) -> Path:
             )
     raise InputError(f"{root}: no KITTI raw data; 2011_09_26/2011_09_26_drive_0001_sync, ... "
                      "are expected there")  # fmt: skip
-
-
-def _default_frames(root: Path, drive: str, split: str) -> list[int]:
-    folders = [root / drive[:10] / drive / camera / "data" for camera in EYES.values()]
-    numbers = image_numbers(folders[0]) or image_numbers(folders[1])
-    if not numbers:
-        raise InputError(
-            f"{folders[0]}: no images; remove the drive or name the others with --train and --val"
-        )
-    held = int(len(numbers) * (1 - HELD_OUT))
-    return numbers[:held] if split == "train" else numbers[held:]
 
 
 def _listed(
@@ -132,12 +124,12 @@ def _listed(
             )
     if not samples:
         raise InputError(f"{path}: names no frame; restore the file")
-    sequences = []
-    opened = {
+    drives = {
         name: Drive(root, name, pose_folder, path) for name in sorted({n for n, _ in samples})
     }
+    sequences = []
     for (name, eye), wanted in sorted(samples.items()):
-        numbers = opened[name].numbers[eye]
+        numbers = drives[name].numbers[eye]
         absent = sorted(wanted - set(numbers))
         if absent:
             raise InputError(
@@ -145,7 +137,7 @@ def _listed(
                 f"{'is' if len(absent) == 1 else 'are'} not on disk, {absent[0]:010d} first; "
                 "download what is missing or take its lines out"
             )
-        sequence = KittiRawSequence(opened[name], eye, numbers, labels)
+        sequence = KittiRawSequence(drives[name], eye, numbers, labels)
         sequence.inputs = [f for f, number in enumerate(numbers) if number in wanted]
         sequences.append(sequence)
     return sequences
@@ -191,7 +183,10 @@ class Drive:
         self._rows: dict[int, np.ndarray] = {}
         self.numbers = {eye: image_numbers(self.images(eye)) for eye in EYES}
         if not any(self.numbers.values()):
-            raise InputError(f"{self.folder}: neither image_02/data nor image_03/data has images")
+            raise InputError(
+                f"{self.folder}: neither image_02/data nor image_03/data has images; remove it, or "
+                "name others with --train and --val"
+            )
         self._read_calibration()
         self._find_poses(pose_folder)
 
@@ -313,20 +308,24 @@ def oxts_poses(rows: np.ndarray) -> np.ndarray:
     x = scale * np.deg2rad(longitude)
     y = scale * np.log(np.tan(np.deg2rad(90 + latitude) / 2))
     poses = np.tile(np.eye(4), (len(rows), 1, 1))
-    poses[:, :3, :3] = _turn(2, yaw) @ _turn(1, pitch) @ _turn(0, roll)
+    poses[:, :3, :3] = rotation(roll, pitch, yaw)
     poses[:, :3, 3] = np.stack([x, y, altitude], 1)
     poses[:, :3, 3] -= poses[0, :3, 3].copy()
     return poses
 
 
-def _turn(axis: int, angle: np.ndarray) -> np.ndarray:
-    """Rotations [n, 3, 3] about an axis, radians."""
-    i, j = (axis + 1) % 3, (axis + 2) % 3
-    matrices = np.tile(np.eye(3), (len(angle), 1, 1))
-    matrices[:, i, i] = matrices[:, j, j] = np.cos(angle)
-    matrices[:, j, i] = np.sin(angle)
-    matrices[:, i, j] = -np.sin(angle)
-    return matrices
+def rotation(roll, pitch, yaw) -> np.ndarray:
+    """[..., 3, 3] from angles [...] in radians: Rz(yaw) Ry(pitch) Rx(roll)."""
+    turns = []
+    for axis, angle in enumerate((roll, pitch, yaw)):
+        i, j = (axis + 1) % 3, (axis + 2) % 3
+        turn = np.zeros((*np.shape(angle), 3, 3))
+        turn[..., axis, axis] = 1
+        turn[..., i, i] = turn[..., j, j] = np.cos(angle)
+        turn[..., j, i], turn[..., i, j] = np.sin(angle), -np.sin(angle)
+        turns.append(turn)
+    x, y, z = turns
+    return z @ y @ x
 
 
 class KittiRawSequence(Eye):
