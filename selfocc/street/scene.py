@@ -158,12 +158,13 @@ def _buildings_and_gardens(rng, ground, start, end, occluders):
             if plot:
                 front = rng.uniform(18, 26)
                 yield put(objects.barrier(rng, length), middle, side * (edge + rng.uniform(0.2, 1)))
-                for _ in range(rng.poisson(4 * occluders)):
-                    where = y + rng.uniform(0, length), side * (edge + rng.uniform(2.5, 16))
-                    yield put(objects.tree(rng), *where)
-                for _ in range(rng.poisson(3 * occluders)):
-                    where = y + rng.uniform(0, length), side * (edge + rng.uniform(1.5, 8))
-                    yield put(objects.bush(rng), *where)
+                for plant, number, beyond in (
+                    (objects.tree, 4, (2.5, 16)),
+                    (objects.bush, 3, (1.5, 8)),
+                ):
+                    for _ in range(rng.poisson(number * occluders)):
+                        where = y + rng.uniform(0, length), side * (edge + rng.uniform(*beyond))
+                        yield put(plant(rng), *where)
             elif front > 1.5 and rng.random() < 0.7:
                 fence = objects.barrier(rng, length * rng.uniform(0.4, 0.9))
                 yield put(fence, middle, side * (edge + 0.3))
