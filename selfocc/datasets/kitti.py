@@ -86,27 +86,18 @@ class Eye(Sequence):
     """One camera of a rectified pair: what KITTI's odometry and its raw data have in common.
 
     numbers: of the frames, on disk; eyes: names of the left and the right camera, of which `eye` is
-    this one. A data set sets folder, intrinsics [3, 3], _poses [frames, 4, 4] of the camera in the
-    world, and _volume_to_world [frames, 4, 4]. Raises InputError on whatever is malformed.
+    this one. A data set sets folder (above the images), intrinsics [3, 3], _poses [frames, 4, 4] of
+    the camera in the world, and _volume_to_world [frames, 4, 4], and knows image_path(eye, frame),
+    scan_path(frame) and baseline(), metres between the eyes, or None where they are no pair. Raises
+    InputError on whatever is malformed.
     """
 
-    folder: Path  # above the images
     digits = 6  # of a frame's number on disk
 
     def __init__(self, name: str, eyes, eye: str, numbers: list[int], labels: PseudoLabels | None):
         self.name, self.eyes, self.eye, self._labels = name, eyes, eye, labels
         self.numbers, self.frames = numbers, len(numbers)
         self._size = read_image(self.image_path(eye, 0)).shape
-
-    def image_path(self, eye: str, frame: int) -> Path:
-        raise NotImplementedError
-
-    def scan_path(self, frame: int) -> Path:
-        raise NotImplementedError
-
-    def baseline(self) -> float | None:
-        """Metres between the eyes; None where they are no pair."""
-        raise NotImplementedError
 
     def frame_id(self, frame: int) -> str:
         """The frame's name on disk, "000040"."""

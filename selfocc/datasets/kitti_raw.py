@@ -194,13 +194,13 @@ class Drive:
         return self.folder / EYES[eye] / "data"
 
     def _read_calibration(self) -> None:
-        self.calibration = path = self.folder.parent / "calib_cam_to_cam.txt"
+        path = self.folder.parent / "calib_cam_to_cam.txt"
         sizes = {"R_rect_00": 9}
         for camera in EYES.values():
             sizes |= {f"P_rect_{camera[-2:]}": 12, f"S_rect_{camera[-2:]}": 2}
-        self._lines = reading.read_calibration(path, sizes)
+        self.lines = reading.read_calibration(path, sizes)
         rectify = np.eye(4)
-        rectify[:3, :3] = self._lines["R_rect_00"].reshape(3, 3)
+        rectify[:3, :3] = self.lines["R_rect_00"].reshape(3, 3)
         reading.rigid(rectify[None, :3].reshape(1, 12), path, "line R_rect_00")
         self.velo_to_cam0 = rectify @ _mounting(self.folder.parent / "calib_velo_to_cam.txt")
 
@@ -244,7 +244,7 @@ class Drive:
 
     def camera(self, eye: str) -> tuple[np.ndarray, np.ndarray]:
         """intrinsics [3, 3] in pixels, and camera to rectified camera 0 [4, 4]."""
-        projection = self._lines.projection(f"P_rect_{EYES[eye][-2:]}")
+        projection = self.lines.projection(f"P_rect_{EYES[eye][-2:]}")
         intrinsics = projection[:, :3]
         camera_to_cam0 = np.eye(4)
         camera_to_cam0[:3, 3] = -np.linalg.solve(intrinsics, projection[:, 3])
@@ -256,15 +256,9 @@ class Drive:
         baseline = right_to_cam0[0, 3] - left_to_cam0[0, 3]
         if baseline <= 0 or not np.allclose(left, right):
             raise InputError(
-                f"{self.calibration}: P_rect_03 is not P_rect_02 moved to the right; restore it"
+                f"{self.lines.path}: P_rect_03 is not P_rect_02 moved to the right; restore it"
             )
         return float(baseline)
-
-    def check_size(self, eye: str, size: tuple[int, ...]) -> None:
-        """Refuse images of another size [h, w] than the calibration is for."""
-        line = self._lines.get(f"S_rect_{EYES[eye][-2:]}")
-        made_for = None if line is None else tuple(line[::-1].astype(int).tolist())
-        reading.check_camera(self.calibration, self.camera(eye)[0], size, made_for)
 
     def poses(self, numbers: list[int]) -> np.ndarray:
         """Rectified camera 0 to a world, [frames, 4, 4]."""
@@ -348,7 +342,9 @@ class KittiRawSequence(Eye):
         self.positions = self._poses[:, :3, 3]
         self.path = reading.path_length(self.positions)
         self._truth = _depth_folder(drive.root, drive.name, EYES[eye])
-        drive.check_size(eye, self._size)
+        made_for = drive.lines.get(f"S_rect_{EYES[eye][-2:]}")
+        made_for = None if made_for is None else tuple(made_for[::-1].astype(int).tolist())
+        reading.check_camera(drive.lines.path, self.intrinsics, self._size, made_for)
         self.missing = [*drive.missing, *self._survey()]
 
     def _survey(self) -> list[str]:

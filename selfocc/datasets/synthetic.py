@@ -251,15 +251,12 @@ def prerender(sequences: list[SyntheticSequence]):
     disk.check_writable(todo[0].cache)
     workers = min(os.cpu_count() or 1, 16, len(todo))
     with (
-        ProcessPoolExecutor(workers, initializer=_leave_interrupt_to_parent) as pool,
+        # Ctrl-C is for the parent
+        ProcessPoolExecutor(workers, None, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool,
         tqdm(total=len(todo), desc="rendering", unit="scene") as bar,
     ):
         for _ in pool.map(_render, todo):
             bar.update()
-
-
-def _leave_interrupt_to_parent():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _render(sequence):

@@ -107,16 +107,14 @@ class VideoDataset(torch.utils.data.Dataset):
 
     def _reason(self, left_out: list[list[int]]) -> str:
         """What the frames lack that each sequence leaves out, and which settings would use them."""
-        near, far = self.config.source
-        sides = "before or after" if self.config.one_sided else "before and after"
-        eye = ", nor on one side and the other eye" if self.config.stereo_source else ""
-        return (
-            f"they, or the frames to render for them, have no frame {near:g} to {far:g} m {sides} "
-            f"them{eye}; {self._remedies(left_out)}"
-        )
-
-    def _remedies(self, left_out: list[list[int]]) -> str:
         config = self.config
+        near, far = config.source
+        sides = "before or after" if config.one_sided else "before and after"
+        eye = ", nor on one side and the other eye" if config.stereo_source else ""
+        lacking = (
+            f"they, or the frames to render for them, have no frame {near:g} to {far:g} m {sides} "
+            f"them{eye}; "
+        )
         longest = max(self.sequences, key=lambda sequence: sequence.path[-1])
         way, steps = float(longest.path[-1]), np.diff(longest.path)
         changes = {
@@ -125,8 +123,8 @@ class VideoDataset(torch.utils.data.Dataset):
             "anchor_input=0.5": {"anchor_input": config.anchor_input or 0.5},
         }
         if len(steps) and way / 4 >= LEAST:
-            near = min(config.source[0], float(f"{way / 4:.1g}"))
-            far = max(config.source[1], math.ceil(2 * np.median(steps)))
+            near = min(near, float(f"{way / 4:.1g}"))
+            far = max(far, math.ceil(2 * np.median(steps)))
             changes[f"source={near:g},{far:g}"] = {"source": (near, far)}
         found = []
         for text, change in changes.items():
@@ -134,10 +132,10 @@ class VideoDataset(torch.utils.data.Dataset):
             if other != config:
                 pairs = zip(self.sequences, left_out, strict=True)
                 used = sum(len(self._usable(s, frames, other)) for s, frames in pairs if frames)
-                if used:
-                    found.append(f"--set data.{text} would use {used}")
-        return ", ".join(found) or (
-            f"the longest sequence, {longest.name}, has {counted(longest.frames, 'frame')} on "
+                found += [f"--set data.{text} would use {used}"] if used else []
+        return lacking + (
+            ", ".join(found)
+            or f"the longest sequence, {longest.name}, has {counted(longest.frames, 'frame')} on "
             f"{way:.1f} m; choose more frames, or others"
         )
 
@@ -328,16 +326,13 @@ def _seen(sequence: Sequence, image: Callable, source: Source):
     if isinstance(source, tuple):
         intrinsics, camera_to_world, images = source
         where = f"{sequence.name}, other eye"
-    elif isinstance(source, list):
-        seen = [sequence.cameras(frame) for frame in source]
-        intrinsics = np.stack([k[camera] for camera, (k, _) in enumerate(seen)])
-        camera_to_world = np.stack([pose[camera] for camera, (_, pose) in enumerate(seen)])
-        images = [image(frame, camera) for camera, frame in enumerate(source)]
-        where = f"{sequence.name} frame {sequence.frame_id(source[0])}"
     else:
-        intrinsics, camera_to_world = sequence.cameras(source)
-        images = [image(source, camera) for camera in range(len(intrinsics))]
-        where = f"{sequence.name} frame {sequence.frame_id(source)}"
+        cameras = functools.cache(sequence.cameras)
+        frames = source if isinstance(source, list) else [source] * len(cameras(source)[0])
+        intrinsics = np.stack([cameras(f)[0][camera] for camera, f in enumerate(frames)])
+        camera_to_world = np.stack([cameras(f)[1][camera] for camera, f in enumerate(frames)])
+        images = [image(frame, camera) for camera, frame in enumerate(frames)]
+        where = f"{sequence.name} frame {sequence.frame_id(frames[0])}"
     images, intrinsics = one_size(images, intrinsics)
     return images, intrinsics, camera_to_world, where
 

@@ -30,11 +30,9 @@ def turned(cos, sin, x, y):
 
 @dataclass(frozen=True)
 class Waves:
-    """A sum of sines f(y) = sum_i amplitude_i sin(2 pi y / wavelength_i + phase_i)."""
+    """A sum of sines f(y) = sum_i amplitude_i sin(wavenumber_i y + phase_i)."""
 
-    amplitude: np.ndarray
-    wavenumber: np.ndarray
-    phase: np.ndarray
+    terms: np.ndarray  # [waves, 3] of these
 
     @classmethod
     def random(cls, rng, wavelengths, *, slope=None, height=None):
@@ -42,25 +40,22 @@ class Waves:
         wavenumber = 2 * np.pi / np.array([rng.uniform(*span) for span in wavelengths])
         share = rng.dirichlet(np.full(len(wavelengths), 2.0))
         amplitude = share * height if slope is None else share * slope / wavenumber
-        return cls(amplitude, wavenumber, rng.uniform(0, 2 * np.pi, len(wavelengths)))
+        phase = rng.uniform(0, 2 * np.pi, len(wavelengths))
+        return cls(np.stack([amplitude, wavenumber, phase], 1))
 
     def highest(self):
         """A bound of |f|."""
-        return np.abs(self.amplitude).sum()
+        return np.abs(self.terms[:, 0]).sum()
 
     def __call__(self, y):
         return sum(
-            np.float32(a) * np.sin(y * np.float32(k) + np.float32(p)) for a, k, p in self._terms()
+            np.float32(a) * np.sin(y * np.float32(k) + np.float32(p)) for a, k, p in self.terms
         )
 
     def slope(self, y):
         return sum(
-            np.float32(a * k) * np.cos(y * np.float32(k) + np.float32(p))
-            for a, k, p in self._terms()
+            np.float32(a * k) * np.cos(y * np.float32(k) + np.float32(p)) for a, k, p in self.terms
         )
-
-    def _terms(self):
-        return zip(self.amplitude, self.wavenumber, self.phase, strict=True)
 
 
 @dataclass(frozen=True)
