@@ -297,15 +297,12 @@ def _spread(items: list, count: int | None) -> list:
 def _main(words: list[str] | None) -> None:
     parser = Parser(prog="python -m selfocc.datasets.check", description=__doc__)
     add_data_options(parser)
+    add = parser.add_argument
     said = "whose crop and distances to check; default: the data set's"
-    parser.add_argument("--preset", metavar="NAME", help=said)
-    parser.add_argument(
-        "--frames", type=count, default=100, metavar="N",
-        help="frames to read of each split, evenly spread, 0 for all; default: 100",
-    )  # fmt: skip
-    parser.add_argument(
-        "--out", type=Path, default=Path("check"), metavar="DIR", help="pictures; default: check"
-    )
+    add("--preset", metavar="NAME", help=said)
+    said = "frames to read of each split, evenly spread, 0 for all; default: 100"
+    add("--frames", type=count, default=100, metavar="N", help=said)
+    add("--out", type=Path, default=Path("check"), metavar="DIR", help="pictures; default: check")
     chosen = parser.parse_args(words)
     if chosen.preset is None and chosen.dataset is None:
         raise InputError("--dataset is needed, or --preset, which knows its data set")

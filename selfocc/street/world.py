@@ -115,15 +115,9 @@ class Ground:
             enter = (np.float32(relief + KERB_HEIGHT) - z0) / dz
             leave = (np.float32(-relief) - z0) / dz
         near = np.where(dz < 0, np.maximum(enter, 0.5), 0.5)
-        far = np.where(
-            dz < 0,
-            np.minimum(leave * 1.001, reach),
-            np.minimum(reach, np.where(dz > 0, enter, reach)),
-        )
+        far = np.minimum(reach, np.select([dz < 0, dz > 0], [leave * 1.001, enter], reach))
         found = np.full(len(directions), np.inf, np.float32)
         rays = np.flatnonzero((far > near) & (dz < 0.12))
-        if not len(rays):
-            return found
         near, far, d = near[rays], far[rays], np.ascontiguousarray(directions[rays].T)
 
         def clearance(t, d):
@@ -173,9 +167,6 @@ class Solids:
 
     def __len__(self):
         return len(self.kind)
-
-    def __getitem__(self, index):
-        return Solids(*(getattr(self, f.name)[index] for f in fields(self)))
 
     @staticmethod
     def join(tables):
