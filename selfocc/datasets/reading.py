@@ -10,7 +10,6 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
-from PIL import Image  # pillow comes with imageio
 
 from selfocc import InputError, counted
 from selfocc.files import as_named
@@ -231,12 +230,7 @@ def read_image(path: Path) -> np.ndarray:
 
 def image_size(path: Path) -> tuple[int, int]:
     """Height and width of an image, of which only the header is read."""
-
-    def size(path: Path):
-        with Image.open(path) as image:
-            return image.size[::-1]
-
-    return _decoded(path, size)
+    return _decoded(path, partial(iio.improps, plugin="pillow")).shape[:2]
 
 
 def read_points(path: Path, columns: int) -> np.ndarray:

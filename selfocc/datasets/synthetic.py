@@ -250,13 +250,10 @@ def prerender(sequences: list[SyntheticSequence]):
         return
     disk.check_writable(todo[0].cache)
     workers = min(os.cpu_count() or 1, 16, len(todo))
-    with (
-        # Ctrl-C is for the parent
-        ProcessPoolExecutor(workers, None, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool,
-        tqdm(total=len(todo), desc="rendering", unit="scene") as bar,
-    ):
-        for _ in pool.map(_render, todo):
-            bar.update()
+    ignore = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    with ProcessPoolExecutor(workers, None, *ignore) as pool:
+        for _ in tqdm(pool.map(_render, todo), "rendering", len(todo), unit="scene"):
+            pass
 
 
 def _render(sequence):
