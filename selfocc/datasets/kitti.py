@@ -18,21 +18,7 @@ import numpy as np
 
 from selfocc import InputError, counted
 from selfocc.batch import Sequence
-from selfocc.datasets.reading import (
-    VELO_TO_VOLUME,
-    around,
-    check_bytes,
-    check_camera,
-    check_chosen,
-    numbered,
-    path_length,
-    read_calibration,
-    read_exactly,
-    read_image,
-    read_points,
-    read_poses,
-    rigid,
-)
+from selfocc.datasets import reading
 from selfocc.files import as_named
 from selfocc.labels import PseudoLabels
 
@@ -76,7 +62,7 @@ def kitti_sequences(
 
 
 def _dataset_folder(root: Path) -> Path:
-    for folder in (as_named(root) / "dataset", *around(root, "`dataset`")):
+    for folder in (as_named(root) / "dataset", *reading.around(root, "`dataset`")):
         if (folder / "sequences").is_dir():
             return folder
     raise InputError(f"{root}: no KITTI odometry data; dataset/sequences is expected there")
@@ -97,7 +83,7 @@ class Eye(Sequence):
     def __init__(self, name: str, eyes, eye: str, numbers: list[int], labels: PseudoLabels | None):
         self.name, self.eyes, self.eye, self._labels = name, eyes, eye, labels
         self.numbers, self.frames = numbers, len(numbers)
-        self._size = read_image(self.image_path(eye, 0)).shape
+        self._size = reading.read_image(self.image_path(eye, 0)).shape
 
     def frame_id(self, frame: int) -> str:
         """The frame's name on disk, "000040"."""
@@ -120,7 +106,7 @@ class Eye(Sequence):
 
     def _image(self, eye: str, frame: int) -> np.ndarray:
         path = self.image_path(eye, frame)
-        image = read_image(path)
+        image = reading.read_image(path)
         self.check_size(path, image)
         return image
 
@@ -143,7 +129,7 @@ class Eye(Sequence):
         path = self.scan_path(frame)
         if not path.exists():
             return None
-        return read_points(path, 4) @ VELO_TO_VOLUME[:3, :3].T.astype(np.float32)
+        return reading.read_points(path, 4) @ reading.VELO_TO_VOLUME[:3, :3].T.astype(np.float32)
 
     def stereo_pair(self, frame: int) -> tuple[np.ndarray, np.ndarray, float, float] | None:
         """None for the right eye, and where the right image is not on disk."""
@@ -173,13 +159,13 @@ class KittiSequence(Eye):
             raise InputError(
                 f"{dataset / 'sequences'}: no sequence {name}; it holds {', '.join(present)}"
             )
-        colour = bool(numbered(self.folder / "image_2", ".png"))
+        colour = bool(reading.numbered(self.folder / "image_2", ".png"))
         left, right = ("image_2", "image_3") if colour else ("image_0", "image_1")
-        there = numbered(self.folder / left, ".png")
+        there = reading.numbered(self.folder / left, ".png")
         if not there:
             raise InputError(f"{self.folder}: no image_2/000000.png nor image_0/000000.png, ...")
         if frames is not None:
-            check_chosen(self.folder / left, there, frames)
+            reading.check_chosen(self.folder / left, there, frames)
         numbers = there if frames is None else sorted(frames)
         super().__init__(name, (left, right), left, numbers, labels)
         whole = name in VAL_SEQUENCES and len(there) == FULL_VAL_FRAMES
@@ -188,27 +174,29 @@ class KittiSequence(Eye):
         self.missing: list[str] = []
         volume_to_cam0, left_to_cam0 = self._read_calibration()
         path = dataset / "poses" / f"{name}.txt"
-        cam0_to_world = read_poses(path, numbers, f"{name}/{left}")
+        cam0_to_world = reading.read_poses(path, numbers, f"{name}/{left}")
         self._poses = cam0_to_world @ left_to_cam0
         self._volume_to_world = cam0_to_world @ volume_to_cam0
         self.positions = cam0_to_world[:, :3, 3]
-        self.path = path_length(self.positions[:, [0, 2]])  # in plan, as published
-        check_camera(self.folder / "calib.txt", self.intrinsics, self._size)
+        self.path = reading.path_length(self.positions[:, [0, 2]])  # in plan, as published
+        reading.check_camera(self.folder / "calib.txt", self.intrinsics, self._size)
         self._survey()
 
     def _read_calibration(self) -> tuple[np.ndarray, np.ndarray]:
         """Volume and left camera to rectified camera 0, [4, 4]."""
         path = self.folder / "calib.txt"
-        self._lines = read_calibration(path, dict.fromkeys(("P0", "P1", "P2", "P3", "Tr"), 12))
+        self._lines = reading.read_calibration(
+            path, dict.fromkeys(("P0", "P1", "P2", "P3", "Tr"), 12)
+        )
         projection = self._projection(self.eye)
         self.intrinsics, left_to_cam0 = projection[:, :3], np.eye(4)
         left_to_cam0[0, 3] = -projection[0, 3] / projection[0, 0]
         velo_to_cam0 = NOMINAL_VELO_TO_CAM0
         if "Tr" in self._lines:
-            velo_to_cam0 = rigid(self._lines["Tr"][None], path, "line Tr")[0]
+            velo_to_cam0 = reading.rigid(self._lines["Tr"][None], path, "line Tr")[0]
         else:
             self.missing.append("no Tr in calib.txt: nominal mounting of the velodyne assumed")
-        return velo_to_cam0 @ np.linalg.inv(VELO_TO_VOLUME), left_to_cam0
+        return velo_to_cam0 @ np.linalg.inv(reading.VELO_TO_VOLUME), left_to_cam0
 
     def _projection(self, camera: str) -> np.ndarray:
         return self._lines.projection(f"P{camera[-1]}")
@@ -242,7 +230,7 @@ class KittiSequence(Eye):
 
     def _chosen(self, folder: str, suffix: str) -> set[int]:
         """Numbers of those chosen frames that have such a file."""
-        return set(self.numbers) & set(numbered(self.folder / folder, suffix))
+        return set(self.numbers) & set(reading.numbered(self.folder / folder, suffix))
 
     def _find_right(self) -> float | None:
         """Metres to the right eye; None where it cannot be used."""
@@ -274,7 +262,7 @@ class KittiSequence(Eye):
                     f"{path} is missing, without which {other.name} says too little; restore it or "
                     "remove the other"
                 )
-            check_bytes(path, path.stat().st_size, size)
+            reading.check_bytes(path, path.stat().st_size, size)
         return paths
 
     def baseline(self) -> float | None:
@@ -300,7 +288,7 @@ class KittiSequence(Eye):
         if self.numbers[frame] not in self._voxels:
             return None
         label, invalid = self._voxels[self.numbers[frame]]
-        labels = _LEARNING_LUT[read_exactly(label, "<u2", int(np.prod(GRID)))]
+        labels = _LEARNING_LUT[reading.read_exactly(label, "<u2", int(np.prod(GRID)))]
         labels = labels.reshape(GRID)[:, ::-1].copy()
         labels[_read_bits(invalid)] = UNKNOWN
         return labels
@@ -323,6 +311,6 @@ def voxels_hit(points: np.ndarray, edge: float, corner, grid: tuple[int, ...]) -
 
 def _read_bits(path: Path) -> np.ndarray:
     """bool [256, 256, 32] over (y, x, z), a bit a voxel on disk."""
-    bits = np.unpackbits(read_exactly(path, "u1", int(np.prod(GRID)) // 8))
+    bits = np.unpackbits(reading.read_exactly(path, "u1", int(np.prod(GRID)) // 8))
     # stored over (x, y, z) of the velodyne: x is our y, and our x runs against its y
     return bits.reshape(GRID)[:, ::-1].astype(bool)

@@ -152,13 +152,6 @@ def drives_on_disk(root: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return synchronised, tuple(name for name in kinds if name not in synchronised)
 
 
-def image_numbers(folder: Path) -> list[int]:
-    """Sorted numbers of the images in a folder that may be absent."""
-    return sorted(
-        {n for suffix in (".png", ".jpg") for n in reading.numbered(folder, suffix, DIGITS)}
-    )
-
-
 class Drive:
     """What the two eyes of a drive share: calibration and poses. Raises InputError."""
 
@@ -181,7 +174,9 @@ class Drive:
             )
         self.missing: list[str] = []
         self._rows: dict[int, np.ndarray] = {}
-        self.numbers = {eye: image_numbers(self.images(eye)) for eye in EYES}
+        self.numbers = {
+            eye: reading.numbered(self.images(eye), ".png", ".jpg", digits=DIGITS) for eye in EYES
+        }
         if not any(self.numbers.values()):
             raise InputError(
                 f"{self.folder}: neither image_02/data nor image_03/data has images; remove it, or "

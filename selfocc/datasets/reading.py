@@ -52,9 +52,9 @@ def around(root: Path, holds: str) -> Iterator[Path]:
         yield from (place, *list(place.parents)[:2])
 
 
-def numbered(folder: Path, suffix: str, digits: int = 6) -> list[int]:
+def numbered(folder: Path, *suffixes: str, digits: int = 6) -> list[int]:
     """Sorted numbers of the files 000000<suffix>, ... in a folder that may be absent."""
-    stems = (path.stem for path in folder.glob(f"*{suffix}"))
+    stems = {path.stem for path in folder.glob("*") if path.suffix in suffixes}
     return sorted(int(stem) for stem in stems if len(stem) == digits and stem.isdecimal())
 
 
