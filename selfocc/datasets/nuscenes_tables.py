@@ -13,16 +13,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows: what two processes make at once is made twice
-    fcntl = None
-
 import numpy as np
 from tqdm import tqdm
 
 from selfocc import InputError
 from selfocc.datasets import cache, reading
+from selfocc.files import fcntl
 
 CHANNELS = (
     "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT",
@@ -243,7 +239,8 @@ class Tables:
         if index is None:
             cache.check_writable(path.parent)
             with path.with_suffix(".lock").open("w") as lock:
-                with contextlib.suppress(OSError, AttributeError):  # some systems have no locks
+                # without locks, what two processes make at once is made twice
+                with contextlib.suppress(OSError, AttributeError):
                     fcntl.flock(lock, fcntl.LOCK_EX)
                 # another process may have made it meanwhile
                 index = cache.load_or_make(path, self._make_index, what="the index of nuScenes")
