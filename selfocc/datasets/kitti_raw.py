@@ -19,7 +19,6 @@ rectified camera 0.
 import re
 from collections.abc import Iterable
 from functools import lru_cache
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +60,9 @@ def kitti_raw_sequences(
         listing = Path(split_folder) / f"{chosen or split}_files.txt"
         return _listed(root, listing, pose_folder, labels)
     usable, others = drives_on_disk(root)
-    parts = map(reading.parse_range, chosen.split(",")) if chosen else zip_longest(usable, ())
+    parts = [(name, None) for name in usable]
+    if chosen:
+        parts = [reading.parse_range(part) for part in chosen.split(",")]
     sequences, ranges = [], []
     for name, frames in parts:
         drive = Drive(root, name, pose_folder)

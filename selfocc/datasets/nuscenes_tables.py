@@ -252,7 +252,7 @@ class Tables:
             "timestamp", "height", "width", "filename",
         )  # fmt: skip
         rows, poses, path = [], {}, self.path("sample_data")
-        unknown = (0,) * 4, (0,) * 3, (False,) * 2
+        unknown = (0,) * 4, (0,) * 3, (False,) * 2  # until all rows are read
         for row in stream(path, progress=True):
             token, sample, mount, pose, key, time, height, width, file = _cells(row, columns, path)
             try:
