@@ -36,7 +36,9 @@ def _scan(sequence, frame):
     """What a .bin file holds: x, y, z of the velodyne, reflectance."""
     # the inverse of a rotation
     points = sequence.lidar(frame) @ VELO_TO_VOLUME[:3, :3].astype(np.float32)
-    return np.concatenate([points, np.full((len(points), 1), REFLECTANCE)], 1).astype("<f4")
+    return (
+        np.concatenate([points, np.full((len(points), 1), REFLECTANCE)], 1).astype("<f4").tobytes()
+    )
 
 
 def _text(table):
@@ -79,8 +81,7 @@ def _write_sequence(sequence, dataset, number):
         right, _, _ = sequence.render(frame, shift=BASELINE)
         write_picture(folder / "image_2" / f"{stem}.png", sequence.image(frame, 0))
         write_picture(folder / "image_3" / f"{stem}.png", right[0])
-        scan = _scan(sequence, frame)
-        write_file(folder / "velodyne" / f"{stem}.bin", scan.tobytes())
+        write_file(folder / "velodyne" / f"{stem}.bin", _scan(sequence, frame))
         if frame in sequence.labelled:
             for suffix, content in _voxel_files(sequence, frame).items():
                 write_file(folder / "voxels" / f"{stem}{suffix}", content)
@@ -137,8 +138,7 @@ def _write_drive(sequence, folder, drive):
             write_picture(folder / "labels" / place, classes)
             metres = np.where(depth < 255, np.rint(depth * 256), 0).astype(np.uint16)
             write_picture(truth / camera / f"{name}.png", metres)
-        scan = _scan(sequence, frame).tobytes()
-        write_file(drive / "velodyne_points" / "data" / f"{name}.bin", scan)
+        write_file(drive / "velodyne_points" / "data" / f"{name}.bin", _scan(sequence, frame))
         write_file(drive / "oxts" / "data" / f"{name}.txt", _text(oxts[frame : frame + 1]))
 
 

@@ -90,9 +90,8 @@ class Eye(Sequence):
         return f"{self.numbers[frame]:0{self.digits}d}"
 
     def files(self, frame: int) -> list[Path]:
-        labels = (
-            [] if self._labels is None else [self._labels.file(self.image_path(self.eye, frame))]
-        )
+        own = self.image_path(self.eye, frame)
+        labels = [] if self._labels is None else [self._labels.file(own)]
         return [*(self.image_path(e, frame) for e in self.eyes), self.scan_path(frame), *labels]
 
     def cameras(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
