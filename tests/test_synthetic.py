@@ -204,12 +204,34 @@ def test_street_is_not_flat(cache):
 
 
 def test_knobs(cache):
-    def labels(**knobs):
+    def render(**knobs):
         config = dataclasses.replace(SMALL, **knobs)
-        return synthetic_sequences(config, "train", 1, seed=4, cache=cache)[0].render(1)[2]
+        return synthetic_sequences(config, "train", 1, seed=4, cache=cache)[0].render(1)
 
-    label = labels()
-    assert len(np.unique(labels(movers=0.0, occluders=0.0))) < len(np.unique(label)) + 1
+    image, depth, label = render()
+    plain = render(texture=0.0)[0]
+    walls = label == 13
+    grain = [
+        np.abs(np.diff(i.astype(float), axis=2)).mean(-1)[walls[:, :, 1:]] for i in (image, plain)
+    ]
+    assert np.median(grain[1]) < 0.5 * np.median(grain[0])
+    np.testing.assert_array_equal(render(texture=0.0)[1], depth)
+    assert (render(view_dependence=1.0)[0] != image).any()
+    ratio = render(exposure=0.3)[0].astype(float).mean() / image.mean()
+    assert 0.02 < abs(ratio - 1) < 0.3
+    noisy = render(label_noise=0.2)[2]
+    assert 0.1 < (noisy != label).mean() < 0.5
+    assert len(np.unique(render(movers=0.0, occluders=0.0)[2])) < len(np.unique(label)) + 1
+
+
+def test_pose_noise_moves_the_given_poses_only(cache):
+    config = dataclasses.replace(SMALL, pose_noise=(0.05, 0.5))
+    noisy = synthetic_sequences(config, "train", 1, cache=cache)[0]
+    exact = synthetic_sequences(SMALL, "train", 1, cache=cache)[0]
+    error = np.linalg.inv(exact.volume_to_world(1)) @ noisy.volume_to_world(1)
+    assert 0.005 < np.linalg.norm(error[:3, 3]) < 0.3
+    assert 0.001 < np.arccos((np.trace(error[:3, :3]) - 1) / 2) < 0.06
+    np.testing.assert_array_equal(noisy.depth(1), exact.depth(1))
 
 
 def test_damaged_cache_is_rendered_again(tmp_path):

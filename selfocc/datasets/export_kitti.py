@@ -94,7 +94,7 @@ def _voxel_files(sequence, frame):
         return np.packbits(mask[:, ::-1].reshape(-1)).tobytes()
 
     labels, box, edge = sequence.voxels(frame), sequence.rig.box, sequence.rig.voxel
-    pose, view = sequence.volume_to_world(frame), sequence.view(frame)
+    pose, view = sequence.true_volume_to_world(frame), sequence.view(frame)
     hit = voxels_hit(sequence.lidar(frame), edge, (box[1], box[0], box[2]), labels.shape)
     return {
         ".label": RAW_LABEL[labels][:, ::-1].astype("<u2").tobytes(),

@@ -179,7 +179,7 @@ class _Scene:
 
     def _write_labels(self, frame, sample):
         labels = self.sequence.voxels(frame)
-        pose, rig = self.sequence.volume_to_world(frame), self.sequence.rig
+        pose, rig = self.sequence.true_volume_to_world(frame), self.sequence.rig
         view = self.sequence.view(frame)
         alone = View(view.lidar_to_world, view.ranges, [])
         arrays = {

@@ -33,15 +33,20 @@ STATION = 2.0  # metres between the places on the path from which voxels are see
 
 @dataclass(frozen=True)
 class SyntheticConfig:
-    """What the world is like."""
+    """What the world is like. Everything is exact unless a knob says otherwise."""
 
     rig: str = "forward"  # forward: one KITTI-like camera; surround: a ring of six, nuScenes-like
     image_size: tuple[int, int] = (96, 320)  # height and width of every image
     frames: int = 50  # frames a scene, 0.6 to 1.6 m apart
+    texture: float = 1.0  # contrast of all surface texture; 0 leaves every surface plain
     relief: float = 1.0  # 1: grades up to 5.5% and crossfall up to 3.5%; 0: a level street
     movers: float = 1.0  # number of moving vehicles, cyclists and pedestrians; 0: none
     mover_speed: float = 1.0  # their speed; 1: 3 to 50 km/h at 10 frames a second
     occluders: float = 1.0  # density of parked vehicles, trees, poles, bushes, standing people
+    view_dependence: float = 0.0  # strength of the reflections of sky and sun; 0: Lambertian
+    exposure: float = 0.0  # every frame is brighter or darker by up to this share
+    pose_noise: tuple[float, float] = (0.0, 0.0)  # std of the error of given poses: metres, degrees
+    label_noise: float = 0.0  # share of the pseudo segmentation that lies in wrong patches
 
 
 def synthetic_sequences(
@@ -101,8 +106,18 @@ class SyntheticSequence(Sequence):
     def camera_names(self) -> tuple[str, ...]:
         return self.rig.names
 
-    def volume_to_world(self, frame: int) -> np.ndarray:
+    def true_volume_to_world(self, frame: int) -> np.ndarray:
+        """[4, 4], without pose noise: where the frame was rendered."""
         return self.street.ego(frame) @ self.rig.volume_to_ego
+
+    def volume_to_world(self, frame: int) -> np.ndarray:
+        """[4, 4], as wrong as `pose_noise` makes it."""
+        pose = self.true_volume_to_world(frame)
+        metres, degrees = self.config.pose_noise
+        if metres or degrees:
+            error = self._random("pose", frame).normal(size=(2, 3))
+            pose = pose @ _small_motion(metres * error[0], np.deg2rad(degrees) * error[1])
+        return pose
 
     def cameras(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
         pose = self.volume_to_world(frame)
@@ -116,6 +131,7 @@ class SyntheticSequence(Sequence):
         return np.array(self._record["depth"][frame])
 
     def semantics(self, frame: int) -> np.ndarray:
+        """As wrong as `label_noise` makes them."""
         return np.array(self._record["label"][frame])
 
     def lidar(self, frame: int) -> np.ndarray:
@@ -124,7 +140,7 @@ class SyntheticSequence(Sequence):
         lidar_to_volume = self.lidar_to_volume()
 
         def scan():
-            lidar_to_world = self.volume_to_world(frame) @ lidar_to_volume
+            lidar_to_world = self.true_volume_to_world(frame) @ lidar_to_volume
             return spin(self.street, self.street.at(frame), lidar_to_world)
 
         ranges = self._stored(("lidar", frame), np.dtype(np.float32), (BEAMS * STEPS,), scan)
@@ -136,7 +152,7 @@ class SyntheticSequence(Sequence):
         """255 is what was never seen along the path."""
 
         def label():
-            solids, pose = self.street.at(frame), self.volume_to_world(frame)
+            solids, pose = self.street.at(frame), self.true_volume_to_world(frame)
             views = self._views_near(frame)
             return occupancy(solids, self.street.ground, pose, self.rig.box, self.rig.voxel, views)
 
@@ -145,7 +161,7 @@ class SyntheticSequence(Sequence):
 
     def signed_distance(self, frame: int, points: np.ndarray) -> np.ndarray:
         """That of the street [M], at points [M, 3] in the volume frame."""
-        pose = self.volume_to_world(frame)
+        pose = self.true_volume_to_world(frame)
         world = np.asarray(points) @ pose[:3, :3].T + pose[:3, 3]
         return self.street.signed_distance(frame, world)
 
@@ -153,17 +169,23 @@ class SyntheticSequence(Sequence):
         """Image uint8 [N, h, w, 3], z-depth float32 [N, h, w], labels uint8 [N, h, w]; not cached.
 
         shift: metres the cameras are moved to their right, for the other eye of a stereo pair."""
-        size, solids = self.config.image_size, self.street.at(frame)
-        poses = self.volume_to_world(frame) @ self.rig.camera_to_volume
+        config, size, solids = self.config, self.config.image_size, self.street.at(frame)
+        gain = 1 + config.exposure * self._random("exposure", frame).uniform(-1, 1)
+        poses = self.true_volume_to_world(frame) @ self.rig.camera_to_volume
         poses[:, :3, 3] += shift * poses[:, :3, 0]
         rendered = []
         for intrinsics, pose in zip(self.rig.intrinsics, poses, strict=True):
             sight = look(self.street, solids, intrinsics, pose, size)
-            colour, label = shade(self.street, solids, sight, 1 / intrinsics[0, 0])
-            image = (colour * 255 + 0.5).astype(np.uint8)
+            colour, label = shade(
+                self.street, solids, sight, 1 / intrinsics[0, 0], texture=config.texture,
+                view_dependence=config.view_dependence,
+            )  # fmt: skip
+            image = (np.clip(colour * gain, 0, 1) * 255 + 0.5).astype(np.uint8)
             depth = np.where(np.isinf(sight.t), 0, sight.t)
             rendered.append((image.reshape(*size, 3), depth.reshape(size), label.reshape(size)))
         images, depths, labels = (np.stack(maps) for maps in zip(*rendered, strict=True))
+        if config.label_noise:
+            labels = _spoil(labels, config.label_noise, self._random("labels", frame))
         return images, depths, labels
 
     def cached(self) -> bool:
@@ -192,6 +214,10 @@ class SyntheticSequence(Sequence):
     def _file(self, what) -> Path:
         return self.cache / f"{disk.key(VERSION, self.config, self.seed, what)}.npy"
 
+    def _random(self, what, frame):
+        place = ("pose", "exposure", "labels").index(what)
+        return np.random.default_rng([place, self.seed, frame])
+
     def lidar_to_volume(self) -> np.ndarray:
         """[4, 4], a shift: the axes of the LiDAR are those of the volume."""
         matrix = np.eye(4)
@@ -201,7 +227,7 @@ class SyntheticSequence(Sequence):
     @lru_cache(128)  # noqa: B019 - on purpose one small store for all sequences, most recent views
     def view(self, frame: int) -> View:
         """What LiDAR and cameras see at a frame, or further along the path."""
-        pose, rig = self.volume_to_world(frame), self.rig
+        pose, rig = self.true_volume_to_world(frame), self.rig
         return seen_from(
             self.street, self.street.at(frame), pose @ self.lidar_to_volume(), rig.intrinsics,
             pose @ rig.camera_to_volume, self.config.image_size,
@@ -232,3 +258,27 @@ def prerender(sequences: list[SyntheticSequence]):
 
 def _render(sequence):
     sequence.image(0, 0)
+
+
+def _small_motion(shift, rotation):
+    """[4, 4] from a shift and a rotation vector in radians, by Rodrigues' formula."""
+    angle = max(np.linalg.norm(rotation), 1e-12)
+    x, y, z = rotation / angle
+    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    motion = np.eye(4)
+    motion[:3, :3] += np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
+    motion[:3, 3] = shift
+    return motion
+
+
+def _spoil(labels, share, rng):
+    """Pseudo labels as a network might give them: patches of a wrong class, edges a pixel off."""
+    n, h, w = labels.shape
+    coarse = (n, -(-h // 8), -(-w // 8))
+
+    def spread(patches):
+        return patches.repeat(8, 1).repeat(8, 2)[:, :h, :w]
+
+    wrong = spread(rng.integers(1, 20, coarse))
+    shifted = np.roll(labels, rng.integers(-1, 2, 2), (1, 2))
+    return np.where(spread(rng.random(coarse) < share), wrong, shifted).astype(np.uint8)

@@ -64,7 +64,7 @@ def stripes(x, period, duty, footprint):
     return band(wave, duty * period / 2, footprint) * (1 - blur) + duty * blur
 
 
-def shade(street, solids, sight, pixel):
+def shade(street, solids, sight, pixel, *, texture=1.0, view_dependence=0.0):
     """Colours [R, 3] in [0, 1] and labels [R] of what was sighted.
 
     pixel: width of a pixel at distance t = 1 of a ray."""
@@ -81,7 +81,7 @@ def shade(street, solids, sight, pixel):
     normal = street.ground.normal(points[:, 0], points[:, 1])
     slant = np.maximum(-(normal * view[ground]).sum(1), 0.02)
     footprint = t[ground] * np.float32(pixel)
-    albedo, label[ground] = _ground(street, points, footprint, slant)
+    albedo, label[ground] = _ground(street, points, footprint, slant, texture)
     colour[ground] = albedo * _light(street, normal)[:, None]
 
     solid = np.flatnonzero(index >= 0)
@@ -89,8 +89,19 @@ def shade(street, solids, sight, pixel):
     points = origin.astype(np.float32) + t[solid, None] * directions[solid]
     normal, local, axis = solids.normal(points, which)
     slant = np.maximum(-(normal * view[solid]).sum(1), 0.05)
-    albedo = _solid(solids, which, local, axis, t[solid] * np.float32(pixel), slant)
-    colour[solid] = albedo * _light(street, normal)[:, None]
+    albedo, gloss = _solid(solids, which, local, axis, t[solid] * np.float32(pixel), slant, texture)
+    lit = albedo * _light(street, normal)[:, None]
+    if view_dependence:
+        mirror = view[solid] + 2 * slant[:, None] * normal
+        glint = np.maximum(mirror @ street.sun.astype(np.float32), 0) ** 24
+        fresnel = 0.1 + 0.9 * (1 - np.minimum(slant, 1)) ** 4
+        share = (view_dependence * gloss * fresnel)[:, None]
+        lit = (
+            lit * (1 - share)
+            + share * _sky(street, mirror, 1.0)
+            + (view_dependence * gloss * glint)[:, None]
+        )
+    colour[solid] = lit
     label[solid] = solids.label[which]
     return np.clip(colour, 0, 1), label
 
@@ -112,7 +123,7 @@ def _sky(street, view, pixel):
     return colour + (0.10 * cloud * (1 - 0.5 * up)).astype(np.float32)
 
 
-def _ground(street, points, footprint, slant):
+def _ground(street, points, footprint, slant, texture):
     x, y, _ = points.T
     lateral = street.ground.lateral(x, y)
     label = street.ground.label(x, y)
@@ -123,22 +134,22 @@ def _ground(street, points, footprint, slant):
     # keeps most of the texture and does not flicker.
     wide = footprint / slant ** np.float32(0.75)
     strength = np.select(kinds, GROUND_GRAIN[:2], GROUND_GRAIN[2]).astype(np.float32)
-    tone = tone * (1 + strength * grain(x, y, wide))[:, None]
+    tone = tone * (1 + np.float32(texture) * strength * grain(x, y, wide))[:, None]
     along = footprint / slant
     offset = np.abs(lateral)
     slabs = np.maximum(stripes(y, 0.8, 0.06, along), stripes(lateral, 0.8, 0.06, footprint))
     kerb = band(offset - street.ground.road - 0.08, 0.08, footprint)
     dashes = band(lateral, 0.07, footprint) * stripes(y, 7.0, 0.5, along)
     edge = band(offset - street.ground.road + 0.35, 0.06, footprint)
-    worn = 0.75 + 0.25 * value_noise(x * 3, y * 3)
-    tone = tone * (1 - 0.35 * (slabs * kinds[1]))[:, None]
+    worn = (0.75 + 0.25 * value_noise(x * 3, y * 3)) * np.float32(min(1, texture))
+    tone = tone * (1 - 0.35 * (slabs * kinds[1]) * texture)[:, None]
     tone = tone + ((walk * 1.25 - tone) * (kerb * worn)[:, None])
     marks = np.minimum(dashes + edge, 1) * worn * kinds[0]
     return tone + (paint - tone) * marks[:, None], label
 
 
-def _solid(solids, which, local, axis, footprint, slant):
-    """Albedo [R, 3] of points on solids, from their local coordinates."""
+def _solid(solids, which, local, axis, footprint, slant, texture):
+    """Albedo [R, 3] and glossiness [R] of points on solids, from their local coordinates."""
     style = solids.style[which]
     main, second = solids.colour[which, 0], solids.colour[which, 1]
     half = solids.half.astype(np.float32)[which]
@@ -152,13 +163,16 @@ def _solid(solids, which, local, axis, footprint, slant):
     wide = footprint / slant ** np.float32(0.75)
     fine = np.where(style == w.FOLIAGE, np.float32(2), np.float32(1))
     stretch = np.where(style == w.BARK, np.float32(0.25), fine)
-    rough = GRAIN[style] * grain(u + seed, v * stretch + seed * np.float32(1.7), wide)
+    amount = np.float32(texture) * GRAIN[style]
+    rough = amount * grain(u + seed, v * stretch + seed * np.float32(1.7), wide)
     mix = np.zeros(len(which), np.float32)
+    gloss = np.select([style == w.PAINT, style == w.CABIN], [0.5, 0.8], 0.03).astype(np.float32)
 
     f = np.flatnonzero((style == w.FACADE) & (axis != 2))
-    mix[f], rough[f] = _facade(
-        u[f], v[f], solids.pattern[which[f]], seed[f], half[f], wide[f], rough[f]
+    mix[f], rough[f], glass = _facade(
+        u[f], v[f], solids.pattern[which[f]], seed[f], half[f], wide[f], rough[f], texture
     )
+    gloss[f] = 0.6 * glass
     f = np.flatnonzero(style == w.CABIN)  # windows all round below the roof
     frame = np.abs(u[f]) / np.where(axis[f] == 0, half[f, 1], half[f, 0])
     pane = (frame < 0.92) * (np.abs(frame - 0.05) > 0.06) * (axis[f] != 2)
@@ -172,22 +186,22 @@ def _solid(solids, which, local, axis, footprint, slant):
     main[f[plate]] = 0.85
     main[f[lamp]] = lamps[lamp]
     f = np.flatnonzero(style == w.FOLIAGE)
-    mix[f] = np.clip(0.4 - 0.6 * rough[f], 0, 1)
+    mix[f] = np.clip(0.4 - 0.6 * rough[f], 0, 1) * min(1, texture)
     f = np.flatnonzero(style == w.SLATS)
-    mix[f] = stripes(u[f], solids.pattern[which[f], 0], 0.35, wide[f])
+    mix[f] = texture * stripes(u[f], solids.pattern[which[f], 0], 0.35, wide[f])
     f = np.flatnonzero(style == w.SIGN)
     rim = np.maximum(np.abs(u[f]), np.abs(v[f])) / np.maximum(half[f, 1], 1e-3)
     mix[f] = ((rim > 0.85) | ((np.abs(v[f]) < 0.2 * half[f, 2]) & (rim < 0.6))) * (axis[f] == 0)
     f = np.flatnonzero(style == w.CLOTH)
     mix[f] = local[f, 2] < 0
     albedo = main + (second - main) * mix[:, None]
-    return albedo * np.maximum(1 + rough, 0.15)[:, None]
+    return albedo * np.maximum(1 + rough, 0.15)[:, None], gloss
 
 
-def _facade(u, v, pattern, seed, half, footprint, rough):
+def _facade(u, v, pattern, seed, half, footprint, rough, texture):
     """Rows of framed windows in many shades, larger on the ground floor, ledges between floors.
 
-    Returns the share of the second colour and the change of brightness."""
+    Returns the share of the second colour, the change of brightness, and the share of glass."""
     period_u, period_v = pattern.T
     v = v + half[:, 2] - 1.5  # the wall reaches 1.5 m below the ground
     floor = np.floor(v / period_v)
@@ -204,6 +218,11 @@ def _facade(u, v, pattern, seed, half, footprint, rough):
         cell + np.floor(seed) + 0.0, floor + np.floor(seed * 3)
     )  # lattice values: one a window
     ledge = band(dv - 0.45 * period_v, 0.09, footprint)
-    mix = np.clip(glass * (0.75 + 0.35 * tint) - bars, 0, 1) * (1 - blur) + 0.22 * blur
-    lines = 0.30 * (frame + bars + ledge) * (1 - blur)
-    return mix, rough * (1 - glass) + (lines + glass * 0.35 * tint * (1 - blur))
+    contrast = np.float32(min(1, texture))
+    mean = 0.22 * contrast
+    mix = contrast * np.clip(glass * (0.75 + 0.35 * tint) - bars, 0, 1)
+    mix = mix * (1 - blur) + mean * blur
+    rough = rough * (1 - glass) + texture * (
+        0.30 * (frame + bars + ledge) * (1 - blur) + glass * 0.35 * tint * (1 - blur)
+    )
+    return mix, rough, glass * (1 - blur)
