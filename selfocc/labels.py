@@ -47,6 +47,14 @@ SEMANTICKITTI = (
     "vegetation", "trunk", "terrain", "pole", "traffic-sign",
 )  # fmt: skip
 
+# classes of SemanticKITTI that Occ3D knows by another name
+KITTI_AS_OCC3D = {
+    "other-vehicle": "bus", "person": "pedestrian", "bicyclist": "bicycle",
+    "motorcyclist": "motorcycle", "road": "driveable_surface", "parking": "driveable_surface",
+    "other-ground": "other_flat", "building": "manmade", "fence": "manmade",
+    "trunk": "vegetation", "pole": "manmade", "traffic-sign": "manmade",
+}  # fmt: skip
+
 # A row an id: its name, the class of Occ3D-nuScenes, the class of SemanticKITTI.
 # As published: from OpenSeeD to Occ3D, from Cityscapes to SemanticKITTI; the others are ours.
 TABLES = {
@@ -94,27 +102,8 @@ TABLES = {
         ("motorcycle", "motorcycle", "motorcycle"),
         ("bicycle", "bicycle", "bicycle"),
     ),
-    "semantickitti20": (
-        ("free", "free", "free"),
-        ("car", "car", "car"),
-        ("bicycle", "bicycle", "bicycle"),
-        ("motorcycle", "motorcycle", "motorcycle"),
-        ("truck", "truck", "truck"),
-        ("other-vehicle", "bus", "other-vehicle"),
-        ("person", "pedestrian", "person"),
-        ("bicyclist", "bicycle", "bicyclist"),
-        ("motorcyclist", "motorcycle", "motorcyclist"),
-        ("road", "driveable_surface", "road"),
-        ("parking", "driveable_surface", "parking"),
-        ("sidewalk", "sidewalk", "sidewalk"),
-        ("other-ground", "other_flat", "other-ground"),
-        ("building", "manmade", "building"),
-        ("fence", "manmade", "fence"),
-        ("vegetation", "vegetation", "vegetation"),
-        ("trunk", "vegetation", "trunk"),
-        ("terrain", "terrain", "terrain"),
-        ("pole", "manmade", "pole"),
-        ("traffic-sign", "manmade", "traffic-sign"),
+    "semantickitti20": tuple(
+        (name, KITTI_AS_OCC3D.get(name, name), name) for name in SEMANTICKITTI
     ),
 }
 
@@ -215,9 +204,9 @@ class PseudoLabels:
     data: Path  # --data
     classes: int
 
-    def read(self, images: list[Path], size: tuple[int, int]) -> np.ndarray:
-        """Class ids, uint8 [N, h, w], of these image files; InputError as `read_label_map`."""
-        return np.stack([read_label_map(self.file(i), size, self.classes) for i in images])
+    def read(self, image: Path, size: tuple[int, int]) -> np.ndarray:
+        """Class ids, uint8 [h, w], of an image file; InputError as `read_label_map`."""
+        return read_label_map(self.file(image), size, self.classes)
 
     def file(self, image: Path) -> Path:
         """The label file of an image below the data folder, whatever links lie between the two."""

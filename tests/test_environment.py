@@ -316,7 +316,7 @@ def test_tables_are_indexed_without_file_locks(monkeypatch, tmp_path):
         (tmp_path / f"{name}.json").write_text("[]")
     monkeypatch.setattr(nuscenes_tables, "fcntl", None)
     monkeypatch.setenv("SELFOCC_CACHE", str(tmp_path / "cache"))
-    assert len(nuscenes_tables.open_index(tmp_path)) == 0
+    assert len(nuscenes_tables.Tables(tmp_path).index()) == 0
 
 
 @pytest.mark.parametrize("system", ["macOS", "Windows"])

@@ -16,7 +16,7 @@ from selfocc.datasets import Folders, open_dataset
 from selfocc.datasets.check import Report, overlay
 from selfocc.datasets.export_nuscenes import EGO_TO_GLOBAL, OCC3D_CLASS
 from selfocc.datasets.nuscenes import nuscenes_sequences, official_val
-from selfocc.datasets.nuscenes_tables import CHANNELS, _below, open_index, stream, whole
+from selfocc.datasets.nuscenes_tables import CHANNELS, Tables, _below, stream, whole
 from selfocc.datasets.video import VideoDataset
 from selfocc.labels import PseudoLabels
 from selfocc.presets import build
@@ -282,15 +282,15 @@ def test_other_image_sizes_are_refused_at_the_start(root):
 
 def test_the_index_is_shared_and_follows_the_tables(root, tmp_path):
     folder = root / VERSION
-    first = np.array(open_index(folder))  # no map of what is torn below
+    first = np.array(Tables(folder).index())  # no map of what is torn below
     (file,) = (tmp_path / "cache").glob("nuscenes-*.npy")
     stamp = file.stat().st_mtime_ns
-    assert np.array_equal(open_index(folder), first)
+    assert np.array_equal(Tables(folder).index(), first)
     assert file.stat().st_mtime_ns == stamp
     file.write_bytes(file.read_bytes()[:1000])  # a torn index is made again
-    assert np.array_equal(open_index(folder), first)
+    assert np.array_equal(Tables(folder).index(), first)
     os.utime(folder / "ego_pose.json", ns=(0, 0))
-    open_index(folder)
+    Tables(folder).index()
     assert len(list((tmp_path / "cache").glob("nuscenes-*.npy"))) == 2
 
 

@@ -290,24 +290,6 @@ def test_the_other_eye_replaces_a_source():
     assert all(_frame(sample.sources.images[0]) == 100 for sample in first)
 
 
-def test_frames_with_and_without_neighbours_are_told_apart():
-    """All at once as one by one."""
-    rng = np.random.default_rng(0)
-    drive = Drive(frames=60)
-    drive.positions = rng.normal(0, 0.5, (60, 3)).cumsum(0) * (rng.random((60, 1)) < 0.9)
-    steps = rng.choice([0.0, 0.2, 0.5, 3.0], 60)
-    drive.path = steps.cumsum()
-    for distance in ("path", "straight"):
-        config = dataclasses.replace(CONFIG, distance=distance)
-        data = VideoDataset([drive], config, train=True)
-        for window in ((0.4, 2.0), (0.5, 0.5), (2.0, 5.0), (0.0, 0.1), (3.0, 2.0)):
-            one_by_one = [
-                [len(side) > 0 for side in data._either_side(drive, frame, window)]
-                for frame in range(60)
-            ]
-            assert np.array_equal(data._neighboured(drive, window), one_by_one), window
-
-
 def slow(kind, frames, step):
     drive = kind(frames=frames)
     drive.path, drive.positions = drive.path * step, drive.positions * step

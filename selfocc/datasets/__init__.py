@@ -1,8 +1,9 @@
 """Data sets: one file each, all read through `video.VideoDataset`."""
 
+import functools
 import sys
+from collections.abc import Callable
 from dataclasses import fields
-from functools import partial
 
 from tqdm import tqdm
 
@@ -29,42 +30,33 @@ HOLDS = {
     "kitti_raw": "2011_09_26, ...",
     "nuscenes": "samples and v1.0-trainval, ...",
 }
+TRUTH = ("depth", "lidar", "voxels", "stereo_pair")
 
 
 def open_dataset(config: Config, split: str, folders: Folders) -> VideoDataset:
     """The data set that a configuration names, split `train` or `val`, for training.
 
-    Truth that cannot be read is told on stderr and left out, as training does not need it. Raises
-    InputError for a missing folder, one that is not read, or files that cannot be used.
+    Truth that cannot be read is told on stderr and left out, as training does not need it; of `val`
+    that goes for pseudo labels too. Raises InputError for a missing folder, one that is not read,
+    or files that cannot be used.
     """
-    sequences = open_sequences(config.data, split, folders)
-    train = split == "train"
-    return VideoDataset([_Lenient(s, train) for s in sequences], config.data, train)
+    sequences, train = open_sequences(config.data, split, folders), split == "train"
+    for sequence in sequences:
+        for name in TRUTH if train else (*TRUTH, "semantics"):
+            setattr(sequence, name, functools.partial(_read_or_tell, getattr(sequence, name)))
+    return VideoDataset(sequences, config.data, train)
 
 
-class _Lenient:
-    """A sequence whose damaged truth counts as not there; of `val` also the pseudo labels."""
+def _read_or_tell(read: Callable, frame: int):
+    try:
+        return read(frame)
+    except InputError as error:
+        _tell(error.line())
 
-    TRUTH = ("depth", "lidar", "voxels", "stereo_pair")
 
-    def __init__(self, sequence: Sequence, train: bool):
-        self._sequence, self._told = sequence, set()
-        self._truth = self.TRUTH if train else (*self.TRUTH, "semantics")
-
-    def __getattr__(self, name: str):
-        if name.startswith("_"):  # not while it is unpickled
-            raise AttributeError(name)
-        value = getattr(self._sequence, name)
-        return partial(self._read, value) if name in self._truth else value
-
-    def _read(self, read, frame: int):
-        try:
-            return read(frame)
-        except InputError as error:
-            if str(error) not in self._told:
-                self._told.add(str(error))
-                tqdm.write(f"note: {error.line()} (training goes on without)", file=sys.stderr)
-            return None
+@functools.cache
+def _tell(reason: str) -> None:
+    tqdm.write(f"note: {reason} (training goes on without)", file=sys.stderr)
 
 
 def open_sequences(config: DataConfig, split: str, folders: Folders) -> list[Sequence]:

@@ -49,16 +49,17 @@ def key(*parts):
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
-def load_or_make(path, dtype, shape, make):
+def load_or_make(path, make, dtype=None, shape=None, what="what was rendered"):
     """An array as a read-only memory map; where the file is missing or damaged `make()` gives it.
 
-    A .npy file followed by 4 bytes, the CRC-32 of the rest. Any number of processes may ask for the
-    same file at once. Raises InputError if the folder cannot be written."""
-    array = _load(path, dtype, shape)
+    A .npy file followed by 4 bytes, the CRC-32 of the rest; dtype and shape are those it must have,
+    None where only `make` knows. Any number of processes may ask for the same file at once. Raises
+    InputError if the folder cannot be written."""
+    array = load(path, dtype, shape)
     if array is None:
         check_writable(path.parent)
-        _store(path, make())
-        array = _load(path, dtype, shape)
+        _store(path, make(), what)
+        array = load(path, dtype, shape)
     if array is None:
         raise InputError(
             f"{path}: what was just written does not read back; check the disk or set SELFOCC_CACHE"
@@ -74,7 +75,8 @@ def check_writable(path: Path) -> None:
         raise InputError(f"{error} with SELFOCC_CACHE") from None
 
 
-def _load(path, dtype, shape):
+def load(path, dtype=None, shape=None):
+    """The same, or None; also where the file has another dtype or shape."""
     try:
         raw = np.memmap(path, np.uint8, "r")
         if len(raw) < 4 or zlib.crc32(raw[:-4]) != int.from_bytes(raw[-4:].tobytes(), "little"):
@@ -82,10 +84,10 @@ def _load(path, dtype, shape):
         array = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError):
         return None
-    return array if (array.dtype, array.shape) == (dtype, shape) else None
+    return array if dtype is None or (array.dtype, array.shape) == (dtype, shape) else None
 
 
-def _store(path, array):
+def _store(path, array, what):
     temporary = None
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
@@ -99,6 +101,6 @@ def _store(path, array):
         if temporary:
             Path(temporary).unlink(missing_ok=True)
         raise InputError(
-            f"{path.parent}: cannot keep what was rendered ({error.strerror}); free some space or "
+            f"{path.parent}: cannot keep {what} ({error.strerror}); free some space or "
             "set SELFOCC_CACHE to another folder"
         ) from error

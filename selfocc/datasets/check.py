@@ -20,7 +20,7 @@ from selfocc import InputError, counted, pictures, presets
 from selfocc.batch import Sequence
 from selfocc.commandline import Parser, add_data_options, count, folders, overrides, run
 from selfocc.config import DataConfig
-from selfocc.datasets import Folders, open_sequences
+from selfocc.datasets import open_sequences
 from selfocc.datasets.epipolar import epipolar_offset, scan_agreement
 from selfocc.datasets.reading import check_camera
 from selfocc.datasets.video import VideoDataset, scan_maps
@@ -41,17 +41,16 @@ PARTS = ("images", "lidar", "depth", "semantics", "voxels")
 
 
 class Report:
-    """What was found in one split; `problems` have to be mended, `notes` have not."""
+    """What was found in one split; `problems` have to be mended, `notes` and `facts` have not."""
 
     def __init__(self, split: str, sequences: list[Sequence], data: DataConfig):
         self.split, self.sequences, self.data = split, sequences, data
-        self.problems = [line for s in sequences for line in s.damaged]
+        self.problems = list(dict.fromkeys(line for s in sequences for line in s.damaged))
         self.notes = list(dict.fromkeys(line for s in sequences for line in s.missing))
+        self.facts: list[str] = []
         self.places = [(s, f) for s in sequences for f in range(s.frames)]
         self.found: Counter[str] = Counter()
         self.read = 0
-        self.offsets: list[float] = []
-        self.agreements: list[tuple[float, float]] = []
         self.overlaps: list[list[float]] = []  # of scans on disk as voxels, for each of SHIFTS
 
     def check(self, frames: int | None, pairs: int = 8) -> None:
@@ -66,40 +65,42 @@ class Report:
         for sequence, frame in tqdm(places, desc=f"reading {self.split}", unit="frame"):
             self._read(sequence, frame)
         self.read = len(places)
+        moving = [(s, f, g) for s, f in self.places if (g := _next(s, f)) is not None]
+        self._check_matches(_spread(moving, pairs))
         self._check_voxels()
-        self._check_motion(pairs)
+        # scans may be rare, and finding them means reading
+        scanned = _spread(moving, 8 * pairs) if self.found["lidar"] else []
+        scanned = [(s, f, g) for s, f, g in scanned if self._try(s.lidar, f) is not None]
+        self._check_scans(_spread(scanned, pairs))
 
-    def _try(self, read: Callable):
+    def _try(self, read: Callable, *arguments):
         """What `read` returns, or None, with the problem noted."""
         try:
-            return read()
+            return read(*arguments)
         except InputError as error:
-            self.problems.append(error.line())
+            if error.line() not in self.problems:
+                self.problems.append(error.line())
             return None
 
     def _read(self, sequence: Sequence, frame: int) -> None:
-        parts = {"images": self._try(lambda: sequence.images(frame))}
-        for name in PARTS[1:]:
-            if name != "voxels" or frame in sequence.labelled:
-                parts[name] = self._try(lambda n=name: getattr(sequence, n)(frame))
+        where = f"{sequence.name} frame {sequence.frame_id(frame)}"
+        absent = () if frame in sequence.labelled else ("voxels",)
+        parts = {n: self._try(getattr(sequence, n), frame) for n in PARTS if n not in absent}
         self.found.update(name for name, part in parts.items() if part is not None)
         if parts.get("voxels") is not None:
-            scans = self._try(lambda: sequence.voxel_scan(frame))
+            scans = self._try(sequence.voxel_scan, frame)
             if scans is not None:
                 self.overlaps.append([_overlap(*scans, shift) for shift in SHIFTS])
-        images = parts["images"]
-        where = f"{sequence.name} frame {sequence.frame_id(frame)}"
-        if images is None:
+        if parts["images"] is None:
             return
-        intrinsics, _ = sequence.cameras(frame)
-        sizes = [image.shape[:2] for image in images]
+        sizes = [image.shape[:2] for image in parts["images"]]
         for name in ("depth", "semantics"):
             maps = [] if parts[name] is None else [part.shape for part in parts[name]]
             if maps and maps != sizes:
                 self.problems.append(f"{where}: {name} {maps} is no map of its images {sizes}")
+        intrinsics, _ = sequence.cameras(frame)
         for camera, (k, size) in enumerate(zip(intrinsics, sizes, strict=True)):
-            of = f"{sequence.name}, camera {camera}"
-            self._try(lambda of=of, k=k, size=size: check_camera(of, k, size))
+            self._try(check_camera, f"{sequence.name}, camera {camera}", k, size)
         least = np.min(sizes, axis=0)
         if (least < self.data.crop).any():
             self.problems.append(
@@ -128,35 +129,44 @@ class Report:
                     f"{sequence.frame_id(int(far[0]))}; are frames missing or poses wrong?"
                 )
 
-    def _check_motion(self, pairs: int) -> None:
+    def _median(self, compare: Callable, pairs: list) -> tuple[np.ndarray | None, int]:
+        """Of what `compare` finds of pairs of frames, and of how many pairs that is."""
+        found = [self._try(compare, *pair) for pair in pairs]
+        found = [numbers for numbers in found if numbers is not None]
+        return np.median(found, axis=0) if found else None, len(found)
+
+    def _check_matches(self, pairs: list[tuple[Sequence, int, int]]) -> None:
         """Do neighbouring frames look as poses and calibration say?"""
-        moving = [(s, f, g) for s, f in self.places if (g := _next(s, f)) is not None]
-        for s, f, g in _spread(moving, pairs):
-            offset = self._try(lambda s=s, f=f, g=g: epipolar_offset(s, f, g))
-            if offset is not None:
-                self.offsets.append(offset)
-        # scans may be rare, and finding them means reading
-        scanned = [p for p in _spread(moving, 8 * pairs) if self._scanned(*p[:2])]
-        for s, f, g in _spread(scanned, pairs):
-            agreement = self._try(lambda s=s, f=f, g=g: scan_agreement(s, f, g))
-            if agreement is not None:
-                self.agreements.append(agreement)
-        self.problems = list(dict.fromkeys(self.problems))
+        offset, count = self._median(epipolar_offset, pairs)
+        if offset is None:
+            return
+        self.facts.append(
+            f"matches lie {offset:.1f} pixels off their epipolar lines "
+            f"(median of {counted(count, 'pair')} of frames; chance is 4)"
+        )
         focal = np.median(np.concatenate([s.cameras(0)[0][:, 0, 0] for s in self.sequences]))
-        limit = np.clip(LARGEST_OFFSET * focal / FOCAL, LARGEST_OFFSET, LARGEST_OF_ALL)
-        if self.offsets and np.median(self.offsets) > limit:
+        if offset > np.clip(LARGEST_OFFSET * focal / FOCAL, LARGEST_OFFSET, LARGEST_OF_ALL):
             self.problems.append(
-                f"{self.split}: neighbouring frames match {np.median(self.offsets):.1f} pixels off "
+                f"{self.split}: neighbouring frames match {offset:.1f} pixels off "
                 "their epipolar lines; poses, calibration and images do not belong together"
             )
-        if self.agreements:
-            moved, still = np.median(self.agreements, axis=0)
-            if moved > still:
-                self.problems.append(
-                    f"{self.split}: scan points change their colour more when followed into the "
-                    f"next frame ({moved:.1f}) than when not ({still:.1f}); are poses inverted, or "
-                    "scans and cameras calibrated wrongly?"
-                )
+
+    def _check_scans(self, pairs: list[tuple[Sequence, int, int]]) -> None:
+        """Are the points of a scan where poses and calibration say?"""
+        agreement, _ = self._median(scan_agreement, pairs)
+        if agreement is None:
+            return
+        moved, still = agreement
+        self.facts.append(
+            f"grey value of scan points changes by {moved:.1f} when followed into the next "
+            f"frame, by {still:.1f} when not"
+        )
+        if moved > still:
+            self.problems.append(
+                f"{self.split}: scan points change their colour more when followed into the "
+                f"next frame ({moved:.1f}) than when not ({still:.1f}); are poses inverted, or "
+                "scans and cameras calibrated wrongly?"
+            )
 
     def _check_voxels(self) -> None:
         """Are voxels where the scans are that they were made of?"""
@@ -164,6 +174,10 @@ class Report:
             return
         overlaps = np.median(self.overlaps, axis=0)
         best, here = SHIFTS[int(overlaps.argmax())], overlaps[SHIFTS.index(0)]
+        self.facts.append(
+            f"voxels/*.bin and scans have an IoU of {here:.2f} (median of "
+            f"{counted(len(self.overlaps), 'frame')})"
+        )
         if overlaps.max() < LEAST_OVERLAP:
             self.problems.append(
                 f"{self.split}: voxels/*.bin and scans have an IoU of {here:.2f}; they are not "
@@ -177,55 +191,35 @@ class Report:
                 "before August 2020 lie one too high, download today's"
             )
 
-    def _scanned(self, sequence: Sequence, frame: int) -> bool:
-        if not self.found["lidar"]:
-            return False
-        return self._try(lambda: sequence.lidar(frame)) is not None
-
     def lines(self) -> list[str]:
         """The report, a line each."""
         metres = sum(float(s.path[-1]) for s in self.sequences)
-        lines = [
+        counts = ", ".join(f"{self.found[part]} with {part}" for part in PARTS)
+        return [
             f"{counted(len(self.sequences), 'sequence')}, {counted(len(self.places), 'frame')}, "
-            f"{metres:.0f} m; read {self.read}, of which "
-            + ", ".join(f"{self.found[part]} with {part}" for part in PARTS)
+            f"{metres:.0f} m; read {self.read}, of which {counts}",
+            *self.facts,
+            *(f"problem: {line}" for line in self.problems),
+            *(f"note: {line}" for line in self.notes),
         ]
-        if self.offsets:
-            lines.append(
-                f"matches lie {np.median(self.offsets):.1f} pixels off their epipolar lines "
-                f"(median of {counted(len(self.offsets), 'pair')} of frames; chance is 4)"
-            )
-        if self.overlaps:
-            overlap = np.median(self.overlaps, axis=0)[SHIFTS.index(0)]
-            lines.append(
-                f"voxels/*.bin and scans have an IoU of {overlap:.2f} (median of "
-                f"{counted(len(self.overlaps), 'frame')})"
-            )
-        if self.agreements:
-            moved, still = np.median(self.agreements, axis=0)
-            lines.append(
-                f"grey value of scan points changes by {moved:.1f} when followed into the next "
-                f"frame, by {still:.1f} when not"
-            )
-        lines += [f"problem: {line}" for line in self.problems]
-        return lines + [f"note: {line}" for line in self.notes]
 
     def needs(self) -> list[str]:
         """What each task lacks here, a line each."""
         if self.split == "train":
             labels = "2-D labels are there" if self.found["semantics"] else "lacks --labels DIR"
             return [self._trainable(), f"semantic training: {labels}"]
-        judged = "lidar" if self.found["lidar"] else "depth" if self.found["depth"] else None
-        if judged is None:
-            first = self.sequences[0]
-            judged = "stereo" if self._try(lambda: first.stereo_pair(0)) is not None else None
-        known = f"judged against {judged}" if judged else "lacks truth: LiDAR, depth or stereo"
+        known = "lacks truth: LiDAR, depth or stereo"
+        if self.found["lidar"] or self.found["depth"]:
+            known = f"judged against {'lidar' if self.found['lidar'] else 'depth'}"
+        elif self._try(self.sequences[0].stereo_pair, 0) is not None:
+            known = "judged against stereo"
         ahead = any(s.path[-1] >= 0.4 for s in self.sequences)
+        scored = "can be scored" if self.found["voxels"] else "lacks voxel labels"
         return [
-            "occupancy: " + ("can be scored" if self.found["voxels"] else "lacks voxel labels"),
+            f"occupancy: {scored}",
             f"depth: {known}",
             f"novel depth: {known if ahead else 'lacks frames at least 0.4 m ahead'}",
-            "semantics: " + ("can be scored" if self.found["voxels"] else "lacks voxel labels"),
+            f"semantics: {scored}",
         ]
 
     def _trainable(self) -> str:
@@ -242,10 +236,10 @@ class Report:
     def picture(self) -> np.ndarray | None:
         """LiDAR, or else depth, drawn onto every camera of a frame in the middle that has it."""
         middle = len(self.places) // 2
-        for sequence, frame in self.places[middle:] + self.places[:middle]:
-            maps = self._try(lambda s=sequence, f=frame: overlay(s, f))
+        for place in self.places[middle:] + self.places[:middle]:
+            maps = self._try(overlay, *place)
             if maps is not None:
-                return _side_by_side(maps, sequence, frame)
+                return _side_by_side(maps, *place)
         return None
 
 
@@ -303,51 +297,35 @@ def _spread(items: list, count: int | None) -> list:
 def _main(words: list[str] | None) -> None:
     parser = Parser(prog="python -m selfocc.datasets.check", description=__doc__)
     add_data_options(parser)
-    parser.add_argument(
-        "--preset",
-        metavar="NAME",
-        help="whose crop and distances to check; default: the data set's",
-    )
-    parser.add_argument(
-        "--frames", type=count, default=100, metavar="N",
-        help="frames to read of each split, evenly spread, 0 for all; default: 100",
-    )  # fmt: skip
-    parser.add_argument(
-        "--out", type=Path, default=Path("check"), metavar="DIR", help="pictures; default: check"
-    )
+    add = parser.add_argument
+    said = "whose crop and distances to check; default: the data set's"
+    add("--preset", metavar="NAME", help=said)
+    said = "frames to read of each split, evenly spread, 0 for all; default: 100"
+    add("--frames", type=count, default=100, metavar="N", help=said)
+    add("--out", type=Path, default=Path("check"), metavar="DIR", help="pictures; default: check")
     chosen = parser.parse_args(words)
-    data = _settings(chosen)
-    make_folder(chosen.out)
-    reports = {s: _look(s, data, folders(chosen), chosen.frames or None) for s in ("train", "val")}
-    problems = []
-    for split, report in reports.items():
-        needs = report.needs()
-        picture = report.picture()
-        print(f"\n{split}")
-        for line in [*report.lines(), *needs]:
-            print(f"  {line}")
-        if picture is not None:
-            file = chosen.out / f"{data.dataset}_{split}.png"
-            pictures.write_picture(file, picture)
-            print(f"  picture: {file}")
-        problems += report.problems
-    if problems:
-        raise InputError(f"{counted(len(problems), 'problem')} found, the first: {problems[0]}")
-
-
-def _settings(chosen) -> DataConfig:
     if chosen.preset is None and chosen.dataset is None:
         raise InputError("--dataset is needed, or --preset, which knows its data set")
     data = presets.build(chosen.preset or chosen.dataset, overrides(chosen)).data
     if data.dataset == "synthetic":  # nothing can be missing; a scene of each split shows it
         data = dataclasses.replace(data, scenes=1, scenes_val=1)
-    return data
-
-
-def _look(split: str, data: DataConfig, where: Folders, frames: int | None) -> Report:
-    report = Report(split, open_sequences(data, split, where), data)
-    report.check(frames)
-    return report
+    make_folder(chosen.out)
+    reports = [Report(s, open_sequences(data, s, folders(chosen)), data) for s in ("train", "val")]
+    for report in reports:
+        report.check(chosen.frames or None)
+    problems = []
+    for report in reports:
+        needs, picture = report.needs(), report.picture()
+        print(f"\n{report.split}")
+        for line in [*report.lines(), *needs]:
+            print(f"  {line}")
+        if picture is not None:
+            file = chosen.out / f"{data.dataset}_{report.split}.png"
+            pictures.write_picture(file, picture)
+            print(f"  picture: {file}")
+        problems += report.problems
+    if problems:
+        raise InputError(f"{counted(len(problems), 'problem')} found, the first: {problems[0]}")
 
 
 def main(words: list[str] | None = None) -> int:

@@ -25,13 +25,10 @@ def epipolar_offset(sequence: Sequence, frame: int, other: int) -> float | None:
     in the median; what moves by itself is a minority. All cameras together; None without corners.
     """
     offsets = []
-    matrices = _relative(sequence, frame, other)
-    images = zip(sequence.images(frame), sequence.images(other), strict=True)
-    for (here, there), (matrix, k_here, k_there) in zip(images, matrices, strict=True):
-        here, there = _grey(here), _grey(there)
+    for here, there, *cameras in _seen_twice(sequence, frame, other):
         corners = _corners(here)
         if len(corners):
-            offsets.append(_offsets(here, there, corners, matrix, k_here, k_there))
+            offsets.append(_offsets(here, there, corners, *cameras))
     return float(torch.cat(offsets).abs().median()) if offsets else None
 
 
@@ -44,37 +41,34 @@ def scan_agreement(sequence: Sequence, frame: int, other: int) -> tuple[float, f
     points = sequence.lidar(frame).astype(np.float64)
     _, camera_to_world = sequence.cameras(frame)
     to_cameras = np.linalg.inv(camera_to_world) @ sequence.volume_to_world(frame)
-    images = zip(sequence.images(frame), sequence.images(other), strict=True)
     moved, still = [], []
-    for (here, there), to_camera, (matrix, k_here, k_there) in zip(
-        images, to_cameras, _relative(sequence, frame, other), strict=True
-    ):
-        size = np.array(here.shape[1::-1])
+    cameras = zip(to_cameras, _seen_twice(sequence, frame, other), strict=True)
+    for to_camera, (here, there, matrix, k_here, k_there) in cameras:
+        size = np.array(here.shape[::-1])
         local = points @ to_camera[:3, :3].T + to_camera[:3, 3]
         local = local[local[:, 2] > NEAREST]
         after = local @ matrix[:3, :3].T + matrix[:3, 3]
         local, after = local[after[:, 2] > NEAREST], after[after[:, 2] > NEAREST]
-        a, b = local @ k_here.T / local[:, 2:], after @ k_there.T / after[:, 2:]
-        a, b = a[:, :2], b[:, :2]
+        a = (local @ k_here.T / local[:, 2:])[:, :2]
+        b = (after @ k_there.T / after[:, 2:])[:, :2]
         seen = ((a > 0) & (a < size - 1) & (b > 0) & (b < size - 1)).all(1)
-        now, then, same = (
-            _sample(image, torch.from_numpy(place[seen]))
-            for image, place in ((_grey(here), a), (_grey(there), b), (_grey(there), a))
-        )
+        a, b = torch.from_numpy(a[seen]), torch.from_numpy(b[seen])
+        now, then, same = _sample(here, a), _sample(there, b), _sample(there, a)
         moved.append((now - then).abs())
         still.append((now - same).abs())
     moved, still = torch.cat(moved), torch.cat(still)
     return (float(moved.median()), float(still.median())) if len(moved) else None
 
 
-def _relative(sequence, frame, other):
-    """For every camera: camera of `frame` to camera of `other` [4, 4], and both intrinsics."""
+def _seen_twice(sequence, frame, other):
+    """For every camera: grey images [h, w] of both frames, camera of `frame` to camera of `other`
+    [4, 4], and both intrinsics."""
     (k_here, here), (k_there, there) = sequence.cameras(frame), sequence.cameras(other)
-    return list(zip(np.linalg.inv(there) @ here, k_here, k_there, strict=True))
-
-
-def _grey(image: np.ndarray) -> Tensor:
-    return torch.from_numpy(image).float().mean(-1)
+    images = (
+        [torch.from_numpy(image).float().mean(-1) for image in sequence.images(f)]
+        for f in (frame, other)
+    )
+    return zip(*images, np.linalg.inv(there) @ here, k_here, k_there, strict=True)
 
 
 def _corners(image: Tensor) -> Tensor:

@@ -28,21 +28,15 @@ def main(words: list[str] | None = None) -> int:
 
 def _main(words):
     parser = Parser(prog="python -m selfocc.datasets.export", description=__doc__)
-    parser.add_argument("format", choices=FORMATS)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="to write to")
-    some = partial(count, least=1)
-    parser.add_argument("--scenes", type=some, default=2, help="of each split; default: 2")
-    parser.add_argument(
-        "--frames", type=some, default=SyntheticConfig.frames, help="a scene; default: %(default)s"
-    )
-    parser.add_argument(
-        "--seed", type=count, default=0, help="number of the first scene; default: 0"
-    )
-    parser.add_argument(
-        "--split", nargs="+", choices=SPLITS, default=["train"], help="one or more; default: train"
-    )
-    parser.add_argument("--size", type=some, nargs=2, metavar=("HEIGHT", "WIDTH"),
-                        help="of the images; default: as the small presets have them")  # fmt: skip
+    add, some = parser.add_argument, partial(count, least=1)
+    add("format", choices=FORMATS)
+    add("folder", type=Path, metavar="DIR", help="to write to")
+    add("--scenes", type=some, default=2, help="of each split; default: 2")
+    add("--frames", type=some, default=SyntheticConfig.frames, help="a scene; default: %(default)s")
+    add("--seed", type=count, default=0, help="number of the first scene; default: 0")
+    add("--split", nargs="+", choices=SPLITS, default=["train"], help="one or more; default: train")
+    said = "of the images; default: as the small presets have them"
+    add("--size", type=some, nargs=2, metavar=("HEIGHT", "WIDTH"), help=said)
     chosen = parser.parse_args(words)
     export, rig, size = FORMATS[chosen.format]
     config = SyntheticConfig(rig=rig, image_size=tuple(chosen.size or size), frames=chosen.frames)

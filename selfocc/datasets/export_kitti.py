@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from selfocc import InputError
-from selfocc.datasets.kitti import LEARNING_ID, UNKNOWN
-from selfocc.datasets.kitti_raw import EARTH
+from selfocc.datasets.kitti import LEARNING_ID, UNKNOWN, voxels_hit
+from selfocc.datasets.kitti_raw import EARTH, rotation
 from selfocc.datasets.reading import VELO_TO_VOLUME
 from selfocc.datasets.synthetic import SyntheticSequence
 from selfocc.files import write_file
@@ -33,17 +32,13 @@ RECTIFY = np.deg2rad([0.4, -0.6, 0.3])  # roll, pitch, yaw of R_rect_00
 IMU_TO_VELO = np.deg2rad([0.9, 0.1, -0.05]), np.array([-0.81, 0.32, -0.8])
 
 
-def _check_rig(sequences):
-    for sequence in sequences:
-        if len(sequence.rig.intrinsics) != 1:
-            raise InputError(f"{sequence.name}: KITTI has one camera; export the rig `forward`")
-
-
 def _scan(sequence, frame):
     """What a .bin file holds: x, y, z of the velodyne, reflectance."""
     # the inverse of a rotation
     points = sequence.lidar(frame) @ VELO_TO_VOLUME[:3, :3].astype(np.float32)
-    return np.concatenate([points, np.full((len(points), 1), REFLECTANCE)], 1).astype("<f4")
+    return (
+        np.concatenate([points, np.full((len(points), 1), REFLECTANCE)], 1).astype("<f4").tobytes()
+    )
 
 
 def _text(table):
@@ -61,8 +56,10 @@ def _calibration(matrices):
 
 
 def export_kitti(sequences: list[SyntheticSequence], folder: Path):
-    """Write sequences 00, 01, ... under folder/dataset. Raises InputError if it cannot."""
-    _check_rig(sequences)
+    """Write scenes of the rig `forward` as sequences 00, 01, ... under folder/dataset.
+
+    Raises InputError if it cannot.
+    """
     for number, sequence in enumerate(sequences):
         _write_sequence(sequence, folder / "dataset", f"{number:02d}")
 
@@ -84,32 +81,25 @@ def _write_sequence(sequence, dataset, number):
         right, _, _ = sequence.render(frame, shift=BASELINE)
         write_picture(folder / "image_2" / f"{stem}.png", sequence.image(frame, 0))
         write_picture(folder / "image_3" / f"{stem}.png", right[0])
-        scan = _scan(sequence, frame)
-        write_file(folder / "velodyne" / f"{stem}.bin", scan.tobytes())
+        write_file(folder / "velodyne" / f"{stem}.bin", _scan(sequence, frame))
         if frame in sequence.labelled:
-            for suffix, content in _voxel_files(sequence, frame, scan[:, :3]).items():
+            for suffix, content in _voxel_files(sequence, frame).items():
                 write_file(folder / "voxels" / f"{stem}{suffix}", content)
 
 
-def _voxel_files(sequence, frame, scan):
+def _voxel_files(sequence, frame):
     """The files of a labelled frame by suffix, over velodyne x, y, z (forward, left, up)."""
 
     def packed(mask):
         return np.packbits(mask[:, ::-1].reshape(-1)).tobytes()
 
-    labels = sequence.voxels(frame)
-    edge, (ny, nx, nz) = sequence.rig.voxel, labels.shape
-    low = np.array([sequence.rig.box[1], sequence.rig.box[0], sequence.rig.box[2]])
-    cell = np.floor((scan * [1, -1, 1] - low) / edge).astype(int)  # (y, x, z) of the volume
-    cell = cell[((cell >= 0) & (cell < [ny, nx, nz])).all(1)]
-    hit = np.zeros(labels.shape, bool)
-    hit[tuple(cell.T)] = True
-    pose, box = sequence.true_volume_to_world(frame), sequence.rig.box
-    occluded = ~seen_cells(pose, box, edge, [sequence.view(frame)])
+    labels, box, edge = sequence.voxels(frame), sequence.rig.box, sequence.rig.voxel
+    pose, view = sequence.true_volume_to_world(frame), sequence.view(frame)
+    hit = voxels_hit(sequence.lidar(frame), edge, (box[1], box[0], box[2]), labels.shape)
     return {
         ".label": RAW_LABEL[labels][:, ::-1].astype("<u2").tobytes(),
         ".invalid": packed(labels == UNKNOWN),
-        ".occluded": packed(occluded),
+        ".occluded": packed(~seen_cells(pose, box, edge, [view])),
         ".bin": packed(hit),
     }
 
@@ -118,12 +108,12 @@ def _voxel_files(sequence, frame, scan):
 
 
 def export_kitti_raw(sequences: list[SyntheticSequence], folder: Path):
-    """Write drives 0001, 0002, ... under folder/DATE, with improved ground truth from the exact
-    depth under folder/data_depth_annotated, and 2-D classes for --labels under folder/labels.
+    """Write scenes of the rig `forward` as drives 0001, 0002, ... under folder/DATE, with improved
+    ground truth from the exact depth under folder/data_depth_annotated, and 2-D classes for
+    --labels under folder/labels.
 
     Raises InputError if it cannot.
     """
-    _check_rig(sequences)
     for sequence in sequences[:1]:
         _write_calibration(sequence, folder / DATE)
     for number, sequence in enumerate(sequences, 1):
@@ -148,21 +138,20 @@ def _write_drive(sequence, folder, drive):
             write_picture(folder / "labels" / place, classes)
             metres = np.where(depth < 255, np.rint(depth * 256), 0).astype(np.uint16)
             write_picture(truth / camera / f"{name}.png", metres)
-        scan = _scan(sequence, frame).tobytes()
-        write_file(drive / "velodyne_points" / "data" / f"{name}.bin", scan)
+        write_file(drive / "velodyne_points" / "data" / f"{name}.bin", _scan(sequence, frame))
         write_file(drive / "oxts" / "data" / f"{name}.txt", _text(oxts[frame : frame + 1]))
 
 
 def _write_calibration(sequence, folder):
     intrinsics = sequence.rig.intrinsics[0]
-    matrices = {"R_rect_00": _rotation(RECTIFY)}
+    matrices = {"R_rect_00": rotation(*RECTIFY)}
     for eye, shift in (("02", 0.0), ("03", -BASELINE)):
         offset = intrinsics @ (CAM0_TO_CAM2 + np.array([shift, 0, 0]))
         matrices[f"P_rect_{eye}"] = np.concatenate([intrinsics, offset[:, None]], 1)
     write_file(folder / "calib_cam_to_cam.txt", _calibration(matrices))
     velo_to_cam0 = np.linalg.inv(sequence.rig.camera_to_volume[0]) @ VELO_TO_VOLUME
     velo_to_cam0[:3, 3] -= CAM0_TO_CAM2
-    velo_to_cam0[:3] = _rotation(RECTIFY).T @ velo_to_cam0[:3]  # unrectified
+    velo_to_cam0[:3] = rotation(*RECTIFY).T @ velo_to_cam0[:3]  # unrectified
     for name, matrix in (("velo_to_cam", velo_to_cam0), ("imu_to_velo", _imu_to_velo())):
         mounting = {"R": matrix[:3, :3], "T": matrix[:3, 3]}
         write_file(folder / f"calib_{name}.txt", _calibration(mounting))
@@ -170,7 +159,7 @@ def _write_calibration(sequence, folder):
 
 def _imu_to_velo():
     matrix = np.eye(4)
-    matrix[:3, :3], matrix[:3, 3] = _rotation(IMU_TO_VELO[0]), IMU_TO_VELO[1]
+    matrix[:3, :3], matrix[:3, 3] = rotation(*IMU_TO_VELO[0]), IMU_TO_VELO[1]
     return matrix
 
 
@@ -191,12 +180,3 @@ def _oxts(sequence):
     rows[:, 4] = -np.arcsin(turn[:, 2, 0])
     rows[:, 5] = np.arctan2(turn[:, 1, 0], turn[:, 0, 0])
     return rows
-
-
-def _rotation(angles):
-    """Rz(yaw) Ry(pitch) Rx(roll) of [roll, pitch, yaw] in radians."""
-    (cr, cp, cy), (sr, sp, sy) = np.cos(angles), np.sin(angles)
-    x = np.array([[1, 0, 0], [0, cr, -sr], [0, sr, cr]])
-    y = np.array([[cp, 0, sp], [0, 1, 0], [-sp, 0, cp]])
-    z = np.array([[cy, -sy, 0], [sy, cy, 0], [0, 0, 1]])
-    return z @ y @ x

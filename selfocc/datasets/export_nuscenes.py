@@ -53,9 +53,9 @@ LIDAR_TO_EGO = np.array([[0.0, 1, 0], [-1, 0, 0], [0, 0, 1]])
 
 
 def export_nuscenes(sequences: list[SyntheticSequence], folder: Path):
-    """Write the scenes of split train and val under names of the official splits.
+    """Write scenes of the rig `surround`, of split train and val, under names of official splits.
 
-    Raises InputError for another rig than `surround`, for too many scenes, or if it cannot write.
+    Raises InputError for too many scenes or another split, or if it cannot write.
     """
     tables = {name: [] for name in (
         "attribute", "calibrated_sensor", "category", "ego_pose", "instance", "log", "map",
@@ -65,29 +65,22 @@ def export_nuscenes(sequences: list[SyntheticSequence], folder: Path):
         modality = "lidar" if channel == LIDAR else "camera"
         row = {"token": _token(channel), "channel": channel, "modality": modality}
         tables["sensor"].append(row)
-    for number, (sequence, name) in enumerate(zip(sequences, _names(sequences), strict=True)):
-        if len(sequence.rig.intrinsics) != len(CAMERAS):
-            raise InputError(
-                f"{sequence.name}: nuScenes has six cameras; export the rig `surround`"
-            )
+    numbers = {split: iter(scenes) for split, scenes in NUMBERS.items()}
+    names = [_name(sequence, numbers) for sequence in sequences]
+    for number, (sequence, name) in enumerate(zip(sequences, names, strict=True)):
         _Scene(sequence, name, START + number * 1_000_000_000, folder, tables).write()
     for name, rows in tables.items():
         write_file(folder / "v1.0-trainval" / f"{name}.json", json.dumps(rows, indent=0).encode())
 
 
-def _names(sequences):
-    numbers = {split: iter(scenes) for split, scenes in NUMBERS.items()}
-    names = []
-    for sequence in sequences:
-        split = sequence.name.split("-")[1]
-        number = next(numbers.get(split, iter(())), None)
-        if number is None:
-            raise InputError(
-                f"{sequence.name}: nuScenes has splits train and val, of which up to "
-                f"{len(NUMBERS['train'])} and {len(NUMBERS['val'])} scenes are written"
-            )
-        names.append(f"scene-{number:04d}")
-    return names
+def _name(sequence, numbers):
+    number = next(numbers.get(sequence.name.split("-")[1], iter(())), None)
+    if number is None:
+        raise InputError(
+            f"{sequence.name}: nuScenes has splits train and val, of which up to "
+            f"{len(NUMBERS['train'])} and {len(NUMBERS['val'])} scenes are written"
+        )
+    return f"scene-{number:04d}"
 
 
 class _Scene:
@@ -102,26 +95,30 @@ class _Scene:
     def token(self, *what):
         return _token(self.name, *what)
 
+    def row(self, table, *what, **columns):
+        """Add a row whose token is that of `what`; returns the token."""
+        token = self.token(*what)
+        self.tables[table].append({"token": token, **columns})
+        return token
+
     def write(self):
         samples = [self.token("sample", frame) for frame in self.keys]
-        self.tables["log"].append({
-            "token": self.token("log"), "logfile": self.log, "vehicle": "n000",
-            "date_captured": "2026-01-01", "location": "embedded-street",
-        })  # fmt: skip
-        self.tables["scene"].append({
-            "token": self.token("scene"), "log_token": self.token("log"),
-            "nbr_samples": len(samples), "first_sample_token": samples[0],
-            "last_sample_token": samples[-1], "name": self.name,
-            "description": self.sequence.name,
-        })  # fmt: skip
+        log = self.row(
+            "log", "log", logfile=self.log, vehicle="n000", date_captured="2026-01-01",
+            location="embedded-street",
+        )  # fmt: skip
+        scene = self.row(
+            "scene", "scene", log_token=log, nbr_samples=len(samples),
+            first_sample_token=samples[0], last_sample_token=samples[-1], name=self.name,
+            description=self.sequence.name,
+        )  # fmt: skip
         self._mount_sensors()
+        around = ["", *samples, ""]
         for i, frame in enumerate(self.keys):
-            around = ["", *samples, ""]
-            self.tables["sample"].append({
-                "token": samples[i], "timestamp": self.start + frame * PERIOD,
-                "prev": around[i], "next": around[i + 2],
-                "scene_token": self.token("scene"),
-            })  # fmt: skip
+            self.row(
+                "sample", "sample", frame, timestamp=self.start + frame * PERIOD, prev=around[i],
+                next=around[i + 2], scene_token=scene,
+            )  # fmt: skip
             self._write_labels(frame, samples[i])
         for frame in tqdm(range(self.keys[-1] + 1), desc=self.name):
             sample = samples[np.searchsorted(self.keys, frame)]
@@ -135,18 +132,16 @@ class _Scene:
 
     def _mount_sensors(self):
         rig = self.sequence.rig
-        camera_to_ego = rig.volume_to_ego @ rig.camera_to_volume
         lidar_to_ego = rig.volume_to_ego @ self.sequence.lidar_to_volume()
         lidar_to_ego[:3, :3] = LIDAR_TO_EGO
-        mounted = [(m, k.tolist()) for m, k in zip(camera_to_ego, rig.intrinsics, strict=True)]
-        for channel, (matrix, intrinsics) in zip(
-            CHANNELS, [*mounted, (lidar_to_ego, [])], strict=True
-        ):
-            self.tables["calibrated_sensor"].append({
-                "token": self.token("mounted", channel), "sensor_token": _token(channel),
-                "translation": matrix[:3, 3].tolist(), "rotation": quaternion(matrix[:3, :3]),
-                "camera_intrinsic": intrinsics,
-            })  # fmt: skip
+        to_ego = [*(rig.volume_to_ego @ rig.camera_to_volume), lidar_to_ego]
+        intrinsics = [*rig.intrinsics.tolist(), []]
+        for channel, matrix, numbers in zip(CHANNELS, to_ego, intrinsics, strict=True):
+            self.row(
+                "calibrated_sensor", "mounted", channel, sensor_token=_token(channel),
+                translation=matrix[:3, 3].tolist(), rotation=quaternion(matrix[:3, :3]),
+                camera_intrinsic=numbers,
+            )  # fmt: skip
 
     def _add_data(self, frame, sample, channel, size) -> str:
         """The rows of a file; returns its place below the data folder."""
@@ -156,20 +151,18 @@ class _Scene:
         place = (
             f"{'samples' if key else 'sweeps'}/{channel}/{self.log}__{channel}__{stamp}.{suffix}"
         )
-        token = self.token(channel, frame)
         pose = self.sequence.volume_to_world(frame) @ np.linalg.inv(self.sequence.rig.volume_to_ego)
-        self.tables["ego_pose"].append({
-            "token": token, "timestamp": stamp, "rotation": quaternion(pose[:3, :3]),
-            "translation": (pose[:3, 3] + EGO_TO_GLOBAL).tolist(),
-        })  # fmt: skip
-        self.tables["sample_data"].append({
-            "token": token, "sample_token": sample, "ego_pose_token": token,
-            "calibrated_sensor_token": self.token("mounted", channel), "timestamp": stamp,
-            "fileformat": kind, "is_key_frame": key, "height": size[0], "width": size[1],
-            "filename": place,
-            "prev": self.token(channel, frame - 1) if frame else "",
-            "next": self.token(channel, frame + 1) if frame < self.keys[-1] else "",
-        })  # fmt: skip
+        token = self.row(
+            "ego_pose", channel, frame, timestamp=stamp, rotation=quaternion(pose[:3, :3]),
+            translation=(pose[:3, 3] + EGO_TO_GLOBAL).tolist(),
+        )  # fmt: skip
+        self.row(
+            "sample_data", channel, frame, sample_token=sample, ego_pose_token=token,
+            calibrated_sensor_token=self.token("mounted", channel), timestamp=stamp,
+            fileformat=kind, is_key_frame=key, height=size[0], width=size[1], filename=place,
+            prev=self.token(channel, frame - 1) if frame else "",
+            next=self.token(channel, frame + 1) if frame < self.keys[-1] else "",
+        )  # fmt: skip
         return place
 
     def _scan(self, frame):

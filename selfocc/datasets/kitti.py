@@ -18,21 +18,7 @@ import numpy as np
 
 from selfocc import InputError, counted
 from selfocc.batch import Sequence
-from selfocc.datasets.reading import (
-    VELO_TO_VOLUME,
-    check_bytes,
-    check_camera,
-    check_size,
-    numbered,
-    path_length,
-    read_calibration,
-    read_exactly,
-    read_image,
-    read_projection,
-    read_scan,
-    read_table,
-    rigid,
-)
+from selfocc.datasets import reading
 from selfocc.files import as_named
 from selfocc.labels import PseudoLabels
 
@@ -76,20 +62,87 @@ def kitti_sequences(
 
 
 def _dataset_folder(root: Path) -> Path:
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder; name the one that holds KITTI's `dataset`")
-    for place in (as_named(root), root.resolve()):  # a link may lead into a data set
-        for folder in (place / "dataset", place, place.parent, place.parent.parent):
-            if (folder / "sequences").is_dir():
-                return folder
+    for folder in (as_named(root) / "dataset", *reading.around(root, "`dataset`")):
+        if (folder / "sequences").is_dir():
+            return folder
     raise InputError(f"{root}: no KITTI odometry data; dataset/sequences is expected there")
 
 
-class KittiSequence(Sequence):
+class Eye(Sequence):
+    """One camera of a rectified pair: what KITTI's odometry and its raw data have in common.
+
+    numbers: of the frames, on disk; eyes: names of the left and the right camera, of which `eye` is
+    this one. A data set sets folder (above the images), intrinsics [3, 3], _poses [frames, 4, 4] of
+    the camera in the world, and _volume_to_world [frames, 4, 4], and knows image_path(eye, frame),
+    scan_path(frame) and baseline(), metres between the eyes, or None where they are no pair. Raises
+    InputError on whatever is malformed.
+    """
+
+    digits = 6  # of a frame's number on disk
+
+    def __init__(self, name: str, eyes, eye: str, numbers: list[int], labels: PseudoLabels | None):
+        self.name, self.eyes, self.eye, self._labels = name, eyes, eye, labels
+        self.numbers, self.frames = numbers, len(numbers)
+        self._size = reading.read_image(self.image_path(eye, 0)).shape
+
+    def frame_id(self, frame: int) -> str:
+        """The frame's name on disk, "000040"."""
+        return f"{self.numbers[frame]:0{self.digits}d}"
+
+    def files(self, frame: int) -> list[Path]:
+        own = self.image_path(self.eye, frame)
+        labels = [] if self._labels is None else [self._labels.file(own)]
+        return [*(self.image_path(e, frame) for e in self.eyes), self.scan_path(frame), *labels]
+
+    def cameras(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.intrinsics[None].copy(), self._poses[frame][None].copy()
+
+    def volume_to_world(self, frame: int) -> np.ndarray:
+        return self._volume_to_world[frame]
+
+    def image(self, frame: int, camera: int) -> np.ndarray:
+        return self._image(self.eye, frame)
+
+    def _image(self, eye: str, frame: int) -> np.ndarray:
+        path = self.image_path(eye, frame)
+        image = reading.read_image(path)
+        self.check_size(path, image)
+        return image
+
+    def check_size(self, path: Path, image: np.ndarray) -> None:
+        """Refuse an image or a map of another size than the first image's."""
+        if image.shape[:2] != self._size[:2]:
+            got, want = ("x".join(map(str, shape[:2])) for shape in (image.shape, self._size))
+            first = self.image_path(self.eye, 0).relative_to(self.folder)
+            raise InputError(
+                f"{path}: {got} pixels, but {first} has {want}; a sequence needs one size"
+            )
+
+    def semantics(self, frame: int) -> np.ndarray | None:
+        """Pseudo labels; None without --labels."""
+        if self._labels is None:
+            return None
+        return self._labels.read(self.image_path(self.eye, frame), self._size[:2])[None]
+
+    def lidar(self, frame: int) -> np.ndarray | None:
+        path = self.scan_path(frame)
+        if not path.exists():
+            return None
+        return reading.read_points(path, 4) @ reading.VELO_TO_VOLUME[:3, :3].T.astype(np.float32)
+
+    def stereo_pair(self, frame: int) -> tuple[np.ndarray, np.ndarray, float, float] | None:
+        """None for the right eye, and where the right image is not on disk."""
+        right = self.image_path(self.eyes[1], frame)
+        if self.eye == self.eyes[1] or not right.exists() or self.baseline() is None:
+            return None
+        left, right = (self._image(eye, frame) for eye in self.eyes)
+        return left, right, float(self.intrinsics[0, 0]), self.baseline()
+
+
+class KittiSequence(Eye):
     """One drive seen by the left camera, colour where there is one, else grey.
 
-    Calibration and poses are read and checked here; images, scans and voxels when asked for. Raises
-    InputError on whatever is malformed.
+    Calibration and poses are read and checked here; images, scans and voxels when asked for.
     """
 
     def __init__(
@@ -99,84 +152,61 @@ class KittiSequence(Sequence):
         frames: range | None = None,
         labels: PseudoLabels | None = None,
     ):
-        self.name = name
-        self._labels = labels
         self.folder = dataset / "sequences" / name
         if not self.folder.is_dir():
             present = sorted(p.name for p in (dataset / "sequences").iterdir() if p.is_dir())
             raise InputError(
                 f"{dataset / 'sequences'}: no sequence {name}; it holds {', '.join(present)}"
             )
+        colour = bool(reading.numbered(self.folder / "image_2", ".png"))
+        left, right = ("image_2", "image_3") if colour else ("image_0", "image_1")
+        there = reading.numbered(self.folder / left, ".png")
+        if not there:
+            raise InputError(f"{self.folder}: no image_2/000000.png nor image_0/000000.png, ...")
+        if frames is not None:
+            reading.check_chosen(self.folder / left, there, frames)
+        numbers = there if frames is None else sorted(frames)
+        super().__init__(name, (left, right), left, numbers, labels)
+        whole = name in VAL_SEQUENCES and len(there) == FULL_VAL_FRAMES
+        self._skipped = VAL_SKIPPED if whole else frozenset()
+
         self.missing: list[str] = []
-        colour = bool(numbered(self.folder / "image_2", ".png"))
-        self.left, self.right = ("image_2", "image_3") if colour else ("image_0", "image_1")
-        self.numbers = self._choose_frames(frames)
-        self.frames = len(self.numbers)
-
-        self._read_calibration()
+        volume_to_cam0, left_to_cam0 = self._read_calibration()
         path = dataset / "poses" / f"{name}.txt"
-        self._poses = rigid(self._read_poses(path), path)[self.numbers]
-        self.positions = self._poses[:, :3, 3]
-        self.path = path_length(self.positions[:, [0, 2]])  # in plan, as published
-
-        self._size = read_image(self.folder / self.left / f"{self.frame_id(0)}.png").shape
-        check_camera(self.folder / "calib.txt", self.intrinsics, self._size)
+        cam0_to_world = reading.read_poses(path, numbers, f"{name}/{left}")
+        self._poses = cam0_to_world @ left_to_cam0
+        self._volume_to_world = cam0_to_world @ volume_to_cam0
+        self.positions = cam0_to_world[:, :3, 3]
+        self.path = reading.path_length(self.positions[:, [0, 2]])  # in plan, as published
+        reading.check_camera(self.folder / "calib.txt", self.intrinsics, self._size)
         self._survey()
 
-    def _choose_frames(self, chosen: range | None) -> list[int]:
-        folder = self.folder / self.left
-        numbers = numbered(folder, ".png")
-        if not numbers:
-            raise InputError(f"{self.folder}: no image_2/000000.png nor image_0/000000.png, ...")
-        self._skipped = frozenset()
-        if self.name in VAL_SEQUENCES and len(numbers) == FULL_VAL_FRAMES:
-            self._skipped = VAL_SKIPPED
-        if chosen is None:
-            return numbers
-        absent = sorted(set(chosen) - set(numbers))
-        if absent or not chosen:
-            what = f"no frame {absent[0]}" if absent else f"{chosen} chooses nothing"
-            raise InputError(f"{folder}: {what}; it holds {numbers[0]} to {numbers[-1]}")
-        return sorted(chosen)
-
-    def _read_poses(self, path: Path) -> np.ndarray:
-        """A line for every frame on disk, [lines, 12]."""
-        table = read_table(path, 12)
-        if len(table) <= self.numbers[-1]:
-            raise InputError(
-                f"{path}: {counted(len(table), 'line')}, but {self.folder.name}/{self.left} goes "
-                f"on to frame {self.numbers[-1]:06d}; restore the file or choose fewer frames"
-            )
-        return table
-
-    def _read_calibration(self) -> None:
+    def _read_calibration(self) -> tuple[np.ndarray, np.ndarray]:
+        """Volume and left camera to rectified camera 0, [4, 4]."""
         path = self.folder / "calib.txt"
-        names = ("P0", "P1", "P2", "P3", "Tr")
-        self._calibration = read_calibration(path, dict.fromkeys(names, 12))
-        projection = self._projection(self.left)
-        self.intrinsics = projection[:, :3]
-        self._left_to_cam0 = _to_cam0(projection)
-        if "Tr" in self._calibration:
-            velo_to_cam0 = rigid(self._calibration["Tr"][None], path, "line Tr")[0]
+        self._lines = reading.read_calibration(
+            path, dict.fromkeys(("P0", "P1", "P2", "P3", "Tr"), 12)
+        )
+        projection = self._projection(self.eye)
+        self.intrinsics, left_to_cam0 = projection[:, :3], np.eye(4)
+        left_to_cam0[0, 3] = -projection[0, 3] / projection[0, 0]
+        velo_to_cam0 = NOMINAL_VELO_TO_CAM0
+        if "Tr" in self._lines:
+            velo_to_cam0 = reading.rigid(self._lines["Tr"][None], path, "line Tr")[0]
         else:
-            velo_to_cam0 = NOMINAL_VELO_TO_CAM0
             self.missing.append("no Tr in calib.txt: nominal mounting of the velodyne assumed")
-        self._volume_to_cam0 = velo_to_cam0 @ np.linalg.inv(VELO_TO_VOLUME)
+        return velo_to_cam0 @ np.linalg.inv(reading.VELO_TO_VOLUME), left_to_cam0
 
     def _projection(self, camera: str) -> np.ndarray:
-        """The 3x4 projection matrix of image_i, checked."""
-        path, key = self.folder / "calib.txt", f"P{camera[-1]}"
-        if key not in self._calibration:
-            raise InputError(f"{path}: line {key} is missing, which {camera} needs; restore it")
-        return read_projection(path, key, self._calibration[key])
+        return self._lines.projection(f"P{camera[-1]}")
 
     def _survey(self) -> None:
         """What is there beside images and what its absence costs; training needs none of it."""
-        if self.left == "image_0":
+        if self.eye == "image_0":
             self.missing.append("no image_2: grey images stand in for colour")
-        self._right = self._open_right()
+        self._baseline = self._find_right()
         if not self._chosen("velodyne", ".bin"):
-            judge = "judged against stereo" if self._right is not None else "not scored"
+            judge = "judged against stereo" if self._baseline is not None else "not scored"
             self.missing.append(f"no velodyne: depth is {judge}")
         labels = self._chosen("voxels", ".label") | self._chosen("voxels", ".invalid")
         self._voxels = {}  # number -> .label, .invalid
@@ -199,26 +229,27 @@ class KittiSequence(Sequence):
 
     def _chosen(self, folder: str, suffix: str) -> set[int]:
         """Numbers of those chosen frames that have such a file."""
-        return set(self.numbers) & set(numbered(self.folder / folder, suffix))
+        return set(self.numbers) & set(reading.numbered(self.folder / folder, suffix))
 
-    def _open_right(self) -> np.ndarray | None:
-        """The projection [3, 4] of the right eye; None where it cannot be used."""
-        there = self._chosen(self.right, ".png")
+    def _find_right(self) -> float | None:
+        """Metres to the right eye; None where it cannot be used."""
+        left, right = self.eyes
+        there = self._chosen(right, ".png")
         if not there:
-            self.missing.append(f"no {self.right}: no stereo depth to judge against")
+            self.missing.append(f"no {right}: no stereo depth to judge against")
             return None
         try:
-            left, right = self._projection(self.left), self._projection(self.right)
-            if left[0, 3] <= right[0, 3] or not np.allclose(left[:, :3], right[:, :3]):
+            here, other = self._projection(left), self._projection(right)
+            if here[0, 3] <= other[0, 3] or not np.allclose(here[:, :3], other[:, :3]):
                 raise InputError(
-                    f"{self.folder / 'calib.txt'}: P{self.right[-1]} is not P{self.left[-1]} moved "
-                    "to the right; restore the file"
+                    f"{self._lines.path}: P{right[-1]} is not P{left[-1]} moved to the right; "
+                    "restore the file"
                 )
-            self._image(self.right, self.numbers.index(min(there)))
+            self._image(right, self.numbers.index(min(there)))
         except InputError as error:
             self.missing.append(f"no stereo depth to judge against: {error}")
             return None
-        return right
+        return float(here[0, 3] - other[0, 3]) / float(here[0, 0])
 
     def _voxel_files(self, number: int) -> tuple[Path, Path]:
         """The .label and the .invalid file of a frame; InputError unless both are whole."""
@@ -230,39 +261,23 @@ class KittiSequence(Sequence):
                     f"{path} is missing, without which {other.name} says too little; restore it or "
                     "remove the other"
                 )
-            check_bytes(path, path.stat().st_size, size)
+            reading.check_bytes(path, path.stat().st_size, size)
         return paths
 
-    def frame_id(self, frame: int) -> str:
-        """The frame's name on disk, "000040"."""
-        return f"{self.numbers[frame]:06d}"
+    def baseline(self) -> float | None:
+        return self._baseline
+
+    def image_path(self, eye: str, frame: int) -> Path:
+        return self.folder / eye / f"{self.frame_id(frame)}.png"
+
+    def scan_path(self, frame: int) -> Path:
+        return self.folder / "velodyne" / f"{self.frame_id(frame)}.bin"
 
     def files(self, frame: int) -> list[Path]:
-        name, folder = self.frame_id(frame), self.folder
-        image, right = (self._image_path(camera, frame) for camera in (self.left, self.right))
-        labels = [] if self._labels is None else [self._labels.file(image)]
-        poses = folder.parents[1] / "poses" / f"{folder.name}.txt"
-        scan = folder / "velodyne" / f"{name}.bin"
-        voxels = (folder / "voxels" / f"{name}{suffix}" for suffix in (".label", ".invalid"))
-        return [folder / "calib.txt", poses, image, right, scan, *voxels, *labels]
-
-    def cameras(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.intrinsics[None].copy(), (self._poses[frame] @ self._left_to_cam0)[None]
-
-    def volume_to_world(self, frame: int) -> np.ndarray:
-        return self._poses[frame] @ self._volume_to_cam0
-
-    def image(self, frame: int, camera: int) -> np.ndarray:
-        return self._image(self.left, frame)
-
-    def semantics(self, frame: int) -> np.ndarray | None:
-        """Pseudo labels; None without --labels."""
-        if self._labels is None:
-            return None
-        return self._labels.read([self._image_path(self.left, frame)], self._size[:2])
-
-    def lidar(self, frame: int) -> np.ndarray | None:
-        return read_scan(self.folder / "velodyne" / f"{self.frame_id(frame)}.bin")
+        poses = self.folder.parents[1] / "poses" / f"{self.name}.txt"
+        stem = self.folder / "voxels" / self.frame_id(frame)
+        voxels = (stem.with_suffix(suffix) for suffix in (".label", ".invalid"))
+        return [*super().files(frame), self.folder / "calib.txt", poses, *voxels]
 
     def voxels(self, frame: int) -> np.ndarray | None:
         """SemanticKITTI labels, uint8 [256, 256, 32] over (y, x, z); None without whole files.
@@ -272,7 +287,7 @@ class KittiSequence(Sequence):
         if self.numbers[frame] not in self._voxels:
             return None
         label, invalid = self._voxels[self.numbers[frame]]
-        labels = _LEARNING_LUT[read_exactly(label, "<u2", int(np.prod(GRID)))]
+        labels = _LEARNING_LUT[reading.read_exactly(label, "<u2", int(np.prod(GRID)))]
         labels = labels.reshape(GRID)[:, ::-1].copy()
         labels[_read_bits(invalid)] = UNKNOWN
         return labels
@@ -282,39 +297,19 @@ class KittiSequence(Sequence):
         path, points = self.folder / "voxels" / f"{self.frame_id(frame)}.bin", self.lidar(frame)
         if points is None or not path.exists():
             return None
-        cells = np.floor((points[:, [1, 0, 2]] - np.array(CORNER)) / VOXEL).astype(int)
-        cells = cells[((cells >= 0) & (cells < GRID)).all(1)]
-        hit = np.zeros(GRID, bool)
-        hit[tuple(cells.T)] = True
-        return _read_bits(path), hit
-
-    def stereo_pair(self, frame: int) -> tuple[np.ndarray, np.ndarray, float, float] | None:
-        if self._right is None or not self._image_path(self.right, frame).exists():
-            return None
-        focal = float(self.intrinsics[0, 0])
-        baseline = float(self._projection(self.left)[0, 3] - self._right[0, 3]) / focal
-        left, right = (self._image(camera, frame) for camera in (self.left, self.right))
-        return left, right, focal, baseline
-
-    def _image_path(self, camera: str, frame: int) -> Path:
-        return self.folder / camera / f"{self.frame_id(frame)}.png"
-
-    def _image(self, camera: str, frame: int) -> np.ndarray:
-        path = self._image_path(camera, frame)
-        image = read_image(path)
-        check_size(path, image, self._size, f"{self.left}/{self.frame_id(0)}.png")
-        return image
+        return _read_bits(path), voxels_hit(points, VOXEL, CORNER, GRID)
 
 
-def _to_cam0(projection: np.ndarray) -> np.ndarray:
-    """A rectified camera [3, 4] to camera 0, [4, 4]."""
-    matrix = np.eye(4)
-    matrix[0, 3] = -projection[0, 3] / projection[0, 0]
-    return matrix
+def voxels_hit(points: np.ndarray, edge: float, corner, grid: tuple[int, ...]) -> np.ndarray:
+    """bool [ny, nx, nz]: where points [M, 3] (x, y, z) lie; the grid's corner is y, x, z metres."""
+    cells = np.floor((points[:, [1, 0, 2]] - np.array(corner)) / edge).astype(int)
+    hit = np.zeros(grid, bool)
+    hit[tuple(cells[((cells >= 0) & (cells < grid)).all(1)].T)] = True
+    return hit
 
 
 def _read_bits(path: Path) -> np.ndarray:
     """bool [256, 256, 32] over (y, x, z), a bit a voxel on disk."""
-    bits = np.unpackbits(read_exactly(path, "u1", int(np.prod(GRID)) // 8))
+    bits = np.unpackbits(reading.read_exactly(path, "u1", int(np.prod(GRID)) // 8))
     # stored over (x, y, z) of the velodyne: x is our y, and our x runs against its y
     return bits.reshape(GRID)[:, ::-1].astype(bool)

@@ -24,13 +24,11 @@ from pathlib import Path
 import numpy as np
 
 from selfocc import InputError, counted
-from selfocc.batch import Sequence
 from selfocc.datasets import reading
-from selfocc.files import as_named
+from selfocc.datasets.kitti import Eye
 from selfocc.labels import PseudoLabels
 
 EYES = {"l": "image_02", "r": "image_03"}
-OTHER = {"l": "r", "r": "l"}
 DIGITS = 10  # of a frame's number on disk
 EARTH = 6378137.0  # metres, its radius as the KITTI devkit has it
 DRIVE_NAME = re.compile(r"\d{4}_\d\d_\d\d_drive_\d{4}_(\w+)")
@@ -59,20 +57,22 @@ def kitti_raw_sequences(
     """
     root = _data_folder(Path(root))
     if split_folder is not None:
-        return _listed(
-            root, Path(split_folder) / f"{chosen or split}_files.txt", pose_folder, labels
-        )
+        listing = Path(split_folder) / f"{chosen or split}_files.txt"
+        return _listed(root, listing, pose_folder, labels)
+    usable, others = drives_on_disk(root)
+    parts = [(name, None) for name in usable]
     if chosen:
         parts = [reading.parse_range(part) for part in chosen.split(",")]
-    else:
-        usable, others = drives_on_disk(root)
-        parts = [(drive, _default_frames(root, drive, split)) for drive in usable]
-        parts = [(drive, frames) for drive, frames in parts if frames]
-    if not parts:
-        raise InputError(f"{root}: too few frames to split; name them with --train and --val")
-    sequences = []
+    sequences, ranges = [], []
     for name, frames in parts:
         drive = Drive(root, name, pose_folder)
+        if not chosen:
+            numbers = drive.numbers["l"] or drive.numbers["r"]
+            held = int(len(numbers) * (1 - HELD_OUT))
+            frames = numbers[:held] if split == "train" else numbers[held:]
+            if not frames:
+                continue
+            ranges.append(f"{name}:{frames[0]}-{frames[-1]}")
         for eye in EYES:
             numbers = drive.choose(eye, frames)
             if numbers:
@@ -80,44 +80,32 @@ def kitti_raw_sequences(
                 judged = [f for f in range(sequence.frames) if sequence.judged(f)]
                 sequence.inputs = judged if split == "val" and judged else None
                 sequences.append(sequence)
+    if not sequences:
+        raise InputError(f"{root}: too few frames to split; name them with --train and --val")
     if not chosen:
-        ranges = ",".join(f"{name}:{frames[0]}-{frames[-1]}" for name, frames in parts)
         share = "the first four fifths" if split == "train" else "the last fifth"
-        what = ranges if len(parts) < 4 else f"{share} of each of the {len(parts)} drives on disk"
-        sequences[0].missing.insert(0, f"no --split-dir: the {split} split is {what}")
+        what = f"{share} of each of the {len(ranges)} drives on disk"
+        what = ",".join(ranges) if len(ranges) < 4 else what
+        notes = [f"no --split-dir: the {split} split is {what}"]
         if others:
-            sequences[0].missing.insert(
-                1, f"{counted(len(others), 'drive')} left out ({others[0]}, ..): {WHY_SYNC}"
-            )
+            left_out = f"{counted(len(others), 'drive')} left out ({others[0]}, ..)"
+            notes.append(f"{left_out}: {WHY_SYNC}")
+        sequences[0].missing[:0] = notes
     return sequences
 
 
 def _data_folder(root: Path) -> Path:
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder; name the one that holds KITTI's 2011_09_26, ...")
-    for place in (as_named(root), root.resolve()):  # a link may lead into a data set
-        for folder in (place, place.parent, place.parent.parent):
-            usable, others = drives_on_disk(folder)
-            if usable:
-                return folder
-            if others:
-                raise InputError(
-                    f"{folder}: the images of {others[0]} cannot be used: {WHY_SYNC}; download its "
-                    "`synced+rectified data`"
-                )
+    for folder in reading.around(root, "2011_09_26, ..."):
+        usable, others = drives_on_disk(folder)
+        if usable:
+            return folder
+        if others:
+            raise InputError(
+                f"{folder}: the images of {others[0]} cannot be used: {WHY_SYNC}; download its "
+                "`synced+rectified data`"
+            )
     raise InputError(f"{root}: no KITTI raw data; 2011_09_26/2011_09_26_drive_0001_sync, ... "
                      "are expected there")  # fmt: skip
-
-
-def _default_frames(root: Path, drive: str, split: str) -> list[int]:
-    folders = [root / drive[:10] / drive / camera / "data" for camera in EYES.values()]
-    numbers = image_numbers(folders[0]) or image_numbers(folders[1])
-    if not numbers:
-        raise InputError(
-            f"{folders[0]}: no images; remove the drive or name the others with --train and --val"
-        )
-    held = int(len(numbers) * (1 - HELD_OUT))
-    return numbers[:held] if split == "train" else numbers[held:]
 
 
 def _listed(
@@ -137,12 +125,12 @@ def _listed(
             )
     if not samples:
         raise InputError(f"{path}: names no frame; restore the file")
-    sequences = []
-    opened = {
+    drives = {
         name: Drive(root, name, pose_folder, path) for name in sorted({n for n, _ in samples})
     }
+    sequences = []
     for (name, eye), wanted in sorted(samples.items()):
-        numbers = opened[name].numbers[eye]
+        numbers = drives[name].numbers[eye]
         absent = sorted(wanted - set(numbers))
         if absent:
             raise InputError(
@@ -150,7 +138,7 @@ def _listed(
                 f"{'is' if len(absent) == 1 else 'are'} not on disk, {absent[0]:010d} first; "
                 "download what is missing or take its lines out"
             )
-        sequence = KittiRawSequence(opened[name], eye, numbers, labels)
+        sequence = KittiRawSequence(drives[name], eye, numbers, labels)
         sequence.inputs = [f for f, number in enumerate(numbers) if number in wanted]
         sequences.append(sequence)
     return sequences
@@ -163,13 +151,6 @@ def drives_on_disk(root: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     kinds = {name: match[1] for name in names if (match := DRIVE_NAME.fullmatch(name))}
     synchronised = tuple(name for name, kind in kinds.items() if kind == "sync")
     return synchronised, tuple(name for name in kinds if name not in synchronised)
-
-
-def image_numbers(folder: Path) -> list[int]:
-    """Sorted numbers of the images in a folder that may be absent."""
-    return sorted(
-        {n for suffix in (".png", ".jpg") for n in reading.numbered(folder, suffix, DIGITS)}
-    )
 
 
 class Drive:
@@ -194,20 +175,28 @@ class Drive:
             )
         self.missing: list[str] = []
         self._rows: dict[int, np.ndarray] = {}
-        self.numbers = {eye: image_numbers(self.folder / at / "data") for eye, at in EYES.items()}
+        self.numbers = {
+            eye: reading.numbered(self.images(eye), ".png", ".jpg", digits=DIGITS) for eye in EYES
+        }
         if not any(self.numbers.values()):
-            raise InputError(f"{self.folder}: neither image_02/data nor image_03/data has images")
+            raise InputError(
+                f"{self.folder}: neither image_02/data nor image_03/data has images; remove it, or "
+                "name others with --train and --val"
+            )
         self._read_calibration()
         self._find_poses(pose_folder)
 
+    def images(self, eye: str) -> Path:
+        return self.folder / EYES[eye] / "data"
+
     def _read_calibration(self) -> None:
-        self.calibration = path = self.folder.parent / "calib_cam_to_cam.txt"
+        path = self.folder.parent / "calib_cam_to_cam.txt"
         sizes = {"R_rect_00": 9}
         for camera in EYES.values():
             sizes |= {f"P_rect_{camera[-2:]}": 12, f"S_rect_{camera[-2:]}": 2}
-        self._lines = reading.read_calibration(path, sizes)
+        self.lines = reading.read_calibration(path, sizes)
         rectify = np.eye(4)
-        rectify[:3, :3] = _line(self._lines, "R_rect_00", path).reshape(3, 3)
+        rectify[:3, :3] = self.lines["R_rect_00"].reshape(3, 3)
         reading.rigid(rectify[None, :3].reshape(1, 12), path, "line R_rect_00")
         self.velo_to_cam0 = rectify @ _mounting(self.folder.parent / "calib_velo_to_cam.txt")
 
@@ -246,17 +235,12 @@ class Drive:
         if frames is None:
             return self.numbers[eye]
         there = sorted(set().union(*self.numbers.values()))
-        absent = sorted(set(frames) - set(there))
-        if absent or not frames:
-            what = f"no frame {absent[0]}" if absent else f"{frames} chooses nothing"
-            raise InputError(f"{self.folder}: {what}; it holds {there[0]} to {there[-1]}")
+        reading.check_chosen(self.folder, there, frames)
         return sorted(set(frames) & set(self.numbers[eye]))
 
     def camera(self, eye: str) -> tuple[np.ndarray, np.ndarray]:
         """intrinsics [3, 3] in pixels, and camera to rectified camera 0 [4, 4]."""
-        key = f"P_rect_{EYES[eye][-2:]}"
-        line = _line(self._lines, key, self.calibration)
-        projection = reading.read_projection(self.calibration, key, line)
+        projection = self.lines.projection(f"P_rect_{EYES[eye][-2:]}")
         intrinsics = projection[:, :3]
         camera_to_cam0 = np.eye(4)
         camera_to_cam0[:3, 3] = -np.linalg.solve(intrinsics, projection[:, 3])
@@ -268,28 +252,16 @@ class Drive:
         baseline = right_to_cam0[0, 3] - left_to_cam0[0, 3]
         if baseline <= 0 or not np.allclose(left, right):
             raise InputError(
-                f"{self.calibration}: P_rect_03 is not P_rect_02 moved to the right; restore it"
+                f"{self.lines.path}: P_rect_03 is not P_rect_02 moved to the right; restore it"
             )
         return float(baseline)
-
-    def check_size(self, eye: str, size: tuple[int, ...]) -> None:
-        """Refuse images of another size [h, w] than the calibration is for."""
-        line = self._lines.get(f"S_rect_{EYES[eye][-2:]}")
-        made_for = None if line is None else tuple(line[::-1].astype(int).tolist())
-        reading.check_camera(self.calibration, self.camera(eye)[0], size, made_for)
 
     def poses(self, numbers: list[int]) -> np.ndarray:
         """Rectified camera 0 to a world, [frames, 4, 4]."""
         if self.pose_file is None:
             imu_to_world = oxts_poses(self._oxts(numbers))
             return imu_to_world @ np.linalg.inv(self.imu_to_cam0)
-        table = reading.read_table(self.pose_file, 12)
-        if len(table) <= numbers[-1]:
-            raise InputError(
-                f"{self.pose_file}: {counted(len(table), 'line')}, but {self.name} goes on to "
-                f"frame {numbers[-1]:010d}; restore the file or choose fewer frames"
-            )
-        poses = reading.rigid(table, self.pose_file)[numbers]
+        poses = reading.read_poses(self.pose_file, numbers, self.name, DIGITS)
         if "cam2" in self.pose_file.name:
             poses = poses @ np.linalg.inv(self.camera("l")[1])
         return poses
@@ -308,16 +280,10 @@ class Drive:
         return np.array([self._rows[number] for number in numbers])
 
 
-def _line(lines: dict[str, np.ndarray], key: str, path: Path) -> np.ndarray:
-    if key not in lines:
-        raise InputError(f"{path}: line {key} is missing; restore it")
-    return lines[key]
-
-
 def _mounting(path: Path) -> np.ndarray:
     """[4, 4] from the lines R and T of a calibration file."""
     lines = reading.read_calibration(path, {"R": 9, "T": 3})
-    parts = _line(lines, "R", path).reshape(3, 3), _line(lines, "T", path)[:, None]
+    parts = lines["R"].reshape(3, 3), lines["T"][:, None]
     return reading.rigid(np.concatenate(parts, 1).reshape(1, 12), path, "lines R and T")[0]
 
 
@@ -332,34 +298,37 @@ def oxts_poses(rows: np.ndarray) -> np.ndarray:
     x = scale * np.deg2rad(longitude)
     y = scale * np.log(np.tan(np.deg2rad(90 + latitude) / 2))
     poses = np.tile(np.eye(4), (len(rows), 1, 1))
-    poses[:, :3, :3] = _turn(2, yaw) @ _turn(1, pitch) @ _turn(0, roll)
+    poses[:, :3, :3] = rotation(roll, pitch, yaw)
     poses[:, :3, 3] = np.stack([x, y, altitude], 1)
     poses[:, :3, 3] -= poses[0, :3, 3].copy()
     return poses
 
 
-def _turn(axis: int, angle: np.ndarray) -> np.ndarray:
-    """Rotations [n, 3, 3] about an axis, radians."""
-    i, j = (axis + 1) % 3, (axis + 2) % 3
-    matrices = np.tile(np.eye(3), (len(angle), 1, 1))
-    matrices[:, i, i] = matrices[:, j, j] = np.cos(angle)
-    matrices[:, j, i] = np.sin(angle)
-    matrices[:, i, j] = -np.sin(angle)
-    return matrices
+def rotation(roll, pitch, yaw) -> np.ndarray:
+    """[..., 3, 3] from angles [...] in radians: Rz(yaw) Ry(pitch) Rx(roll)."""
+    turns = []
+    for axis, angle in enumerate((roll, pitch, yaw)):
+        i, j = (axis + 1) % 3, (axis + 2) % 3
+        turn = np.zeros((*np.shape(angle), 3, 3))
+        turn[..., axis, axis] = 1
+        turn[..., i, i] = turn[..., j, j] = np.cos(angle)
+        turn[..., j, i], turn[..., i, j] = np.sin(angle), -np.sin(angle)
+        turns.append(turn)
+    x, y, z = turns
+    return z @ y @ x
 
 
-class KittiRawSequence(Sequence):
-    """One eye of a drive, `l` or `r`.
+class KittiRawSequence(Eye):
+    """One eye of a drive, `l` or `r`."""
 
-    `numbers` are the frames' numbers on disk. Raises InputError on whatever is malformed.
-    """
+    digits = DIGITS
 
     def __init__(
         self, drive: Drive, eye: str, numbers: list[int], labels: PseudoLabels | None = None
     ):
-        self.drive, self.eye, self.numbers, self._labels = drive, eye, numbers, labels
-        self.name = f"{drive.name}/{eye}"
-        self.frames = len(numbers)
+        self.drive, self.folder = drive, drive.images(eye)
+        super().__init__(f"{drive.name}/{eye}", tuple(EYES), eye, numbers, labels)
+        self.other = "r" if eye == "l" else "l"
         self.intrinsics, camera_to_cam0 = drive.camera(eye)
         cam0_to_world = drive.poses(numbers)
         self._poses = cam0_to_world @ camera_to_cam0
@@ -369,19 +338,19 @@ class KittiRawSequence(Sequence):
         self.positions = self._poses[:, :3, 3]
         self.path = reading.path_length(self.positions)
         self._truth = _depth_folder(drive.root, drive.name, EYES[eye])
-        self._size = reading.read_image(self._image_path(eye, 0)).shape
-        drive.check_size(eye, self._size)
+        made_for = drive.lines.get(f"S_rect_{EYES[eye][-2:]}")
+        made_for = None if made_for is None else tuple(made_for[::-1].astype(int).tolist())
+        reading.check_camera(drive.lines.path, self.intrinsics, self._size, made_for)
         self.missing = [*drive.missing, *self._survey()]
 
     def _survey(self) -> list[str]:
         """What is not there, and what its absence costs."""
-        missing = []
-        other = OTHER[self.eye]
-        alone = set(self.numbers) - set(self.drive.numbers[other])
+        missing, other = [], EYES[self.other]
+        alone = set(self.numbers) - set(self.drive.numbers[self.other])
         if len(alone) == self.frames:
-            missing.append(f"no {EYES[other]}: no stereo source, no stereo depth")
+            missing.append(f"no {other}: no stereo source, no stereo depth")
         elif alone:
-            missing.append(f"{EYES[other]} lacks {counted(len(alone), 'frame')}: no stereo there")
+            missing.append(f"{other} lacks {counted(len(alone), 'frame')}: no stereo there")
         if not any(self.judged(frame) for frame in range(self.frames)):
             missing.append("no velodyne_points nor data_depth_annotated: depth is not judged by it")
         elif self._truth is None:
@@ -392,79 +361,41 @@ class KittiRawSequence(Sequence):
     def judged(self, frame: int) -> bool:
         """Whether there is a scan or improved ground truth of a frame."""
         truth = self._truth and (self._truth / f"{self.frame_id(frame)}.png").exists()
-        return bool(truth) or self._scan(frame).exists()
-
-    def frame_id(self, frame: int) -> str:
-        """The frame's name on disk, "0000000040"."""
-        return f"{self.numbers[frame]:0{DIGITS}d}"
+        return bool(truth) or self.scan_path(frame).exists()
 
     def files(self, frame: int) -> list[Path]:
-        images = [self._image_path(eye, frame) for eye in EYES]
         truth = [] if self._truth is None else [self._truth / f"{self.frame_id(frame)}.png"]
-        own = self._image_path(self.eye, frame)
-        labels = [] if self._labels is None else [self._labels.file(own)]
-        return [*self.drive.files(self.numbers[frame]), *images, self._scan(frame), *truth, *labels]
-
-    def cameras(self, frame: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.intrinsics[None].copy(), self._poses[frame][None]
-
-    def volume_to_world(self, frame: int) -> np.ndarray:
-        return self._volume_to_world[frame]
-
-    def image(self, frame: int, camera: int) -> np.ndarray:
-        return self._image(self.eye, frame)
+        return [*super().files(frame), *self.drive.files(self.numbers[frame]), *truth]
 
     def has_other_eye(self, frame: int) -> bool:
-        return self._image_path(OTHER[self.eye], frame).exists()
+        return self.image_path(self.other, frame).exists()
 
     def other_eye(self, frame: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        other = OTHER[self.eye]
         self.drive.baseline()
-        intrinsics, other_to_cam0 = self.drive.camera(other)
+        intrinsics, other_to_cam0 = self.drive.camera(self.other)
         cam0_to_here = np.linalg.inv(self.drive.camera(self.eye)[1])
         pose = self._poses[frame] @ cam0_to_here @ other_to_cam0
-        return intrinsics[None].copy(), pose[None], self._image(other, frame)[None]
+        return intrinsics[None].copy(), pose[None], self._image(self.other, frame)[None]
 
     def depth(self, frame: int) -> np.ndarray | None:
         """The improved ground truth."""
-        if self._truth is None:
-            return None
-        path = self._truth / f"{self.frame_id(frame)}.png"
-        if not path.exists():
+        path = self._truth and self._truth / f"{self.frame_id(frame)}.png"
+        if path is None or not path.exists():
             return None
         depth = reading.read_depth(path)
-        reading.check_size(path, depth, self._size, f"{self.name}'s image")
+        self.check_size(path, depth)
         return depth[None]
 
-    def semantics(self, frame: int) -> np.ndarray | None:
-        """Pseudo labels; None without --labels."""
-        if self._labels is None:
-            return None
-        return self._labels.read([self._image_path(self.eye, frame)], self._size[:2])
+    def baseline(self) -> float:
+        return self.drive.baseline()
 
-    def lidar(self, frame: int) -> np.ndarray | None:
-        return reading.read_scan(self._scan(frame))
-
-    def stereo_pair(self, frame: int) -> tuple[np.ndarray, np.ndarray, float, float] | None:
-        """None for the right eye, and where the right image is not on disk."""
-        if self.eye == "r" or not self._image_path("r", frame).exists():
-            return None
-        left, right = (self._image(eye, frame) for eye in EYES)
-        return left, right, float(self.intrinsics[0, 0]), self.drive.baseline()
-
-    def _scan(self, frame: int) -> Path:
-        return self.drive.folder / "velodyne_points" / "data" / f"{self.frame_id(frame)}.bin"
-
-    def _image_path(self, eye: str, frame: int) -> Path:
-        stem = self.drive.folder / EYES[eye] / "data" / self.frame_id(frame)
+    def image_path(self, eye: str, frame: int) -> Path:
+        stem = self.drive.images(eye) / self.frame_id(frame)
         jpeg = stem.with_suffix(".jpg")
         return jpeg if jpeg.exists() else stem.with_suffix(".png")
 
-    def _image(self, eye: str, frame: int) -> np.ndarray:
-        path = self._image_path(eye, frame)
-        image = reading.read_image(path)
-        reading.check_size(path, image, self._size, self._image_path(self.eye, 0).name)
-        return image
+    def scan_path(self, frame: int) -> Path:
+        return self.drive.folder / "velodyne_points" / "data" / f"{self.frame_id(frame)}.bin"
 
 
 def _depth_folder(root: Path, drive: str, camera: str) -> Path | None:

@@ -11,7 +11,6 @@ there, with the nearest in time of every other camera. Only key frames are input
 """
 
 import functools
-from collections import defaultdict
 from collections.abc import Iterable
 from itertools import zip_longest
 from pathlib import Path
@@ -21,18 +20,8 @@ import numpy as np
 from selfocc import InputError
 from selfocc.batch import Sequence
 from selfocc.datasets import reading
-from selfocc.datasets.nuscenes_tables import (
-    CHANNELS,
-    LIDAR,
-    NAMES,
-    TWICE,
-    open_index,
-    rigid,
-    table,
-    unit,
-    whole,
-)
-from selfocc.datasets.nuscenes_voxels import Occ3D, OpenOccupancy
+from selfocc.datasets.nuscenes_tables import CHANNELS, LIDAR, NAMES, TWICE, Tables, rigid
+from selfocc.datasets.nuscenes_voxels import Occ3D, OpenOccupancy, names_in
 from selfocc.labels import PseudoLabels
 
 CAMERAS = CHANNELS[:LIDAR]
@@ -74,9 +63,8 @@ def nuscenes_sequences(
     InputError.
     """
     folder = root / version
-    index = open_index(folder)
-    tables = _Tables(folder)
-    names = [name for _, name in tables.scenes]
+    tables = Tables(folder)
+    index, names = tables.index(), tables.scenes
     if chosen:
         ranges = dict(reading.parse_range(part, "scene-0061") for part in chosen.split(","))
         unknown = set(ranges) - set(names)
@@ -86,13 +74,15 @@ def nuscenes_sequences(
         val = official_val(version)
         ranges = {name: None for name in names if (name in val) == (split == "val")}
     bounds = np.searchsorted(index["scene"], np.arange(len(names) + 1))
-    present = _Present(root)
+    listed = functools.cache(lambda folder: names_in(root / folder))
     sequences = []
-    for place, (token, name) in enumerate(tables.scenes):
+    for token, place in tables.places["scene"].items():
+        name = names[place]
         if name not in ranges:
             continue
         rows = np.array(index[bounds[place] : bounds[place + 1]])
-        there = np.array([present(file.decode()) for file in rows["file"]], bool)
+        files = (file.decode().rpartition("/") for file in rows["file"])
+        there = np.array([file in listed(folder) for folder, _, file in files], bool)
         for table_name, repeated in zip(("sample_data", "ego_pose"), rows["twice"].T, strict=True):
             where = [f"{name} {row['token'].decode()}" for row in rows[repeated]]
             tables.notes[TWICE.format(table_name)] += where
@@ -126,69 +116,7 @@ def nuscenes_sequences(
     return sequences
 
 
-class _Tables:
-    """The small tables, by place, and what is amiss in any.
-
-    scenes: token and name; samples [S] their tokens, times [S] in microseconds; to_ego [M, 4, 4]
-    and intrinsics [M, 3, 3] (zero for LiDAR) of sensors on the vehicle, mounts [M] their tokens.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder, self.notes = folder, defaultdict(list)
-        self.check_camera = functools.cache(self._check_camera)  # scenes share cameras
-        table(folder, "sensor", notes=self.notes)
-        self.scenes = table(folder, "scene", "name", notes=self.notes)
-        rows = table(folder, "sample", "timestamp", notes=self.notes)
-        self.samples = np.array([row[0] for row in rows])
-        try:
-            self.times = np.array([whole(row[1]) for row in rows], np.int64)
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{folder}/sample.json: timestamp: {error}; copy it again") from None
-        columns = ("rotation", "translation", "camera_intrinsic")
-        rows = table(folder, "calibrated_sensor", *columns, notes=self.notes)
-        self.mounts = [row[0] for row in rows]
-        self.intrinsics = np.zeros((len(rows), 3, 3))
-        path = folder / "calibrated_sensor.json"
-        try:
-            rotation = np.array([row[1] for row in rows], np.float64).reshape(-1, 4)
-            self.to_ego = rigid(rotation, np.array([row[2] for row in rows]).reshape(-1, 3))
-            for place, row in enumerate(rows):
-                if row[3]:
-                    self.intrinsics[place] = np.array(row[3], np.float64).reshape(3, 3)
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{path}: {error}; copy the table again") from None
-        if not (np.isfinite(self.to_ego).all() and np.isfinite(self.intrinsics).all()):
-            raise InputError(f"{path}: not all numbers are finite; copy the table again")
-        bad = np.flatnonzero(~unit(rotation))
-        if len(bad):
-            token = self.mounts[bad[0]]
-            raise InputError(f"{path}: rotation of {token} is none; copy the table again")
-
-    def _check_camera(self, mount: int, height: int, width: int) -> None:
-        """Refuse intrinsics that are none, or not of images of this size."""
-        k, where = self.intrinsics[mount], f"{self.folder}/calibrated_sensor.json"
-        if min(k[0, 0], k[1, 1]) <= 0 or k[1, 0] or (k[2] != (0, 0, 1)).any():
-            raise InputError(
-                f"{where}: camera_intrinsic of {self.mounts[mount]} is none; copy the table again"
-            )
-        reading.check_camera(where, k, (height, width))
-
-
-class _Present:
-    """Whether a file is on disk, by listing every folder once."""
-
-    def __init__(self, root: Path):
-        self.root, self.folders = root, {}
-
-    def __call__(self, file: str) -> bool:
-        folder, _, name = file.rpartition("/")
-        if folder not in self.folders:
-            path = self.root / folder
-            self.folders[folder] = {p.name for p in path.iterdir()} if path.is_dir() else set()
-        return name in self.folders[folder]
-
-
-def _key_rows(rows: np.ndarray, channel: int, tables: _Tables, name: str) -> dict[int, int]:
+def _key_rows(rows: np.ndarray, channel: int, tables: Tables, name: str) -> dict[int, int]:
     """The row of every sample's key frame of a sensor; of two, that nearer to the sample's time."""
     keys = np.flatnonzero((rows["channel"] == channel) & rows["key"])
     samples = rows["sample"][keys]
@@ -207,7 +135,7 @@ def _key_rows(rows: np.ndarray, channel: int, tables: _Tables, name: str) -> dic
     return found
 
 
-def _synchronised(rows: np.ndarray, tables: _Tables, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _synchronised(rows: np.ndarray, tables: Tables, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the six cameras in every frame [frames, 6], in time, and which are key frames.
 
     rows: those of a scene. Key frames are paired by their sample, and sweeps between two by their
@@ -256,7 +184,7 @@ class NuScenesSequence(Sequence):
         self, root, name, token, rows, views, is_key, tables, keys, volume_frame, labels, voxels
     ):
         self.root, self.name, self._labels = root, name, labels
-        self._tables = [tables.folder / f"{table}.json" for table in NAMES]
+        self._tables = [tables.path(table) for table in NAMES]
         self.missing: list[str] = []
         number = np.cumsum(is_key) - 1  # key frame at or before each frame
         if keys is not None:
@@ -364,7 +292,7 @@ class NuScenesSequence(Sequence):
             return None
         sizes = self._views["size"][frame].tolist()
         return [
-            self._labels.read([self._path(frame, camera)], tuple(size))[0]
+            self._labels.read(self._path(frame, camera), tuple(size))
             for camera, size in enumerate(sizes)
         ]
 

@@ -6,75 +6,60 @@ and made again when a table changes.
 """
 
 import contextlib
+import functools
 import json
-import os
 import re
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # Windows: what two processes make at once is made twice
-    fcntl = None
 
 import numpy as np
 from tqdm import tqdm
 
 from selfocc import InputError
-from selfocc.datasets import cache
+from selfocc.datasets import cache, reading
+from selfocc.files import fcntl
 
 CHANNELS = (
     "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT",
     "LIDAR_TOP",
 )  # fmt: skip
 LIDAR = CHANNELS.index("LIDAR_TOP")
-FORMAT = 3  # of the index; part of its name
+FORMAT = 4  # of the index; part of its name
 CHUNK = 1 << 22  # characters read at a time
 LONGEST = 1 << 20  # characters of a row; what is longer is damage
+BETWEEN = re.compile(r"[\s,]*")  # the rows of a table
 NAMES = ("sensor", "calibrated_sensor", "scene", "sample", "sample_data", "ego_pose")
 # is_key_frame as tools write it; 1 and 0 are equal to True and False
 KEY = {True: True, False: False, "true": True, "false": False, "True": True, "False": False,
        "1": True, "0": False}  # fmt: skip
 STEPS = 2_000, 20_000_000  # microseconds between the images of a camera that can be believed
-
-Notes = dict[str, list[str]]  # what was found amiss, and where
 TWICE = "rows twice in {}.json, used once"
 
 
 def stream(path: Path, progress: bool = False) -> Iterator[dict]:
     """The rows of a table, a JSON list of objects, without holding it. Raises InputError."""
-    decode, text, at, rows = json.JSONDecoder().raw_decode, "", 0, 0
+    decode, rows = json.JSONDecoder().raw_decode, 0
     try:
         size = path.stat().st_size
-        with (
-            path.open(encoding="utf-8") as file,
-            tqdm(
-                total=size, desc=path.name, unit="B", unit_scale=True, disable=not progress
-            ) as bar,
-        ):
+        bar = tqdm(total=size, desc=path.name, unit="B", unit_scale=True, disable=not progress)
+        with path.open(encoding="utf-8") as file, bar:
+            text = file.read(1).strip("[")  # what follows are rows, commas, and a last ]
             while True:
-                more = file.read(CHUNK)
+                more, at = file.read(CHUNK), 0
                 bar.update(len(more))
-                text, at = text[at:] + more, 0
-                if not rows and text[:1] == "[":
-                    at = 1
-                while True:
-                    while text[at : at + 1] in (",", " ", "\n", "\r", "\t"):
-                        at += 1
-                    if text[at : at + 1] == "]":
-                        return
-                    if text[at : at + 1] != "{":
-                        break
+                text += more
+                while (at := BETWEEN.match(text, at).end()) < len(text) and text[at] == "{":
                     try:
                         row, at = decode(text, at)
                     except json.JSONDecodeError:
                         break  # goes on in the next chunk, or nowhere
                     rows += 1
                     yield row
-                rest = text[at : at + 1]
-                if not more or (rest and rest != "{") or len(text) - at > CHUNK + LONGEST:
+                text = text[at:]
+                if text[:1] == "]":
+                    return
+                if not more or text[:1] not in ("", "{") or len(text) > CHUNK + LONGEST:
                     raise InputError(
                         f"{path}: broken off or damaged after {rows} rows; copy it again"
                     )
@@ -84,25 +69,6 @@ def stream(path: Path, progress: bool = False) -> Iterator[dict]:
         ) from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: not a text file; copy it again") from None
-
-
-def table(folder: Path, name: str, *columns: str, notes: Notes | None = None) -> list[list]:
-    """The token and these columns of a small table, a list for each token.
-
-    A row that is there twice is used once, which is noted. Raises InputError where a row lacks a
-    column or contradicts another of its token.
-    """
-    path, rows = folder / f"{name}.json", {}
-    notes = defaultdict(list) if notes is None else notes
-    for row in stream(path):
-        cells = _cells(row, ("token", *columns), path)
-        if not isinstance(cells[0], str):
-            raise _malformed(path, row)
-        if rows.setdefault(cells[0], cells) is not cells:
-            if rows[cells[0]] != cells:
-                raise _contradiction(path, cells[0])
-            notes[TWICE.format(name)].append(cells[0])
-    return list(rows.values())
 
 
 def _cells(row: dict, columns: tuple[str, ...], path: Path) -> list:
@@ -146,142 +112,217 @@ def rigid(rotation, translation) -> np.ndarray:
     return matrix
 
 
-def open_index(folder: Path) -> np.ndarray:
-    """The index of the tables in `folder` (.../v1.0-trainval), a read-only memory map.
+def unit(rotation: np.ndarray) -> np.ndarray:
+    """Whether quaternions [..., 4] have length 1, as rotations do."""
+    return np.abs(np.linalg.norm(rotation, axis=-1) - 1) < 1e-3
 
-    Fields: scene, sample and mount (places in scene.json, sample.json and calibrated_sensor.json),
-    channel (place in CHANNELS), key, time (microseconds), rotation (w, x, y, z) and translation
-    of the ego pose, size (height, width), token (of the sample_data), file, and twice: whether
-    sample_data.json and ego_pose.json have the row more than once. Raises InputError for damaged
-    tables and for rows of one token that contradict each other.
+
+class Tables:
+    """The tables in a folder (.../v1.0-trainval). Raises InputError for damaged tables, and for
+    rows of one token that contradict each other.
+
+    places: of the rows of each small table, by their tokens. scenes: names; samples [S]: tokens,
+    times [S] in microseconds; mounts: tokens of the sensors on the vehicle, to_ego [M, 4, 4] and
+    intrinsics [M, 3, 3] (zero for LiDAR). notes: what is amiss, and where.
     """
-    try:
-        stats = [(folder / f"{name}.json").stat() for name in NAMES]
-    except OSError as error:
-        raise InputError(
-            f"{error.filename}: {error.strerror}; --data names the folder that holds "
-            f"{folder.name}, samples and sweeps"
-        ) from None
-    key = cache.key(FORMAT, str(folder.resolve()), [(s.st_size, s.st_mtime_ns) for s in stats])
-    path = cache.folder() / f"nuscenes-{key}.npy"
-    index = _load(path)
-    if index is None:
-        cache.check_writable(path.parent)
+
+    def __init__(self, folder: Path):
+        self.folder, self.notes, self.places = folder, defaultdict(list), {}
+        self.check_camera = functools.cache(self._check_camera)  # scenes share cameras
         try:
-            with path.with_suffix(".lock").open("w") as lock:
-                with contextlib.suppress(OSError, AttributeError):  # some systems have no locks
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-                index = _load(path)  # another process may have made it meanwhile
-                if index is None:
-                    _store(path, make_index(folder))
-                    index = _load(path)
+            stats = [self.path(name).stat() for name in NAMES]
         except OSError as error:
             raise InputError(
-                f"{path.parent}: cannot keep the index of nuScenes ({error.strerror}); free some "
-                "space or set SELFOCC_CACHE to another folder"
+                f"{error.filename}: {error.strerror}; --data names the folder that holds "
+                f"{folder.name}, samples and sweeps"
             ) from None
-    return index
-
-
-def _load(path: Path) -> np.ndarray | None:
-    try:
-        return np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError):
-        return None
-
-
-def _store(path: Path, index: np.ndarray) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.save(file, index)
-        os.replace(temporary, path)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def make_index(folder: Path) -> np.ndarray:
-    """See `open_index`."""
-    channel_of = dict(table(folder, "sensor", "channel"))
-    mounts = {}
-    for place, (token, sensor) in enumerate(table(folder, "calibrated_sensor", "sensor_token")):
-        if sensor not in channel_of:
-            raise _dangling(folder, "calibrated_sensor", token, "sensor", sensor)
-        name = channel_of[sensor]
-        mounts[token] = place, CHANNELS.index(name) if name in CHANNELS else None
-    scenes = {row[0]: place for place, row in enumerate(table(folder, "scene"))}
-    samples = {}
-    for place, (token, scene) in enumerate(table(folder, "sample", "scene_token")):
-        if scene not in scenes:
-            raise _dangling(folder, "sample", token, "scene", scene)
-        samples[token] = place, scenes[scene]
-
-    numbers, files, tokens, pose_of, pose_tokens = [], [], [], [], {}
-    columns = (
-        "token", "sample_token", "calibrated_sensor_token", "ego_pose_token", "is_key_frame",
-        "timestamp", "height", "width", "filename",
-    )  # fmt: skip
-    path = folder / "sample_data.json"
-    for row in stream(path, progress=True):
-        token, sample, mount, pose, key, time, height, width, file = _cells(row, columns, path)
+        self._changed = [(s.st_size, s.st_mtime_ns) for s in stats]
+        (sensors,) = self._read("sensor", "channel")
+        (self.scenes,) = self._read("scene", "name")
+        scenes, times = self._read("sample", "scene_token", "timestamp")
+        self.samples = np.array(list(self.places["sample"]))
+        self._scene_of = self._referred("sample", "scene", scenes)
         try:
-            if mount not in mounts:
-                raise _dangling(folder, "sample_data", token, "calibrated_sensor", mount)
-            place, channel = mounts[mount]
-            key = KEY[key]
-            if channel is None or (channel == LIDAR and not key):
-                continue
-            if sample not in samples:
-                raise _dangling(folder, "sample_data", token, "sample", sample)
-            time, height, width = whole(time), whole(height or 0), whole(width or 0)
-            numbers.append(
-                (samples[sample][1], channel, time, samples[sample][0], place, key, height, width)
+            self.times = np.array([whole(time) for time in times], np.int64)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{self.path('sample')}: timestamp: {error}; copy it again") from None
+        mounted, *numbers = self._read(
+            "calibrated_sensor", "sensor_token", "rotation", "translation", "camera_intrinsic"
+        )
+        self.mounts = list(self.places["calibrated_sensor"])
+        names = [sensors[k] for k in self._referred("calibrated_sensor", "sensor", mounted)]
+        self._channels = [CHANNELS.index(name) if name in CHANNELS else None for name in names]
+        self._place_sensors(*numbers)
+
+    def path(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
+    def _read(self, name: str, *columns: str) -> list[list]:
+        """These columns of a small table; a row that is there twice is used once, and noted."""
+        path, rows = self.path(name), {}
+        for row in stream(path):
+            token, *cells = _cells(row, ("token", *columns), path)
+            if not isinstance(token, str):
+                raise self._malformed(name, row)
+            if rows.setdefault(token, cells) is not cells:
+                if rows[token] != cells:
+                    raise self._contradiction(name, token)
+                self.notes[TWICE.format(name)].append(token)
+        self.places[name] = {token: place for place, token in enumerate(rows)}
+        return [[cells[k] for cells in rows.values()] for k in range(len(columns))]
+
+    def _referred(self, name: str, other: str, tokens: list[str]) -> list[int]:
+        """The places in the table `other` of what each row of a table refers to."""
+        rows = zip(self.places[name], tokens, strict=True)
+        return [self._refer(name, token, other, to) for token, to in rows]
+
+    def _refer(self, name: str, token: str, other: str, to: str) -> int:
+        if to not in self.places[other]:
+            raise self._dangling(name, token, other, to)
+        return self.places[other][to]
+
+    def _dangling(self, name: str, token: str, other: str, lost: str) -> InputError:
+        return InputError(
+            f"{self.path(name)}: row {token} refers to {other} {lost}, which {other}.json does not "
+            "have; all tables must be of one version"
+        )
+
+    def _contradiction(self, name: str, token: str) -> InputError:
+        return InputError(
+            f"{self.path(name)}: the rows of token {token} contradict each other; copy the table "
+            "again"
+        )
+
+    def _malformed(self, name: str, row: dict) -> InputError:
+        token = row.get("token", "?")
+        return InputError(f"{self.path(name)}: row {token} is malformed; copy the table again")
+
+    def _place_sensors(self, rotations: list, translations: list, intrinsics: list) -> None:
+        path = self.path("calibrated_sensor")
+        self.intrinsics = np.zeros((len(intrinsics), 3, 3))
+        try:
+            rotation = np.array(rotations, np.float64).reshape(-1, 4)
+            self.to_ego = rigid(rotation, np.array(translations).reshape(-1, 3))
+            for place, numbers in enumerate(intrinsics):
+                if numbers:
+                    self.intrinsics[place] = np.array(numbers, np.float64).reshape(3, 3)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path}: {error}; copy the table again") from None
+        if not (np.isfinite(self.to_ego).all() and np.isfinite(self.intrinsics).all()):
+            raise InputError(f"{path}: not all numbers are finite; copy the table again")
+        bad = np.flatnonzero(~unit(rotation))
+        if len(bad):
+            token = self.mounts[bad[0]]
+            raise InputError(f"{path}: rotation of {token} is none; copy the table again")
+
+    def _check_camera(self, mount: int, height: int, width: int) -> None:
+        """Refuse intrinsics that are none, or not of images of this size."""
+        k, where = self.intrinsics[mount], self.path("calibrated_sensor")
+        if min(k[0, 0], k[1, 1]) <= 0 or k[1, 0] or (k[2] != (0, 0, 1)).any():
+            raise InputError(
+                f"{where}: camera_intrinsic of {self.mounts[mount]} is none; copy the table again"
             )
-            files.append(_below(file).encode())
-            tokens.append(token.encode())
-            pose_of.append(pose_tokens.setdefault(pose, len(pose_tokens)))
-        except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
-            raise _malformed(path, row) from None
-    poses, repeated_pose = _read_poses(folder, pose_tokens)
+        reading.check_camera(where, k, (height, width))
 
-    numbers = np.array(numbers, np.int64).reshape(-1, 8)
-    files, tokens = (np.array(a, dtype=np.bytes_ if a else "S1") for a in (files, tokens))
-    pose_of = np.array(pose_of, np.int64)
-    kept, repeated = _once(path, tokens, numbers, pose_of, files)
-    dtype = np.dtype([
-        ("scene", "<i4"), ("sample", "<i4"), ("mount", "<i4"), ("channel", "i1"), ("key", "?"),
-        ("time", "<i8"), ("rotation", "<f8", 4), ("translation", "<f8", 3), ("size", "<i4", 2),
-        ("token", tokens.dtype), ("file", files.dtype), ("twice", "?", 2),
-    ])  # fmt: skip
-    order = kept[np.lexsort((numbers[kept, 2], numbers[kept, 1], numbers[kept, 0]))]
-    numbers, pose_of = numbers[order], pose_of[order]
-    index = np.empty(len(order), dtype)
-    for column, field in enumerate(("scene", "channel", "time", "sample", "mount", "key")):
-        index[field] = numbers[:, column]
-    index["size"], index["token"], index["file"] = numbers[:, 6:], tokens[order], files[order]
-    index["rotation"], index["translation"] = poses[pose_of, :4], poses[pose_of, 4:]
-    index["twice"][:, 0], index["twice"][:, 1] = repeated[order], repeated_pose[pose_of]
-    _check_times(path, index)
-    return index
+    def index(self) -> np.ndarray:
+        """A row for every camera image and every LiDAR scan of a key frame, a read-only memory map.
 
+        Fields: scene, sample and mount (places in scene.json, sample.json and
+        calibrated_sensor.json), channel (place in CHANNELS), key, time (microseconds), size
+        (height, width), token (of the sample_data), file, rotation (w, x, y, z) and translation of
+        the ego pose, pose (its place among those that are used), and twice: whether
+        sample_data.json and ego_pose.json have the row more than once.
+        """
+        key = cache.key(FORMAT, str(self.folder.resolve()), self._changed)
+        path = cache.folder() / f"nuscenes-{key}.npy"
+        index = cache.load(path)
+        if index is None:
+            cache.check_writable(path.parent)
+            with path.with_suffix(".lock").open("w") as lock:
+                # without locks, what two processes make at once is made twice
+                with contextlib.suppress(OSError, AttributeError):
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                # another process may have made it meanwhile
+                index = cache.load_or_make(path, self._make_index, what="the index of nuScenes")
+        return index
 
-def _once(path: Path, tokens: np.ndarray, *columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Places of the first row of every token, in order, and of all rows whether there are more.
+    def _make_index(self) -> np.ndarray:
+        columns = (
+            "token", "sample_token", "calibrated_sensor_token", "ego_pose_token", "is_key_frame",
+            "timestamp", "height", "width", "filename",
+        )  # fmt: skip
+        rows, poses, path = [], {}, self.path("sample_data")
+        unknown = (0,) * 4, (0,) * 3, (False,) * 2  # until all rows are read
+        for row in stream(path, progress=True):
+            token, sample, mount, pose, key, time, height, width, file = _cells(row, columns, path)
+            try:
+                mount, key = self._refer("sample_data", token, "calibrated_sensor", mount), KEY[key]
+                channel = self._channels[mount]
+                if channel is None or (channel == LIDAR and not key):
+                    continue
+                sample = self._refer("sample_data", token, "sample", sample)
+                time, size = whole(time), (whole(height or 0), whole(width or 0))
+                texts = token.encode(), _below(file).encode()
+                pose = poses.setdefault(pose, len(poses))
+            except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
+                raise self._malformed("sample_data", row) from None
+            scene = self._scene_of[sample]
+            rows.append((scene, sample, mount, channel, key, time, size, *texts, pose, *unknown))
+        longest = [max((len(row[column]) for row in rows), default=1) for column in (7, 8)]
+        index = np.array(rows, [
+            ("scene", "<i4"), ("sample", "<i4"), ("mount", "<i4"), ("channel", "i1"), ("key", "?"),
+            ("time", "<i8"), ("size", "<i8", 2), ("token", f"S{longest[0]}"),
+            ("file", f"S{longest[1]}"), ("pose", "<i4"), ("rotation", "<f8", 4),
+            ("translation", "<f8", 3), ("twice", "?", 2),
+        ])  # fmt: skip
+        numbers, repeated = self._read_poses(poses)
+        index = self._once(index)
+        index["rotation"], index["translation"] = np.split(numbers[index["pose"]], [4], axis=1)
+        index["twice"][:, 1] = repeated[index["pose"]]
+        index = index[np.lexsort((index["time"], index["channel"], index["scene"]))]
+        _check_times(path, index)
+        return index
 
-    Raises InputError where two rows of a token differ in a column.
-    """
-    order = np.argsort(tokens, kind="stable")
-    again = np.flatnonzero(tokens[order[1:]] == tokens[order[:-1]])
-    first, second = order[again], order[again + 1]
-    for column in columns:
-        differ = column[first] != column[second]
-        differ = differ.any(1) if differ.ndim > 1 else differ
+    def _once(self, index: np.ndarray) -> np.ndarray:
+        """Without rows that are there twice, which is kept in mind."""
+        order = np.argsort(index["token"], kind="stable")
+        tokens = index["token"][order]
+        again = np.flatnonzero(tokens[1:] == tokens[:-1])
+        first, second = order[again], order[again + 1]
+        differ = index[first] != index[second]
         if differ.any():
-            raise _contradiction(path, tokens[first[differ][0]].decode())
-    kept, repeated = np.ones(len(tokens), bool), np.zeros(len(tokens), bool)
-    kept[second], repeated[first] = False, True
-    return np.flatnonzero(kept), repeated
+            raise self._contradiction("sample_data", index["token"][first[differ][0]].decode())
+        index["twice"][first, 0] = True
+        return np.delete(index, second)
+
+    def _read_poses(self, places: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Of the tokens, in the order of their places: rotation and translation [poses, 7], and
+        whether the table has them more than once."""
+        poses, count = np.zeros((len(places), 7)), np.zeros(len(places), int)
+        path = self.path("ego_pose")
+        for row in stream(path, progress=True):
+            token, rotation, translation = _cells(row, ("token", "rotation", "translation"), path)
+            place = places.get(token)
+            if place is None:
+                continue
+            try:
+                (w, x, y, z), (a, b, c) = rotation, translation
+                pose = np.array([w, x, y, z, a, b, c], np.float64)
+            except (ValueError, TypeError):
+                raise InputError(f"{path}: row {token} is no pose; copy the table again") from None
+            if count[place] and not np.array_equal(pose, poses[place], equal_nan=True):
+                raise self._contradiction("ego_pose", token)
+            poses[place] = pose
+            count[place] += 1
+        bad = ~np.isfinite(poses).all(1) | ~unit(poses[:, :4])
+        for token, place in places.items():
+            if not count[place]:
+                raise self._dangling("sample_data", "?", "ego_pose", token)
+            if bad[place]:
+                raise InputError(
+                    f"{path}: pose {token} is not finite or no rotation; copy the table again"
+                )
+        return poses, count > 1
 
 
 def _check_times(path: Path, index: np.ndarray) -> None:
@@ -294,57 +335,3 @@ def _check_times(path: Path, index: np.ndarray) -> None:
             f"{path}: images of a camera are {np.median(steps):g} microseconds apart; timestamp "
             "must count microseconds"
         )
-
-
-def _read_poses(folder: Path, places: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Of the tokens, in the order of their places: rotation and translation [poses, 7], and
-    whether the table has them more than once."""
-    poses = np.full((len(places), 7), np.nan)
-    found, repeated = np.zeros(len(places), bool), np.zeros(len(places), bool)
-    path = folder / "ego_pose.json"
-    for row in stream(path, progress=True):
-        token, rotation, translation = _cells(row, ("token", "rotation", "translation"), path)
-        place = places.get(token)
-        if place is None:
-            continue
-        before = poses[place].copy() if found[place] else None
-        try:
-            (w, x, y, z), (a, b, c) = rotation, translation
-            poses[place] = w, x, y, z, a, b, c
-        except (ValueError, TypeError):
-            raise InputError(f"{path}: row {token} is no pose; copy the table again") from None
-        if before is not None:
-            repeated[place] = True
-            if not np.array_equal(before, poses[place], equal_nan=True):
-                raise _contradiction(path, token)
-        found[place] = True
-    if not found.all():
-        lost = next(token for token, place in places.items() if not found[place])
-        raise _dangling(folder, "sample_data", "?", "ego_pose", lost)
-    bad = ~np.isfinite(poses).all(1) | ~unit(poses[:, :4])
-    if bad.any():
-        token = next(token for token, place in places.items() if bad[place])
-        raise InputError(f"{path}: pose {token} is not finite or no rotation; copy the table again")
-    return poses, repeated
-
-
-def unit(rotation: np.ndarray) -> np.ndarray:
-    """Whether quaternions [..., 4] have length 1, as rotations do."""
-    return np.abs(np.linalg.norm(rotation, axis=-1) - 1) < 1e-3
-
-
-def _contradiction(path: Path, token: str) -> InputError:
-    return InputError(
-        f"{path}: the rows of token {token} contradict each other; copy the table again"
-    )
-
-
-def _malformed(path: Path, row: dict) -> InputError:
-    return InputError(f"{path}: row {row.get('token', '?')} is malformed; copy the table again")
-
-
-def _dangling(folder: Path, name: str, token: str, other: str, lost: str) -> InputError:
-    return InputError(
-        f"{folder / name}.json: row {token} refers to {other} {lost}, which {other}.json does not "
-        "have; all tables must be of one version"
-    )

@@ -25,7 +25,7 @@ class Occ3D:
     def __init__(self, root: Path, scene: str, tokens: dict[int, str]):
         """scene: its name; tokens: those of the samples, by frame."""
         folder = root / "gts" / scene
-        there = _names(folder)
+        there = names_in(folder)
         self.files = {f: folder / t / "labels.npz" for f, t in tokens.items() if t in there}
 
     def labels(self, frame: int) -> np.ndarray:
@@ -64,7 +64,7 @@ class OpenOccupancy:
     def __init__(self, root: Path, scene: str, tokens: dict[int, str]):
         """scene: its token; tokens: those of the sample_data of LIDAR_TOP, by frame."""
         folder = root / "nuScenes-Occupancy" / f"scene_{scene}" / "occupancy"
-        files, there = {f: folder / f"{t}.npy" for f, t in tokens.items()}, _names(folder)
+        files, there = {f: folder / f"{t}.npy" for f, t in tokens.items()}, names_in(folder)
         self.files = {frame: file for frame, file in files.items() if file.name in there}
 
     def labels(self, frame: int) -> np.ndarray:
@@ -94,5 +94,6 @@ class OpenOccupancy:
         """All voxels are scored."""
 
 
-def _names(folder: Path) -> set[str]:
+def names_in(folder: Path) -> set[str]:
+    """The names in a folder that may be absent."""
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()

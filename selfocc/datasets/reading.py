@@ -4,15 +4,15 @@ Everything here raises InputError, in one line that names the file and says what
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
-from PIL import Image  # pillow comes with imageio
 
 from selfocc import InputError, counted
+from selfocc.files import as_named
 
 # [h, w] of the rectified images of each date by their focal length and principal point; odometry is
 # cut from them: 03 is of 2011_09_26, 04 to 12 of 2011_09_30, the others of 2011_10_03
@@ -44,10 +44,26 @@ def path_length(positions: np.ndarray) -> np.ndarray:
     return np.concatenate([[0.0], np.cumsum(steps)])
 
 
-def numbered(folder: Path, suffix: str, digits: int = 6) -> list[int]:
+def around(root: Path, holds: str) -> Iterator[Path]:
+    """A data folder and the two above it, as they are named and as their links lead."""
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; name the one that holds KITTI's {holds}")
+    for place in (as_named(root), root.resolve()):
+        yield from (place, *list(place.parents)[:2])
+
+
+def numbered(folder: Path, *suffixes: str, digits: int = 6) -> list[int]:
     """Sorted numbers of the files 000000<suffix>, ... in a folder that may be absent."""
-    stems = (path.stem for path in folder.glob(f"*{suffix}"))
+    stems = {path.stem for path in folder.glob("*") if path.suffix in suffixes}
     return sorted(int(stem) for stem in stems if len(stem) == digits and stem.isdecimal())
+
+
+def check_chosen(folder: Path, there: list[int], chosen: Iterable[int]) -> None:
+    """Refuse frame numbers that are none, or not all among those on disk."""
+    absent = sorted(set(chosen) - set(there))
+    if absent or not chosen:
+        what = f"no frame {absent[0]}" if absent else f"{chosen} chooses nothing"
+        raise InputError(f"{folder}: {what}; it holds {there[0]} to {there[-1]}")
 
 
 def read_text(path: Path) -> str:
@@ -79,16 +95,34 @@ def read_table(path: Path, columns: int) -> np.ndarray:
     return np.array(rows).reshape(-1, columns)
 
 
-def read_calibration(path: Path, sizes: dict[str, int]) -> dict[str, np.ndarray]:
+class Lines(dict[str, np.ndarray]):
+    """The numbers of a calibration file by the key of their line."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __missing__(self, key: str):
+        raise InputError(f"{self.path}: line {key} is missing; restore it")
+
+    def projection(self, key: str) -> np.ndarray:
+        """That of a rectified camera, [3, 4], checked."""
+        projection = self[key].reshape(3, 4)
+        zeros = projection[[0, 1, 2, 2], [1, 0, 0, 1]]
+        if zeros.any() or projection[2, 2] != 1 or min(projection[0, 0], projection[1, 1]) <= 0:
+            raise InputError(f"{self.path}: line {key} is no rectified projection; restore it")
+        return projection
+
+
+def read_calibration(path: Path, sizes: dict[str, int]) -> Lines:
     """The lines `key: numbers` whose key is in `sizes`, float64 arrays of that many numbers."""
-    entries = {}
+    lines = Lines(path)
     for line in filter(str.strip, read_text(path).splitlines()):
         key, colon, numbers = line.partition(":")
         if not colon:
             raise InputError(f"{path}: '{line[:40]}' is no 'key: numbers'; restore the file")
         if key in sizes:
-            entries[key] = parse(numbers, sizes[key], f"{path}, line {key}")
-    return entries
+            lines[key] = parse(numbers, sizes[key], f"{path}, line {key}")
+    return lines
 
 
 def rigid(rows: np.ndarray, path: Path, where: str | None = None) -> np.ndarray:
@@ -103,6 +137,17 @@ def rigid(rows: np.ndarray, path: Path, where: str | None = None) -> np.ndarray:
         where = where or f"line {bad[0] + 1}"
         raise InputError(f"{path}, {where}: its 3x3 part is no rotation; restore the file")
     return matrices
+
+
+def read_poses(path: Path, numbers: list[int], of: str, digits: int = 6) -> np.ndarray:
+    """[frames, 4, 4] of these frames of a sequence, of which the file has a line for each."""
+    table = read_table(path, 12)
+    if len(table) <= numbers[-1]:
+        raise InputError(
+            f"{path}: {counted(len(table), 'line')}, but {of} goes on to frame "
+            f"{numbers[-1]:0{digits}d}; restore the file or choose fewer frames"
+        )
+    return rigid(table, path)[numbers]
 
 
 def read_exactly(path: Path, dtype: str, count: int) -> np.ndarray:
@@ -123,15 +168,6 @@ def _read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); copy it again") from error
-
-
-def read_projection(path: Path, key: str, numbers: np.ndarray) -> np.ndarray:
-    """The projection [3, 4] of a rectified camera from its 12 numbers, checked."""
-    projection = numbers.reshape(3, 4)
-    zeros = projection[[0, 1, 2, 2], [1, 0, 0, 1]]
-    if zeros.any() or projection[2, 2] != 1 or min(projection[0, 0], projection[1, 1]) <= 0:
-        raise InputError(f"{path}: line {key} is no rectified projection; restore it")
-    return projection
 
 
 def check_camera(
@@ -194,19 +230,7 @@ def read_image(path: Path) -> np.ndarray:
 
 def image_size(path: Path) -> tuple[int, int]:
     """Height and width of an image, of which only the header is read."""
-
-    def size(path: Path):
-        with Image.open(path) as image:
-            return image.size[::-1]
-
-    return _decoded(path, size)
-
-
-def check_size(path: Path, image: np.ndarray, size: tuple[int, ...], first: str) -> None:
-    """Refuse an image whose [h, w] is not that of the sequence, which `first` has."""
-    if image.shape[:2] != size[:2]:
-        got, want = ("x".join(map(str, shape[:2])) for shape in (image.shape, size))
-        raise InputError(f"{path}: {got} pixels, but {first} has {want}; a sequence needs one size")
+    return _decoded(path, partial(iio.improps, plugin="pillow")).shape[:2]
 
 
 def read_points(path: Path, columns: int) -> np.ndarray:
@@ -246,13 +270,6 @@ def _plausible(raw: bytes, columns: int) -> bool:
         and ((intensity >= 0) & (intensity <= 255)).all()
         and ((ring >= 0) & (ring < 128) & (ring == np.floor(ring))).all()
     )
-
-
-def read_scan(path: Path) -> np.ndarray | None:
-    """A Velodyne scan in the volume frame, float32 [M, 3]; None where there is none."""
-    if not path.exists():
-        return None
-    return read_points(path, 4) @ VELO_TO_VOLUME[:3, :3].T.astype(np.float32)
 
 
 def read_depth(path: Path) -> np.ndarray:

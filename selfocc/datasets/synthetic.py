@@ -55,7 +55,7 @@ def synthetic_sequences(
     """Scenes number `seed` to `seed + scenes - 1` of a split: train, val or test.
 
     No scene is in two splits. Frames are rendered when first asked for and kept in the folder
-    `cache` (default: `cache.folder`). Raises InputError for a split or rig that does not exist.
+    `cache` (default: `cache.folder`). Raises InputError for a split that does not exist.
     """
     if split not in SPLITS:
         raise InputError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
@@ -137,16 +137,14 @@ class SyntheticSequence(Sequence):
     def lidar(self, frame: int) -> np.ndarray:
         """One turn of a LiDAR 1.73 m above the ground."""
 
+        lidar_to_volume = self.lidar_to_volume()
+
         def scan():
-            return spin(
-                self.street,
-                self.street.at(frame),
-                self.true_volume_to_world(frame) @ self.lidar_to_volume(),
-            ).t
+            lidar_to_world = self.true_volume_to_world(frame) @ lidar_to_volume
+            return spin(self.street, self.street.at(frame), lidar_to_world)
 
         ranges = self._stored(("lidar", frame), np.dtype(np.float32), (BEAMS * STEPS,), scan)
         hit = np.isfinite(ranges)
-        lidar_to_volume = self.lidar_to_volume()
         points = (ranges[hit, None] * spin_rays()[hit]) @ lidar_to_volume[:3, :3].T
         return (points + lidar_to_volume[:3, 3]).astype(np.float32)
 
@@ -211,7 +209,7 @@ class SyntheticSequence(Sequence):
         return self._stored(("frames",), dtype, (self.frames,), render)
 
     def _stored(self, what, dtype, shape, make):
-        return disk.load_or_make(self._file(what), dtype, shape, make)
+        return disk.load_or_make(self._file(what), make, dtype, shape)
 
     def _file(self, what) -> Path:
         return self.cache / f"{disk.key(VERSION, self.config, self.seed, what)}.npy"
@@ -252,16 +250,10 @@ def prerender(sequences: list[SyntheticSequence]):
         return
     disk.check_writable(todo[0].cache)
     workers = min(os.cpu_count() or 1, 16, len(todo))
-    with (
-        ProcessPoolExecutor(workers, initializer=_leave_interrupt_to_parent) as pool,
-        tqdm(total=len(todo), desc="rendering", unit="scene") as bar,
-    ):
-        for _ in pool.map(_render, todo):
-            bar.update()
-
-
-def _leave_interrupt_to_parent():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    with ProcessPoolExecutor(workers, None, *ignore) as pool:
+        for _ in tqdm(pool.map(_render, todo), "rendering", len(todo), unit="scene"):
+            pass
 
 
 def _render(sequence):

@@ -82,57 +82,39 @@ class VideoDataset(torch.utils.data.Dataset):
         if not self.train and (sequence.labelled or sequence.inputs):
             return frames  # judged, whatever is around them
 
-        sides = self._neighboured(sequence, config.source)
-        both, some = sides.all(1), sides.any(1)
-        if not self.train:
-            enough = some if config.one_sided or config.stereo_source else both
-            return [frame for frame in frames if enough[frame]]
-        for frame in np.flatnonzero(some & ~both):  # as `_draw_sources` has it
-            both[frame] = config.one_sided or (
-                config.stereo_source and sequence.has_other_eye(int(frame))
+        @functools.cache
+        def has_sources(frame: int) -> bool:
+            """As `_draw_sources` has it."""
+            sides = [len(side) > 0 for side in self._either_side(sequence, frame, config.source)]
+            if all(sides) or not any(sides):
+                return all(sides)
+            return config.one_sided or (
+                config.stereo_source and (not self.train or sequence.has_other_eye(frame))
             )
 
         def rendered(frame: int) -> bool:
             """Whether `_draw_anchor` may come upon a frame that has sources."""
-            (past, _), (_, future) = (
-                self._either_side(sequence, frame, window)
-                for window in (config.past, config.future)
-            )
+            if not self.train or config.anchor_input > 0:
+                return has_sources(frame)
+            past, _ = self._either_side(sequence, frame, config.past)
+            _, future = self._either_side(sequence, frame, config.future)
             return bool(
-                (config.anchor_past > 0 and both[past].any())
-                or (config.anchor_past < 1 and both[future].any())
+                (config.anchor_past > 0 and any(map(has_sources, past.tolist())))
+                or (config.anchor_past < 1 and any(map(has_sources, future.tolist())))
             )
 
-        return [f for f in frames if both[f] and (config.anchor_input > 0 or rendered(f))]
-
-    def _neighboured(self, sequence: Sequence, window: tuple[float, float]) -> np.ndarray:
-        """Whether `_either_side` finds any before and any after, bool [frames, 2]."""
-        found = np.zeros((sequence.frames, 2), bool)
-        for side, step in enumerate((-1, 1)):
-            frames = others = np.arange(sequence.frames)
-            while len(frames):  # of these the search goes on
-                others = others + step
-                inside = (others >= 0) & (others < sequence.frames)
-                frames, others = frames[inside], others[inside]
-                distance = self._distance(sequence, frames, others)
-                searching = distance <= window[1]
-                found[frames[searching & (distance >= window[0])], side] = True
-                searching &= distance < window[0]
-                frames, others = frames[searching], others[searching]
-        return found
+        return [frame for frame in frames if has_sources(frame) and rendered(frame)]
 
     def _reason(self, left_out: list[list[int]]) -> str:
         """What the frames lack that each sequence leaves out, and which settings would use them."""
-        near, far = self.config.source
-        sides = "before or after" if self.config.one_sided else "before and after"
-        eye = ", nor on one side and the other eye" if self.config.stereo_source else ""
-        return (
-            f"they, or the frames to render for them, have no frame {near:g} to {far:g} m {sides} "
-            f"them{eye}; {self._remedies(left_out)}"
-        )
-
-    def _remedies(self, left_out: list[list[int]]) -> str:
         config = self.config
+        near, far = config.source
+        sides = "before or after" if config.one_sided else "before and after"
+        eye = ", nor on one side and the other eye" if config.stereo_source else ""
+        lacking = (
+            f"they, or the frames to render for them, have no frame {near:g} to {far:g} m {sides} "
+            f"them{eye}; "
+        )
         longest = max(self.sequences, key=lambda sequence: sequence.path[-1])
         way, steps = float(longest.path[-1]), np.diff(longest.path)
         changes = {
@@ -141,8 +123,8 @@ class VideoDataset(torch.utils.data.Dataset):
             "anchor_input=0.5": {"anchor_input": config.anchor_input or 0.5},
         }
         if len(steps) and way / 4 >= LEAST:
-            near = min(config.source[0], float(f"{way / 4:.1g}"))
-            far = max(config.source[1], math.ceil(2 * np.median(steps)))
+            near = min(near, float(f"{way / 4:.1g}"))
+            far = max(far, math.ceil(2 * np.median(steps)))
             changes[f"source={near:g},{far:g}"] = {"source": (near, far)}
         found = []
         for text, change in changes.items():
@@ -150,10 +132,10 @@ class VideoDataset(torch.utils.data.Dataset):
             if other != config:
                 pairs = zip(self.sequences, left_out, strict=True)
                 used = sum(len(self._usable(s, frames, other)) for s, frames in pairs if frames)
-                if used:
-                    found.append(f"--set data.{text} would use {used}")
-        return ", ".join(found) or (
-            f"the longest sequence, {longest.name}, has {counted(longest.frames, 'frame')} on "
+                found += [f"--set data.{text} would use {used}"] if used else []
+        return lacking + (
+            ", ".join(found)
+            or f"the longest sequence, {longest.name}, has {counted(longest.frames, 'frame')} on "
             f"{way:.1f} m; choose more frames, or others"
         )
 
@@ -243,22 +225,16 @@ class VideoDataset(torch.utils.data.Dataset):
             return np.linalg.norm(ways, axis=-1)
         return np.abs(sequence.path[other] - sequence.path[frame])
 
-    def _either_side(
-        self, sequence: Sequence, frame: int, window: tuple[float, float]
-    ) -> list[np.ndarray]:
+    def _either_side(self, sequence: Sequence, frame: int, window) -> list[np.ndarray]:
         """Frames before and after `frame`, nearest first, whose distance lies in the window.
 
         The search ends at the first frame beyond the window: a loop that comes back is not near.
         """
         distance = self._distance(sequence, frame, slice(None))
         sides = []
-        for side, first, step in (
-            (distance[:frame][::-1], frame - 1, -1),
-            (distance[frame + 1 :], frame + 1, 1),
-        ):
-            beyond = side > window[1]
-            end = beyond.argmax() if beyond.any() else len(side)
-            sides.append(first + step * np.flatnonzero(side[:end] >= window[0]))
+        for frames in (np.arange(frame - 1, -1, -1), np.arange(frame + 1, sequence.frames)):
+            frames = frames[~np.logical_or.accumulate(distance[frames] > window[1])]
+            sides.append(frames[distance[frames] >= window[0]])
         return sides
 
     def future(
@@ -350,16 +326,13 @@ def _seen(sequence: Sequence, image: Callable, source: Source):
     if isinstance(source, tuple):
         intrinsics, camera_to_world, images = source
         where = f"{sequence.name}, other eye"
-    elif isinstance(source, list):
-        seen = [sequence.cameras(frame) for frame in source]
-        intrinsics = np.stack([k[camera] for camera, (k, _) in enumerate(seen)])
-        camera_to_world = np.stack([pose[camera] for camera, (_, pose) in enumerate(seen)])
-        images = [image(frame, camera) for camera, frame in enumerate(source)]
-        where = f"{sequence.name} frame {sequence.frame_id(source[0])}"
     else:
-        intrinsics, camera_to_world = sequence.cameras(source)
-        images = [image(source, camera) for camera in range(len(intrinsics))]
-        where = f"{sequence.name} frame {sequence.frame_id(source)}"
+        cameras = functools.cache(sequence.cameras)
+        frames = source if isinstance(source, list) else [source] * len(cameras(source)[0])
+        intrinsics = np.stack([cameras(f)[0][camera] for camera, f in enumerate(frames)])
+        camera_to_world = np.stack([cameras(f)[1][camera] for camera, f in enumerate(frames)])
+        images = [image(frame, camera) for camera, frame in enumerate(frames)]
+        where = f"{sequence.name} frame {sequence.frame_id(frames[0])}"
     images, intrinsics = one_size(images, intrinsics)
     return images, intrinsics, camera_to_world, where
 

@@ -28,7 +28,7 @@ def seen_from(street, solids, lidar_to_world, intrinsics, camera_to_world, size)
         (shrink @ k, pose, look(street, solids, shrink @ k, pose, half).t.reshape(half))
         for k, pose in zip(intrinsics, camera_to_world, strict=True)
     ]
-    ranges = spin(street, solids, lidar_to_world).t.reshape(BEAMS, STEPS)
+    ranges = spin(street, solids, lidar_to_world).reshape(BEAMS, STEPS)
     return View(lidar_to_world, ranges, cameras)
 
 
@@ -102,11 +102,9 @@ def _grown(mask):
     """A mask and its six neighbours."""
     out = mask.copy()
     for axis in range(3):
-        ahead = [slice(None)] * 3
-        behind = [slice(None)] * 3
-        ahead[axis], behind[axis] = slice(1, None), slice(None, -1)
-        out[tuple(ahead)] |= mask[tuple(behind)]
-        out[tuple(behind)] |= mask[tuple(ahead)]
+        grown, along = np.moveaxis(out, axis, 0), np.moveaxis(mask, axis, 0)
+        grown[1:] |= along[:-1]
+        grown[:-1] |= along[1:]
     return out
 
 

@@ -1,6 +1,7 @@
 """A random street as a function of its seed: ground, what lines it, traffic, the path driven."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -124,6 +125,11 @@ def _pose(ground, y, lateral, backwards=False):
     return np.array([x, y, ground.height(x, y), heading + np.pi * backwards])
 
 
+def _put(ground, thing, y, lateral, turn=0.0):
+    """What stands beside the road, facing it."""
+    return thing.moved(_pose(ground, y, lateral, lateral < 0)[None] + (0, 0, 0, turn))
+
+
 def _drive(rng, ground, frames):
     """The ego path: about a metre a frame with varying speed, weaving a little in its lane."""
     f = np.arange(frames + int(BEYOND / 0.5))
@@ -143,11 +149,7 @@ def _drive(rng, ground, frames):
 
 def _buildings_and_gardens(rng, ground, start, end, occluders):
     """Beyond the sidewalks: rows of buildings, here and there a green plot before one."""
-    edge = ground.road + ground.sidewalk
-
-    def put(thing, y, lateral):
-        return thing.moved(_pose(ground, y, lateral, lateral < 0)[None])
-
+    edge, put = ground.road + ground.sidewalk, partial(_put, ground)
     for side in (-1, 1):
         y, green = start, rng.uniform(0.1, 0.45)
         while y < end:
@@ -158,12 +160,13 @@ def _buildings_and_gardens(rng, ground, start, end, occluders):
             if plot:
                 front = rng.uniform(18, 26)
                 yield put(objects.barrier(rng, length), middle, side * (edge + rng.uniform(0.2, 1)))
-                for _ in range(rng.poisson(4 * occluders)):
-                    where = y + rng.uniform(0, length), side * (edge + rng.uniform(2.5, 16))
-                    yield put(objects.tree(rng), *where)
-                for _ in range(rng.poisson(3 * occluders)):
-                    where = y + rng.uniform(0, length), side * (edge + rng.uniform(1.5, 8))
-                    yield put(objects.bush(rng), *where)
+                for plant, number, beyond in (
+                    (objects.tree, 4, (2.5, 16)),
+                    (objects.bush, 3, (1.5, 8)),
+                ):
+                    for _ in range(rng.poisson(number * occluders)):
+                        where = y + rng.uniform(0, length), side * (edge + rng.uniform(*beyond))
+                        yield put(plant(rng), *where)
             elif front > 1.5 and rng.random() < 0.7:
                 fence = objects.barrier(rng, length * rng.uniform(0.4, 0.9))
                 yield put(fence, middle, side * (edge + 0.3))
@@ -174,11 +177,7 @@ def _buildings_and_gardens(rng, ground, start, end, occluders):
 
 def _kerbside(rng, ground, start, end, occluders):
     """Along the kerbs: trees, poles, signs, standing people, parked vehicles."""
-    edge = ground.road + ground.sidewalk
-
-    def put(thing, y, lateral, turn=0.0):
-        return thing.moved(_pose(ground, y, lateral, lateral < 0)[None] + (0, 0, 0, turn))
-
+    edge, put = ground.road + ground.sidewalk, partial(_put, ground)
     for side in (-1, 1):
         y, avenue = start + rng.uniform(0, 10), rng.random() < 0.5
         while y < end and occluders:

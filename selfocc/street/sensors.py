@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from selfocc.street.world import FAR, first_hits, rectangle_pairs
+from selfocc.street.world import FAR, first_hits, rectangle_pairs, turned
 
 NEAR = 0.05
 _EDGES = np.array([(i, i | 1 << k) for i in range(8) for k in range(3) if not i >> k & 1])
@@ -18,7 +18,7 @@ REFLECTANCE = 0.25  # of every LiDAR return; the world does not model it
 
 @dataclass(frozen=True)
 class Sight:
-    """What a sensor sees along rays origin + t direction."""
+    """What a camera sees along rays origin + t direction."""
 
     origin: np.ndarray  # [3] world
     directions: np.ndarray  # [R, 3] world, float32
@@ -68,13 +68,12 @@ def _rectangles(solids, intrinsics, camera_to_world, size):
 
 
 def spin(street, solids, sensor_to_world):
-    """A turn of the LiDAR at the origin of a frame with z up; t is the range of `spin_rays`."""
+    """A turn of the LiDAR at the origin of a frame with z up: ranges of `spin_rays`, inf: none."""
     directions = (spin_rays() @ sensor_to_world[:3, :3].T).astype(np.float32)
     origin = sensor_to_world[:3, 3]
     pairs = rectangle_pairs(*_sectors(solids, sensor_to_world), STEPS)
-    t, index = first_hits(street.ground, solids, origin, directions, *pairs)
-    t[t > LIDAR_RANGE] = np.inf
-    return Sight(origin, directions, t, index)
+    t, _ = first_hits(street.ground, solids, origin, directions, *pairs)
+    return np.where(t > LIDAR_RANGE, np.float32(np.inf), t)
 
 
 @lru_cache(1)
@@ -100,11 +99,8 @@ def _sectors(solids, sensor_to_world):
 
     # The nearest distance in plan, with a margin for the tilt of the sensor.
     rel = sensor_to_world[:3, 3] - solids.centre
-    cos, sin = np.cos(solids.yaw), np.sin(solids.yaw)
-    local = np.abs(
-        np.stack([cos * rel[:, 0] + sin * rel[:, 1], cos * rel[:, 1] - sin * rel[:, 0]], -1)
-    )
-    gap = np.linalg.norm(np.maximum(local - solids.half[:, :2], 0), axis=1)
+    local = np.stack(turned(np.cos(solids.yaw), -np.sin(solids.yaw), rel[:, 0], rel[:, 1]), -1)
+    gap = np.linalg.norm(np.maximum(np.abs(local) - solids.half[:, :2], 0), axis=1)
     tilt = 0.12 * (np.abs(rel[:, 2]) + solids.half[:, 2])
     nearest = np.maximum(gap - tilt, 0.01)
     farthest = np.linalg.norm(corners[..., :2], axis=-1).max(1)

@@ -16,7 +16,7 @@ OCTAVES = (
 )  # fmt: skip
 # Contrast of the noise per style, in the order of world.PLAIN...CLOTH.
 GRAIN = np.array([0.35, 0.42, 0.10, 0.10, 1.1, 0.9, 0.5, 0.15, 0.6], np.float32)
-GROUND_GRAIN = {w.ROAD: 0.55, w.SIDEWALK: 0.5, w.TERRAIN: 0.9}
+GROUND_GRAIN = 0.55, 0.5, 0.9  # of road, sidewalk and terrain
 
 _SIZE = 256
 _LATTICE = np.random.default_rng(7).uniform(-1, 1, (_SIZE, _SIZE)).astype(np.float32)
@@ -128,32 +128,24 @@ def _ground(street, points, footprint, slant, texture):
     lateral = street.ground.lateral(x, y)
     label = street.ground.label(x, y)
     road, walk, grass, paint = street.tones.astype(np.float32)
-    tone = np.where(
-        (label == w.ROAD)[:, None], road, np.where((label == w.SIDEWALK)[:, None], walk, grass)
-    )
+    kinds = label == w.ROAD, label == w.SIDEWALK
+    tone = np.select([kind[:, None] for kind in kinds], [road, walk], grass)
     # A pixel is long along the line of sight: between its width and its length lies the size that
     # keeps most of the texture and does not flicker.
     wide = footprint / slant ** np.float32(0.75)
-    strength = np.select(
-        [label == w.ROAD, label == w.SIDEWALK],
-        [GROUND_GRAIN[w.ROAD], GROUND_GRAIN[w.SIDEWALK]],
-        GROUND_GRAIN[w.TERRAIN],
-    ).astype(np.float32)
+    strength = np.select(kinds, GROUND_GRAIN[:2], GROUND_GRAIN[2]).astype(np.float32)
     tone = tone * (1 + np.float32(texture) * strength * grain(x, y, wide))[:, None]
     along = footprint / slant
     offset = np.abs(lateral)
-    slabs = np.maximum(stripes(y, 0.8, 0.06, along), stripes(lateral, 0.8, 0.06, footprint)) * (
-        label == w.SIDEWALK
-    )
+    slabs = np.maximum(stripes(y, 0.8, 0.06, along), stripes(lateral, 0.8, 0.06, footprint))
     kerb = band(offset - street.ground.road - 0.08, 0.08, footprint)
     dashes = band(lateral, 0.07, footprint) * stripes(y, 7.0, 0.5, along)
     edge = band(offset - street.ground.road + 0.35, 0.06, footprint)
     worn = (0.75 + 0.25 * value_noise(x * 3, y * 3)) * np.float32(min(1, texture))
-    tone = tone * (1 - 0.35 * slabs * texture)[:, None]
+    tone = tone * (1 - 0.35 * (slabs * kinds[1]) * texture)[:, None]
     tone = tone + ((walk * 1.25 - tone) * (kerb * worn)[:, None])
-    return tone + (paint - tone) * (np.minimum(dashes + edge, 1) * worn * (label == w.ROAD))[
-        :, None
-    ], label
+    marks = np.minimum(dashes + edge, 1) * worn * kinds[0]
+    return tone + (paint - tone) * marks[:, None], label
 
 
 def _solid(solids, which, local, axis, footprint, slant, texture):
@@ -177,34 +169,22 @@ def _solid(solids, which, local, axis, footprint, slant, texture):
     gloss = np.select([style == w.PAINT, style == w.CABIN], [0.5, 0.8], 0.03).astype(np.float32)
 
     f = np.flatnonzero((style == w.FACADE) & (axis != 2))
-    if len(f):
-        mix[f], rough[f], glass = _facade(
-            u[f], v[f], solids.pattern[which[f]], seed[f], half[f], wide[f], rough[f], texture
-        )
-        gloss[f] = 0.6 * glass
+    mix[f], rough[f], glass = _facade(
+        u[f], v[f], solids.pattern[which[f]], seed[f], half[f], wide[f], rough[f], texture
+    )
+    gloss[f] = 0.6 * glass
     f = np.flatnonzero(style == w.CABIN)  # windows all round below the roof
-    if len(f):
-        frame = np.abs(u[f]) / np.where(axis[f] == 0, half[f, 1], half[f, 0])
-        mix[f] = (
-            band(v[f] / half[f, 2] + 0.1, 0.72, wide[f])
-            * (frame < 0.92)
-            * (np.abs(frame - 0.05) > 0.06)
-            * (axis[f] != 2)
-        )
+    frame = np.abs(u[f]) / np.where(axis[f] == 0, half[f, 1], half[f, 0])
+    pane = (frame < 0.92) * (np.abs(frame - 0.05) > 0.06) * (axis[f] != 2)
+    mix[f] = band(v[f] / half[f, 2] + 0.1, 0.72, wide[f]) * pane
     f = np.flatnonzero(style == w.PAINT)  # a dark sill, lamps and a plate at the ends
-    if len(f):
-        ends = axis[f] == 0
-        sill = (v[f] < -0.6 * half[f, 2]) & (axis[f] != 2)
-        lamp = ends & (np.abs(np.abs(u[f]) - 0.75 * half[f, 1]) < 0.16) & (v[f] > 0.1 * half[f, 2])
-        plate = ends & (np.abs(u[f]) < 0.26) & (np.abs(v[f]) < 0.07)
-        mix[f] = sill
-        lamps = np.where(
-            local[f, :1] > 0, np.float32([0.9, 0.9, 0.8]), np.float32([0.7, 0.08, 0.05])
-        )
-        main = main.copy()
-        main[f] = np.where(
-            lamp[:, None], lamps, np.where(plate[:, None], np.float32(0.85), main[f])
-        )
+    ends = axis[f] == 0
+    mix[f] = (v[f] < -0.6 * half[f, 2]) & (axis[f] != 2)
+    lamp = ends & (np.abs(np.abs(u[f]) - 0.75 * half[f, 1]) < 0.16) & (v[f] > 0.1 * half[f, 2])
+    plate = ends & (np.abs(u[f]) < 0.26) & (np.abs(v[f]) < 0.07)
+    lamps = np.where(local[f, :1] > 0, np.float32([0.9, 0.9, 0.8]), np.float32([0.7, 0.08, 0.05]))
+    main[f[plate]] = 0.85
+    main[f[lamp]] = lamps[lamp]
     f = np.flatnonzero(style == w.FOLIAGE)
     mix[f] = np.clip(0.4 - 0.6 * rough[f], 0, 1) * min(1, texture)
     f = np.flatnonzero(style == w.SLATS)

@@ -23,13 +23,16 @@ KERB_HEIGHT, KERB_WIDTH = 0.12, 0.06  # metres; a steep smooth step from road to
 LEVEL = 15.0  # metres from the centre line over which the crossfall levels out
 
 
+def turned(cos, sin, x, y):
+    """(x, y) turned to the left about z; by the opposite angle with -sin."""
+    return cos * x - sin * y, sin * x + cos * y
+
+
 @dataclass(frozen=True)
 class Waves:
-    """A sum of sines f(y) = sum_i amplitude_i sin(2 pi y / wavelength_i + phase_i)."""
+    """A sum of sines f(y) = sum_i amplitude_i sin(wavenumber_i y + phase_i)."""
 
-    amplitude: np.ndarray
-    wavenumber: np.ndarray
-    phase: np.ndarray
+    terms: np.ndarray  # [waves, 3] of these
 
     @classmethod
     def random(cls, rng, wavelengths, *, slope=None, height=None):
@@ -37,25 +40,22 @@ class Waves:
         wavenumber = 2 * np.pi / np.array([rng.uniform(*span) for span in wavelengths])
         share = rng.dirichlet(np.full(len(wavelengths), 2.0))
         amplitude = share * height if slope is None else share * slope / wavenumber
-        return cls(amplitude, wavenumber, rng.uniform(0, 2 * np.pi, len(wavelengths)))
+        phase = rng.uniform(0, 2 * np.pi, len(wavelengths))
+        return cls(np.stack([amplitude, wavenumber, phase], 1))
 
     def highest(self):
         """A bound of |f|."""
-        return np.abs(self.amplitude).sum()
+        return np.abs(self.terms[:, 0]).sum()
 
     def __call__(self, y):
         return sum(
-            np.float32(a) * np.sin(y * np.float32(k) + np.float32(p)) for a, k, p in self._terms()
+            np.float32(a) * np.sin(y * np.float32(k) + np.float32(p)) for a, k, p in self.terms
         )
 
     def slope(self, y):
         return sum(
-            np.float32(a * k) * np.cos(y * np.float32(k) + np.float32(p))
-            for a, k, p in self._terms()
+            np.float32(a * k) * np.cos(y * np.float32(k) + np.float32(p)) for a, k, p in self.terms
         )
-
-    def _terms(self):
-        return zip(self.amplitude, self.wavenumber, self.phase, strict=True)
 
 
 @dataclass(frozen=True)
@@ -115,15 +115,9 @@ class Ground:
             enter = (np.float32(relief + KERB_HEIGHT) - z0) / dz
             leave = (np.float32(-relief) - z0) / dz
         near = np.where(dz < 0, np.maximum(enter, 0.5), 0.5)
-        far = np.where(
-            dz < 0,
-            np.minimum(leave * 1.001, reach),
-            np.minimum(reach, np.where(dz > 0, enter, reach)),
-        )
+        far = np.minimum(reach, np.select([dz < 0, dz > 0], [leave * 1.001, enter], reach))
         found = np.full(len(directions), np.inf, np.float32)
         rays = np.flatnonzero((far > near) & (dz < 0.12))
-        if not len(rays):
-            return found
         near, far, d = near[rays], far[rays], np.ascontiguousarray(directions[rays].T)
 
         def clearance(t, d):
@@ -174,9 +168,6 @@ class Solids:
     def __len__(self):
         return len(self.kind)
 
-    def __getitem__(self, index):
-        return Solids(*(getattr(self, f.name)[index] for f in fields(self)))
-
     @staticmethod
     def join(tables):
         return Solids(
@@ -197,16 +188,15 @@ class Solids:
         cos = np.cos(self.yaw).astype(np.float32)[index]
         sin = np.sin(self.yaw).astype(np.float32)[index]
         rel = points - self.centre.astype(np.float32)[index]
-        x, y = cos * rel[..., 0] + sin * rel[..., 1], cos * rel[..., 1] - sin * rel[..., 0]
+        x, y = turned(cos, -sin, rel[..., 0], rel[..., 1])
         return np.stack([x, y, rel[..., 2]], -1), cos, sin
 
     def corners(self):
         """[P, 8, 3] corners of the bounding boxes; corner i has the signs of the bits of i."""
         signs = np.array([[1 if i >> k & 1 else -1 for k in range(3)] for i in range(8)])
-        local = self.half[:, None] * signs
-        cos, sin = np.cos(self.yaw)[:, None], np.sin(self.yaw)[:, None]
-        x, y, z = np.moveaxis(local, -1, 0)
-        return self.centre[:, None] + np.stack([cos * x - sin * y, sin * x + cos * y, z], -1)
+        x, y, z = np.moveaxis(self.half[:, None] * signs, -1, 0)
+        x, y = turned(np.cos(self.yaw)[:, None], np.sin(self.yaw)[:, None], x, y)
+        return self.centre[:, None] + np.stack([x, y, z], -1)
 
     def normal(self, points, index):
         """Outward unit normals [R, 3] (world) at surface points [R, 3] on solids index [R].
@@ -215,11 +205,9 @@ class Solids:
         local, cos, sin = self.to_local(points, index)
         kind, half = self.kind[index], self.half.astype(np.float32)[index]
         relative = local / half
-        side = np.abs(relative)
-        side[..., 0] = np.where(
-            kind == CYLINDER, np.hypot(relative[..., 0], relative[..., 1]), side[..., 0]
-        )
-        side[..., 1] = np.where(kind == CYLINDER, 0, side[..., 1])
+        side, round_ = np.abs(relative), kind == CYLINDER
+        side[round_, 0] = np.hypot(relative[round_, 0], relative[round_, 1])
+        side[round_, 1] = 0
         axis = side.argmax(-1)
         flat = (np.arange(3) == axis[:, None]) * np.sign(local)
         curved = local.copy()
@@ -227,9 +215,7 @@ class Solids:
         curved /= np.maximum(np.linalg.norm(curved, axis=-1, keepdims=True), 1e-9)
         smooth = (kind == SPHERE) | ((kind == CYLINDER) & (axis == 0))
         n = np.where(smooth[:, None], curved, flat)
-        world = np.stack(
-            [cos * n[..., 0] - sin * n[..., 1], sin * n[..., 0] + cos * n[..., 1], n[..., 2]], -1
-        )
+        world = np.stack([*turned(cos, sin, n[..., 0], n[..., 1]), n[..., 2]], -1)
         return world.astype(np.float32), local, axis
 
     def signed_distance(self, points, index):
@@ -253,12 +239,10 @@ class Solids:
     def cast(self, origin, directions, solid, ray):
         """t of the first hit of ray[i] with solid[i] for all pairs i; inf where they miss."""
         t = np.full(len(solid), np.inf, np.float32)
-        rel = origin - self.centre
+        x, y, z = (origin - self.centre).T
         cos, sin = np.cos(self.yaw), np.sin(self.yaw)
-        o = np.stack(
-            [cos * rel[:, 0] + sin * rel[:, 1], cos * rel[:, 1] - sin * rel[:, 0], rel[:, 2]], 0
-        )
-        o, half = o.astype(np.float32), self.half.T.astype(np.float32)
+        o = np.stack([*turned(cos, -sin, x, y), z]).astype(np.float32)
+        half = self.half.T.astype(np.float32)
         cos, sin = cos.astype(np.float32), sin.astype(np.float32)
         d = np.ascontiguousarray(directions.T)
         kinds = self.kind[solid]
@@ -266,9 +250,7 @@ class Solids:
             pair = np.flatnonzero(kinds == kind)
             if len(pair):
                 s, r = solid[pair], ray[pair]
-                dx, dy = d[0][r], d[1][r]
-                c, sn = cos[s], sin[s]
-                t[pair] = hit(o, half, s, c * dx + sn * dy, c * dy - sn * dx, d[2][r])
+                t[pair] = hit(o, half, s, *turned(cos[s], -sin[s], d[0][r], d[1][r]), d[2][r])
         return t
 
 
