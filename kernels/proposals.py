@@ -271,13 +271,14 @@ def compare(sight, scene, t, inside, COMBINE: tl.constexpr):
 
 @triton.jit
 def no_sums(COMBINE: tl.constexpr, SOURCES: tl.constexpr, BLOCK: tl.constexpr):
-    """`Compared` times weights, before any is added, and whether one was seen."""
+    """Sums of weights times `Compared` and of whether one was seen, before any is added."""
     zero = tl.zeros([1 if COMBINE else SOURCES, BLOCK], tl.float32)
     return zero, zero, zero, zero, zero, zero
 
 
 @triton.jit
 def with_sums(sums, weight, here):
+    """Sums to which a weight times `Compared` is added."""
     return (
         sums[0] + weight * here.difference,
         sums[1] + weight * here.red,
