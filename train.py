@@ -128,7 +128,6 @@ def build(
     """Model and optimiser as `saved`, or as `record` says that a run begins."""
     settings = record.settings
     initial = saved or (checkpoint.load(record.init) if record.init else None)
-    torch.set_flush_denormal(True)  # Adam's vanishing moments are slow on CPUs otherwise
     torch.manual_seed(settings.optim.seed)
     # weights that are replaced anyway need not be fetched
     model = SelfOcc(change(settings, ["backbone.weights=none"] if initial else []))

@@ -6,18 +6,21 @@ SELFOCC_KERNELS=... does.
 
 from kernels.alpha import ALPHAS
 from kernels.composite import composite
+from kernels.decode import decode
 from kernels.deformable import deformable_sampling
 from kernels.dispatch import backend
 from kernels.node_losses import node_losses
 from kernels.proposals import epipolar_photometric, sample_image
 from kernels.render import Rendering, render_photometric, render_rays
 from kernels.ssim import least_photometric, ssim, ssim_l1
+from kernels.trilinear import sample_maps
 
 __all__ = [
     "ALPHAS",
     "Rendering",
     "backend",
     "composite",
+    "decode",
     "deformable_sampling",
     "epipolar_photometric",
     "least_photometric",
@@ -25,6 +28,7 @@ __all__ = [
     "render_photometric",
     "render_rays",
     "sample_image",
+    "sample_maps",
     "ssim",
     "ssim_l1",
 ]

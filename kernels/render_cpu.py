@@ -1,10 +1,9 @@
 """The plain-PyTorch reference of `render_rays`, fast on a CPU.
 
-The volume is first laid out as a table with one row a node, [SDF, gradient, colours, logits], so
-that a sample is a weighted sum of eight rows: `embedding_bag`, several times faster on a CPU than
-`grid_sample`. Its transpose, needed backward, is the same operation over the samples sorted by
-cell. Positions get no gradient. Long lists of rays are walked in chunks that backward computes
-again, so that memory holds the samples of one chunk and what the caller keeps.
+The volume is first laid out as a table with one row a node, [SDF, gradient, colours, logits], whose
+rows are interpolated (trilinear.py). Positions get no gradient. Long lists of rays are walked in
+chunks that backward computes again, so that memory holds the samples of one chunk and what the
+caller keeps.
 """
 
 import math
@@ -20,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels.alpha import ALPHAS, Knobs
 from kernels.composite import EPSILON, Weights
 from kernels.node_losses import Spacing, axes, difference, difference_adjoint
+from kernels.trilinear import Trilinear, cells
 
 CHUNK = 1 << 20  # samples worked on at once
 SH0 = 0.28209479177387814  # spherical harmonic of degree 0, from features to colour
@@ -88,9 +88,10 @@ class _March:
         options = self.options
         start, delta, mid = self._intervals(near, far, jitter)
         cell, fraction = self._cells(origins, directions, start, item)
-        geometry, features = _Interpolate.apply(table, cell, fraction, self.nodes)
-        sdf, *gradient = geometry.unflatten(1, start.shape).unbind(0)
-        features = features.unflatten(0, start.shape)
+        rows = Trilinear.apply(table, cell, fraction, self.nodes)
+        geometry, features = rows.unflatten(0, start.shape).tensor_split([4], dim=-1)
+        # by columns, the layout that arithmetic wants
+        sdf, *gradient = geometry.movedim(-1, 0).contiguous().unbind(0)
         color, logits = features.tensor_split([features.shape[-1] - options.classes], dim=-1)
         x, y, z = directions.unsqueeze(-1).unbind(-2)
         cosine = torch.addcmul(torch.addcmul(gradient[0] * x, gradient[1], y), gradient[2], z)
@@ -129,82 +130,13 @@ class _March:
         return start, end - start, (start + end) / 2
 
     def _cells(self, origins, directions, t, item) -> tuple[Tensor, Tensor]:
-        """Table row of the lowest corner of each sample's cell, int32 [M], and the place within
-        the cell [3, M], 0 to 1 along y, x, z.
-        """
-        cell, fraction = item[:, None], torch.empty(3, *t.shape, dtype=t.dtype, device=t.device)
-        (height, width, depth), box = self.nodes, self.options.box
-        for k, (axis, n, stride) in enumerate(
-            ((1, height, width * depth), (0, width, depth), (2, depth, 1))
-        ):
+        """`trilinear.cells` of the samples."""
+        (height, width, depth), box, places = self.nodes, self.options.box, []
+        for axis, n in ((1, height), (0, width), (2, depth)):
             scale = (n - 1) / (box[axis + 3] - box[axis])
             offset = (origins[:, axis, None] - box[axis]) * scale
-            place = torch.addcmul(offset, directions[:, axis, None] * scale, t)
-            # the border beyond the box, and no reading beside the table for an invalid ray
-            place = place.nan_to_num_(0.0).clamp_(0, n - 1)
-            index = place.int().clamp_(max=n - 2)
-            torch.sub(place, index, out=fraction[k])
-            cell = cell + index * stride
-        return cell.flatten(), fraction.flatten(1)
-
-
-class _Interpolate(torch.autograd.Function):
-    """Trilinear interpolation of table [nodes, K] in cells [M] at fractions [3, M] (y, x, z).
-
-    Returns the first four columns as rows [4, M], the layout that arithmetic wants, and the others
-    [M, K - 4].
-    """
-
-    @staticmethod
-    def forward(ctx, table, cell, fraction, nodes):
-        ctx.save_for_backward(cell, fraction)
-        ctx.nodes, ctx.table = nodes, table.shape
-        weights = table.new_empty(cell.shape[0], 8)
-        for k, weight in enumerate(_corner_weights(fraction)):
-            weights[:, k] = weight
-        corners = torch.tensor(_corner_offsets(nodes), dtype=torch.int32, device=table.device)
-        rows = cell[:, None] + corners
-        out = F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
-        return out[:, :4].t().contiguous(), out[:, 4:]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_geometry, grad_features):
-        cell, fraction = ctx.saved_tensors
-        rows, columns = ctx.table
-        grad = grad_geometry.new_empty(cell.shape[0], columns)
-        grad[:, :4] = grad_geometry.t()
-        grad[:, 4:] = grad_features
-
-        cell, order = cell.sort()
-        starts = torch.zeros(rows + 1, dtype=torch.int32, device=cell.device)
-        torch.cumsum(cell.bincount(minlength=rows), 0, dtype=torch.int32, out=starts[1:])
-        order = order.int()
-        fraction = fraction.index_select(1, order)
-        result = grad.new_zeros(rows, columns)
-        options = dict(mode="sum", include_last_offset=True)
-        corners = zip(_corner_offsets(ctx.nodes), _corner_weights(fraction), strict=True)
-        for offset, weight in corners:  # sums over the samples of a cell, for one of its corners
-            part = F.embedding_bag(order, grad, starts, per_sample_weights=weight, **options)
-            result[offset:] += part[: rows - offset]
-        return result, None, None, None
-
-
-def _corner_offsets(nodes) -> list[int]:
-    """Rows from a cell's lowest node to its eight corners; the last axis (z) changes fastest."""
-    _, width, depth = nodes
-    return [y * width * depth + x * depth + z for y in (0, 1) for x in (0, 1) for z in (0, 1)]
-
-
-def _corner_weights(fraction: Tensor):
-    """Trilinear weights [M] of the eight corners, one after the other."""
-    y, x, z = fraction
-    for side in (1 - y, y):
-        right = side * x
-        for edge in (side - right, right):
-            above = edge * z
-            yield edge - above
-            yield above
+            places.append(torch.addcmul(offset, directions[:, axis, None] * scale, t))
+        return cells(places, self.nodes, item[:, None])
 
 
 class _NodeTable(torch.autograd.Function):

@@ -118,6 +118,8 @@ class Backbone(nn.Module):
                 )
             _normalise_groups(self)
         self._init_weights()
+        # the layout that tensor cores and CPUs want; all that follows keeps it
+        self.to(memory_format=torch.channels_last)
         if config.weights == "imagenet":
             self._load(_download(config.depth), f"ImageNet weights of ResNet-{config.depth}")
         elif config.weights != "none":
@@ -158,9 +160,7 @@ class Backbone(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        if images.is_cuda:
-            # the layout of tensor cores; all that follows, the pyramid included, keeps it
-            images = images.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
         x = F.relu(self.bn1(self.conv1(images)), inplace=True)
         x = F.max_pool2d(x, 3, 2, 1)
         stages = []
@@ -211,6 +211,7 @@ class FPN(nn.Module):
         super().__init__()
         self.lateral_convs = nn.ModuleList(_conv(c, dim, 1) for c in channels)
         self.fpn_convs = nn.ModuleList(_conv(dim, dim, 3) for _ in channels)
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, stages: list[Tensor]) -> list[Tensor]:
         maps = [conv(stage) for conv, stage in zip(self.lateral_convs, stages, strict=True)]

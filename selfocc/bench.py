@@ -61,7 +61,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
 def bench(arguments: argparse.Namespace) -> None:
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
-    distributed.allow_tf32(device)
+    distributed.tune(device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     chosen = arguments.preset or (["kitti", "nuscenes"] if gpu else ["synthetic"])
@@ -149,7 +149,6 @@ def time_steps(settings: Config, device: torch.device, repeats: int) -> dict:
 
     Peak memory is all of the process on a CPU, all that PyTorch allocates on a GPU.
     """
-    torch.set_flush_denormal(True)  # as train.py does
     torch.manual_seed(settings.optim.seed)
     model = SelfOcc(settings).to(device).train()
     optimizer = make_optimizer(model, settings.optim)

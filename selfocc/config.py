@@ -44,6 +44,8 @@ class DataConfig(Section, name="data"):
     scenes: Count = 40  # synthetic only: training scenes
     scenes_val: Count = 8  # synthetic only: validation and test scenes
     frames: Count = 48  # synthetic only: frames a scene
+    # synthetic only: how much streets differ in light, weather, scenery and cameras
+    looks: Share = 0.0
     crop: Size = (96, 320)  # kept of every image, from the top left
     target_crop: Size | None = None  # the same of images that supervise; None: `crop`
     scale: Scale = 1.0  # resize of the cropped image for the network
@@ -117,12 +119,21 @@ class EncoderConfig(Section, name="encoder"):
     # reference points of an hw, zh, wz query (bev uses the first)
     points_cross: tuple[Count, Index, Index] = (8, 48, 48)
     points_self: Count = 12
+    # planes hold every n-th node along x and y; between them the field is linear
+    stride: Count = 1
     frequencies: Count = 12  # of the positional encoding
     dropout: Share = 0.1
     lift: bool = False  # nodes also read what the pixels they project to say (see lift.py)
     lift_bins: Count = 24  # depths at which a pixel describes its ray
     plane_scale: float = 1.0  # of the last LayerNorm at the start; small lets the lift speak first
     cameras: Count | None = None  # camera embeddings; None: as many as the data set has cameras
+
+
+def plane_volume(encoder: EncoderConfig, volume: VolumeConfig) -> VolumeConfig:
+    """The volume with the nodes of the planes."""
+    height, width, depth = volume.nodes
+    thinned = ((n - 1) // encoder.stride + 1 for n in (height, width))
+    return dataclasses.replace(volume, nodes=(*thinned, depth))
 
 
 @dataclass(frozen=True)
@@ -262,6 +273,12 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"encoder.heads, {encoder.heads}, must divide encoder.dim, {encoder.dim}"
     if encoder.kind == "tpv" and 0 in encoder.points_cross:
         yield f"encoder.points_cross is {text(encoder.points_cross)}; tpv needs all three"
+    height, width, _ = volume.nodes
+    if any((n - 1) % encoder.stride or n <= encoder.stride for n in (height, width)):
+        yield (
+            f"encoder.stride, {encoder.stride}, must divide the {height - 1} and {width - 1} steps "
+            "between volume.nodes along y and x"
+        )
     if encoder.lift and encoder.kind == "bev":
         yield "encoder.lift needs encoder.kind=tpv"
 

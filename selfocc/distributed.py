@@ -1,6 +1,7 @@
 """Devices and data parallelism: one process a GPU under torchrun, gloo where there is none."""
 
 import contextlib
+import ctypes
 import os
 import re
 import sys
@@ -16,6 +17,7 @@ from selfocc import InputError
 # what torchrun tells its processes; a scheduler may export some of these for reasons of its own
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 MEETING = timedelta(minutes=5)  # within which all processes have to be there
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # parameters of glibc's mallopt
 WORK = timedelta(minutes=30)  # for which others wait while the first renders, indexes or validates
 
 
@@ -58,25 +60,34 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def allow_tf32(device: torch.device) -> None:
-    """Let this process multiply in TF32 on a GPU and try which convolution is fastest there.
+def tune(device: torch.device) -> None:
+    """Let this process compute as fast as the device can.
 
-    Factors are then rounded to 11 bits, sums are not. Convolutions do that by PyTorch's default,
-    so the network's features carry such errors anyway; what is published has to hold with them.
-    Positions do not: see `geometry.exact_products`. On a CPU nothing changes.
+    On a GPU it multiplies in TF32 and tries which convolution is fastest. Factors are then rounded
+    to 11 bits, sums are not. Convolutions do that by PyTorch's default, so the network's features
+    carry such errors anyway; what is published has to hold with them. Positions do not: see
+    `geometry.exact_products`. On a CPU memory is kept: glibc gives large temporaries back to the
+    system, which clears every page again when the next one is made, a tenth of a training step.
     """
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
+        return
+    torch.set_flush_denormal(True)  # Adam's vanishing moments are slow otherwise
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # a C library without it, musl
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+            mallopt(_MMAP_MAX, 0)
 
 
 def start(device: torch.device) -> tuple[int, int]:
     """Join the processes of torchrun; returns (rank, world size), (0, 1) without torchrun.
 
-    A GPU is set to compute as fast as training wants. Raises InputError where torchrun's variables
+    The device is tuned. Raises InputError where torchrun's variables
     make no sense, or the processes do not meet.
     """
-    allow_tf32(device)
+    tune(device)
     if not under_torchrun():
         if os.environ.get("WORLD_SIZE", "1") != "1":
             missing = ", ".join(name for name in _TORCHRUN if not os.environ.get(name))

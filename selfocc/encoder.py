@@ -87,9 +87,9 @@ class Encoder(nn.Module):
             for plane in self.planes
         ]
         shared = (self.positional_encoding(), self.plane_shapes, self.self_reference)
-        x = torch.cat([self.queries[plane] for plane in self.planes]).expand(batch, -1, -1)
+        x = torch.cat([self.queries[plane] for plane in self.planes])[None]
         for layer in self.layers:
-            x = layer(x, *shared, image_tokens, image_shapes, visible)
+            x = layer(x, batch, *shared, image_tokens, image_shapes, visible)
         planes = x.split([rows * cols for rows, cols in self.plane_shapes], dim=1)
         shapes = self.plane_shapes
         return [plane.unflatten(1, shape) for plane, shape in zip(planes, shapes, strict=True)]
@@ -182,6 +182,7 @@ class EncoderLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
+        batch: int,
         position: Tensor,
         plane_shapes: list[tuple[int, int]],
         self_reference: Tensor,
@@ -189,9 +190,10 @@ class EncoderLayer(nn.Module):
         image_shapes: list[tuple[int, int]],
         visible: list[tuple[Tensor, Tensor]],
     ) -> Tensor:
-        """x [B, T, dim] -> the same.
+        """x [B, T, dim], of the first layer [1, T, dim] for all items -> [B, T, dim].
 
         Args:
+            batch: B.
             position: [T, dim].
             plane_shapes, image_shapes: (rows, cols) of the planes and of the image levels.
             self_reference: [1, T, planes, P, 2].
@@ -199,7 +201,7 @@ class EncoderLayer(nn.Module):
             visible: what `visible_pairs` gives for each plane.
         """
         attended = self.self_attention(x + position, x, plane_shapes, self_reference)
-        x = self.norms[0](x + self.dropout(attended))
+        x = self.norms[0](x + self.dropout(attended.expand(batch, -1, -1)))
         planes = x.split([rows * cols for rows, cols in plane_shapes], dim=1)
         attended = [
             attention(plane, image_tokens, image_shapes, reference, pairs)

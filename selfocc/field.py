@@ -1,17 +1,12 @@
 """From planes to the volume, and the volume read at points and on grids."""
 
-import math
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+import kernels
 from selfocc.config import EncoderConfig, FieldConfig, VolumeConfig
 from selfocc.geometry import Box, constant, node_positions
-
-SLAB = 1 << 23  # features decoded at once; where there are more, backward computes them again
 
 
 class FieldDecoder(nn.Module):
@@ -23,7 +18,7 @@ class FieldDecoder(nn.Module):
 
     def __init__(self, field: FieldConfig, encoder: EncoderConfig, volume: VolumeConfig):
         super().__init__()
-        self.kind, self.nodes = encoder.kind, volume.nodes
+        self.kind, self.nodes, self.stride = encoder.kind, volume.nodes, encoder.stride
         self.channels = 1 + field.colors + field.classes
         outputs = self.channels * (volume.nodes[2] if self.kind == "bev" else 1)
         self.net = nn.Sequential(
@@ -42,40 +37,33 @@ class FieldDecoder(nn.Module):
                 self.net[3].bias[:: self.channels] = 0.0
         self.register_buffer("height", height, persistent=False)  # [Z] above the ground, metres
 
-    def forward(self, planes: list[Tensor], lifted: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        planes: list[Tensor],
+        lifted: tuple[Tensor, Tensor] | None = None,
+        mix: Tensor | None = None,
+    ) -> Tensor:
         """Volume [B, C, H, W, Z], channel 0 the SDF in metres.
 
-        planes: TPV [hw [B, H, W, D], zh [B, Z, H, D], wz [B, W, Z, D]], or BEV [[B, H, W, D]];
-        lifted: SDF [B, H, W, Z] and features [B, H, W, Z, D] that are added to those of TPV planes.
+        planes: TPV [hw [B, h, w, D], zh [B, Z, h, D], wz [B, w, Z, D]], or BEV [[B, h, w, D]].
+        lifted: SDF [B, H, W, Z] that is added, and features [B, h, w, Z, L] that are added to those
+        of TPV planes, mixed as in `kernels.decode`.
         """
-        hw = planes[0]
-        split = [hw] if self.kind == "bev" else [hw, planes[1].transpose(1, 2)]  # all have h first
-        split += [] if lifted is None else [lifted[1]]
-        whole = planes[2:]
-        total = math.prod(self.nodes) * hw.shape[0] * hw.shape[-1]
-        slabs = math.ceil((hw.numel() if self.kind == "bev" else total) / SLAB)
-        decode, step = self._decode, math.ceil(self.nodes[0] / slabs)
-        if slabs > 1 and torch.is_grad_enabled():
-            # nothing in it is random, and the state of a GPU's generator is slow to fetch
-            how = dict(use_reentrant=False, preserve_rng_state=False)
-            decode = partial(checkpoint, self._decode, **how)
-        pieces = zip(*(part.split(step, dim=1) for part in split), strict=True)
-        decoded = [decode(whole, *piece) for piece in pieces]
-        rows = decoded[0] if slabs == 1 else torch.cat(decoded, dim=1)
-        start = 0.0 if self.height is None else self.height
-        if lifted is not None:
-            start = start + lifted[0]
-        if isinstance(start, Tensor):
-            rows = torch.cat([rows[..., :1] + start[..., None], rows[..., 1:]], dim=-1)
-        return rows.permute(0, 4, 1, 2, 3)
-
-    def _decode(self, whole: list[Tensor], hw: Tensor, *more: Tensor) -> Tensor:
-        """Nodes [B, h, W, Z, C] from hw [B, h, W, D]; TPV adds hz [B, h, Z, D], wz [B, W, Z, D]."""
+        sdf, features = lifted or (None, None)
         if self.kind == "bev":
-            return self.net(hw).unflatten(-1, (self.nodes[2], self.channels))
-        hz, *lifted = more
-        features = hw[:, :, :, None] + hz[:, :, None] + whole[0][:, None]
-        return self.net(sum(lifted, start=features))
+            nodes = self.net(planes[0]).unflatten(-1, (self.nodes[2], self.channels))
+        else:
+            first, last = self.net[1], self.net[3]
+            network = first.weight, first.bias, last.weight, last.bias
+            nodes = kernels.decode(*planes, network, features, mix)
+        volume = nodes.permute(0, 4, 1, 2, 3)
+        if self.stride > 1:
+            volume = F.interpolate(volume, self.nodes, mode="trilinear", align_corners=True)
+        if self.height is not None:
+            volume[:, 0] += self.height
+        if sdf is not None:
+            volume[:, 0] += sdf
+        return volume
 
 
 def sample_sdf(volume: Tensor, box: Box, points: Tensor) -> Tensor:

@@ -7,14 +7,15 @@ beyond a node's own pixel.
 """
 
 import math
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfocc.config import EncoderConfig, VolumeConfig
+import kernels
+from selfocc.config import EncoderConfig, VolumeConfig, plane_volume
 from selfocc.encoder import fourier_features
-from selfocc.geometry import constant, image_projection, move_points, node_positions
+from selfocc.geometry import image_projection
 
 CHANNELS = 8  # features at every depth of a pixel, beside the SDF
 GAIN = 4.0  # metres of SDF for one unit of the head's output: it has far to go at a low rate
@@ -25,6 +26,7 @@ class FrustumLift(nn.Module):
 
     def __init__(self, encoder: EncoderConfig, volume: VolumeConfig, frequencies: int = 5):
         super().__init__()
+        self.stride = encoder.stride
         self.bins, self.nearest = encoder.lift_bins, 2.0
         self.farthest = math.dist(volume.box[:2], volume.box[3:5])
         self.head = nn.Sequential(
@@ -39,11 +41,12 @@ class FrustumLift(nn.Module):
         self.position = nn.ModuleList(
             nn.Linear(2 * frequencies, encoder.dim, bias=False) for _ in volume.nodes
         )
-        for axis, nodes in enumerate(volume.nodes):
-            self.register_buffer(
-                f"features_{axis}", fourier_features(nodes, frequencies), persistent=False
-            )
-        self.register_buffer("points", node_positions(volume.box, volume.nodes), persistent=False)
+        fixed = partial(self.register_buffer, persistent=False)
+        for dim, nodes in enumerate(plane_volume(encoder, volume).nodes):
+            fixed(f"features_{dim}", fourier_features(nodes, frequencies))
+        for axis, dim in enumerate((1, 0, 2)):  # of x, y, z in [H, W, Z]
+            ends = volume.box[axis], volume.box[axis + 3]
+            fixed(f"nodes_{axis}", torch.linspace(*ends, volume.nodes[dim], dtype=torch.float64))
 
     def forward(
         self,
@@ -52,37 +55,53 @@ class FrustumLift(nn.Module):
         camera_to_volume: Tensor,
         image_size: tuple[int, int],
     ) -> tuple[Tensor, Tensor]:
-        """SDF [B, H, W, Z] in metres and features [B, H, W, Z, dim], to be added to the planes'.
+        """SDF [B, H, W, Z] in metres, and features [B, h, w, Z, CHANNELS] at the nodes of the
+        planes.
 
         Args: features [B, N, dim, h, w], the finest image level; intrinsics [B, N, 3, 3] in pixels
         of the network's images, which are image_size (h, w); camera_to_volume [B, N, 4, 4].
         """
-        batch, cameras = intrinsics.shape[:2]
+        cameras, stride = intrinsics.shape[1], self.stride
         frustum = self.head(features.flatten(0, 1)).unflatten(1, (-1, self.bins))
         place, seen = self._place(intrinsics, camera_to_volume, image_size)
-        sampled = F.grid_sample(
-            frustum, place[:, None, None], padding_mode="border", align_corners=False
-        )[:, :, 0, 0]  # [B N, 1 + CHANNELS, nodes]
-        sampled = (sampled * seen[:, None]).unflatten(0, (batch, cameras)).sum(1)
-        count = seen.unflatten(0, (batch, cameras)).sum(1).clamp_min(1)
-        lifted = (sampled / count[:, None]).mT.unflatten(1, self.points.shape[:3])
+
+        def read(maps: Tensor, stride: int) -> Tensor:
+            """Channels of the frustums [B, h, w, Z, C] at every `stride`-th node along y and x."""
+            where, there = place[:, :, ::stride, ::stride], seen[:, ::stride, ::stride]
+            values = kernels.sample_maps(maps, where.flatten(2).mT, there.flatten(1))
+            values = values.view(-1, cameras, *there.shape[1:], maps.shape[1])
+            if cameras == 1:
+                return values[:, 0]
+            count = there.unflatten(0, (-1, cameras)).sum(1).clamp_min(1)
+            return values.sum(1) / count[..., None]
+
+        return GAIN * read(frustum[:, :1], 1)[..., 0], read(frustum[:, 1:], stride)
+
+    def beside(self, planes: list[Tensor]) -> list[Tensor]:
+        """TPV planes with what nodes know of where they are."""
+        hw, zh, wz = planes
         y, x, z = (
-            linear(getattr(self, f"features_{axis}")) for axis, linear in enumerate(self.position)
+            linear(getattr(self, f"features_{dim}")) for dim, linear in enumerate(self.position)
         )
-        position = y[:, None, None] + x[:, None] + z
-        return GAIN * lifted[..., 0], self.mix(lifted[..., 1:]) + position
+        return [hw + (y[:, None] + x + self.mix.bias), zh + z[:, None], wz]
 
     def _place(self, intrinsics, camera_to_volume, image_size) -> tuple[Tensor, Tensor]:
-        """Where nodes lie in the frustums [B N, nodes, 3], as grid_sample wants it: u and v from
-        edge to edge of the image, depth between the centres of the outer bins; and
+        """Where nodes lie in the frustums [B N, 3, H, W, Z]: depth between the centres of the outer
+        bins, v and u from edge to edge of the image, all -1 to 1 as `sample_maps` has it; and
         whether they do.
         """
-        projection = image_projection(intrinsics, camera_to_volume).float().flatten(0, 1)
-        image = move_points(self.points.flatten(0, 2), projection)
-        depth = image[..., 2].clamp_min(1e-5)
-        size = constant(image_size[::-1], image)
-        where = 2 * (image[..., :2] / depth[..., None] + 0.5) / size - 1
-        seen = (image[..., 2] > 1e-5) & (where.abs() < 1).all(-1)
+        projection = image_projection(intrinsics, camera_to_volume).flatten(0, 1)
+        # linear in each of a node's coordinates, so that they are multiplied apart
+        x, y, z = (
+            (projection[:, :3, k, None] * getattr(self, f"nodes_{k}")).float() for k in range(3)
+        )
+        y = y + projection[:, :3, 3:].float()
+        image = (y[:, :, :, None] + x[:, :, None])[..., None] + z[:, :, None, None]
+        depth = image[:, 2].clamp_min(1e-5)
+        height, width = image_size
+        u = 2 * (image[:, 0] / depth + 0.5) / width - 1
+        v = 2 * (image[:, 1] / depth + 0.5) / height - 1
+        seen = (image[:, 2] > 1e-5) & (u.abs() < 1) & (v.abs() < 1)
         share = torch.log(depth / self.nearest) / math.log(self.farthest / self.nearest)
-        centre = (2 * share - 1) * (self.bins - 1) / self.bins
-        return torch.cat([where, centre[..., None]], dim=-1), seen
+        centre = (2 * share - 1) * ((self.bins - 1) / self.bins)
+        return torch.stack([centre, v, u], dim=1), seen

@@ -10,7 +10,7 @@ import kernels
 from selfocc import InputError, counted
 from selfocc.backbone import FPN, Backbone
 from selfocc.batch import Batch, Frames, Noise, Scene, View
-from selfocc.config import Config
+from selfocc.config import Config, plane_volume
 from selfocc.encoder import Encoder
 from selfocc.field import FieldDecoder
 from selfocc.geometry import pixel_rays, ray_box
@@ -27,7 +27,8 @@ class SelfOcc(nn.Module):
         self.backbone = Backbone(config.backbone)
         self.fpn = FPN(self.backbone.channels, config.encoder.dim)
         transposed = config.quirks.transposed_bev_grid
-        self.encoder = Encoder(config.encoder, config.volume, cameras, transposed=transposed)
+        planes = plane_volume(config.encoder, config.volume)
+        self.encoder = Encoder(config.encoder, planes, cameras, transposed=transposed)
         self.lift = FrustumLift(config.encoder, config.volume) if config.encoder.lift else None
         self.decoder = FieldDecoder(config.field, config.encoder, config.volume)
         render = config.render
@@ -81,12 +82,13 @@ class SelfOcc(nn.Module):
             planes = self.encoder(
                 features, batch.intrinsics, batch.camera_to_volume, seen_size, valid_size
             )
-        lifted = None
-        if self.lift is not None:
-            lifted = self.lift(
-                features[0].float(), batch.intrinsics, batch.camera_to_volume, image_size
-            )
-        return self.decoder([plane.float() for plane in planes], lifted)
+        planes = [plane.float() for plane in planes]
+        if self.lift is None:
+            return self.decoder(planes)
+        lifted = self.lift(
+            features[0].float(), batch.intrinsics, batch.camera_to_volume, image_size
+        )
+        return self.decoder(self.lift.beside(planes), lifted, self.lift.mix.weight)
 
     def render(
         self,

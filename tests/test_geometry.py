@@ -97,7 +97,7 @@ def test_positions_are_exact_where_tf32_is_allowed(monkeypatch):
     before, seen = settings.allow_tf32, []
     points, matrix = torch.randn(5, 3), torch.randn(2, 4, 4)
     try:
-        distributed.allow_tf32(torch.device("cpu"))
+        distributed.tune(torch.device("cpu"))
         assert settings.allow_tf32 == before
         assert distributed.start(torch.device("cuda")) == (0, 1)
         assert settings.allow_tf32 and torch.backends.cudnn.benchmark
