@@ -2,8 +2,9 @@
 
 A scene is a function of (config, seed). What is rendered once is cached on disk by its content. In
 selfocc/street, `scene.py` invents a street out of `objects.py`, `world.py` is its geometry,
-`looks.py` its light and camera, `shading.py` its surfaces, `shadows.py` its shadows, `sensors.py` casts the rays, `occupancy.py` labels voxels, and `rigs.py`
-mounts the cameras. export.py writes scenes as files of other data sets.
+`looks.py` its light and what a camera makes of it, `shading.py` its surfaces, `shadows.py` its
+shadows, `sensors.py` casts the rays, `occupancy.py` labels voxels, and `rigs.py` mounts the
+cameras. export.py writes scenes as files of other data sets.
 """
 
 import os
@@ -42,7 +43,8 @@ class SyntheticConfig:
     frames: int = 50  # frames a scene, 0.6 to 1.6 m apart
     texture: float = 1.0  # contrast of all surface texture; 0 leaves every surface plain
     relief: float = 1.0  # 1: grades up to 5.5% and crossfall up to 3.5%; 0: a level street
-    looks: float = 1.0  # spread of light, weather, camera, scenery; 0: one plain look, one rig
+    looks: float = 1.0  # spread of light, weather, scenery and cameras' pictures; 0: a plain world
+    rigs: float = 1.0  # spread of focal length, pitch, height (see `make_rig`); 0: one rig for all
     movers: float = 1.0  # number of moving vehicles, cyclists and pedestrians; 0: none
     mover_speed: float = 1.0  # their speed; 1: 3 to 50 km/h at 10 frames a second
     occluders: float = 1.0  # density of parked vehicles, trees, poles, bushes, standing people
@@ -84,7 +86,7 @@ class SyntheticSequence(Sequence):
         self.frames = config.frames
         self.labelled = list(range(0, config.frames, LABEL_EVERY))
         rng = self._random("rig", 0)
-        self.rig = make_rig(config.rig, config.image_size, rng, config.looks)
+        self.rig = make_rig(config.rig, config.image_size, rng, config.rigs)
         first = np.stack([self.cameras(frame)[1][0] for frame in range(self.frames)])
         self.positions = first[:, :3, 3]
         # As KITTI counts it: in the plane of x and z of the first camera.
@@ -196,7 +198,7 @@ class SyntheticSequence(Sequence):
         street, config, solids = self.street, self.config, self.street.at(frame)
         sunshine = None
         if street.looks.shadows:
-            sunshine = partial(self.shadows.lit, self.shadows.at(frame))
+            sunshine = partial(self.shadows.lit, self.shadows.at(solids))
         for k, pose in zip(intrinsics, poses, strict=True):
             sight = look(street, solids, k, pose, size)
             light, label = shade(

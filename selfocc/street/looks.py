@@ -5,7 +5,7 @@ camera does to it (exposure, tone curve, blur, noise) is `develop`. Real streets
 spread: a tenth of a KITTI frame is saturated and a seventh nearly black.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,41 +14,41 @@ from selfocc.street import world as w
 GREY = np.float32([0.299, 0.587, 0.114])
 
 
-def _of(value, *shape):
-    return field(default_factory=lambda: np.full(shape, value, np.float32))
-
-
 @dataclass(frozen=True)
 class Looks:
-    """The defaults are the plain world: one soft light, a perfect camera."""
+    """Of one street, and of the camera that drives through it."""
 
-    sun_light: np.ndarray = _of(1, 3)  # colour of what the sun adds
-    sky_light: np.ndarray = _of(1, 3)  # colour of the light in the shadow
+    sun_light: np.ndarray  # [3] colour of what the sun adds
+    sky_light: np.ndarray  # [3] colour of the light in the shadow
+    grain: np.ndarray  # [9] strength of texture by style, in the order of world.PLAIN...CLOTH
+    ground_grain: np.ndarray  # [3] of road, sidewalk and terrain
+    balance: np.ndarray  # [3] gain of the camera's red, green and blue
     sunny: bool = True
     shadows: bool = False
     sky: float = 1.0  # brightness of the sky as seen, beside what it lights
     clouds: float = 1.0  # their contrast
     glow: float = 0.0  # of the sky around the sun
     haze: float = 0.0  # density of the air, 1 / metres
-    grain: np.ndarray = _of(1, 9)  # strength of texture by style, in the order of world.PLAIN...
-    ground_grain: np.ndarray = _of(1, 3)  # of road, sidewalk, terrain
+    fine: float = 1.0  # how many times finer texture is
     marks: float = 1.0  # how white lane marks are
     patches: float = 0.0  # contrast of repaired pieces of road and of the tracks of wheels
-    # The camera. No brightness: it takes light as it comes.
-    brightness: float | None = None  # mean below the sky that it exposes for
+    brightness: float | None = None  # mean below the sky that the camera exposes for; None: gain 1
     drift: tuple[float, float, float] = (0.0, 1.0, 0.0)  # of exposure: share, frames, phase
     gamma: float = 1.0  # image = light ^ gamma
-    balance: np.ndarray = _of(1, 3)  # of white
     saturation: float = 1.0
-    vignette: float = 0.0  # light lost in the corners
+    vignette: float = 0.0  # share of light lost in the corners
     blur: float = 0.0  # share of a pixel that spreads to each neighbour in a row, and in a column
     noise: float = 0.0  # std at full brightness
+
+
+# One soft light and a perfect camera.
+PLAIN = Looks(*(np.ones(n, np.float32) for n in (3, 3, 9, 3, 3)))
 
 
 def random_looks(rng, spread) -> Looks:
     """`spread` 1: what real streets and cameras span; 0: the plain world."""
     if not spread:
-        return Looks()
+        return PLAIN
 
     def pick(plain, low, high, geometric=False):
         share = np.log([low, high]) if geometric else (low, high)
@@ -61,24 +61,25 @@ def random_looks(rng, spread) -> Looks:
     sunny = rng.random() < 0.65
     sun, shade = (pick(1, 1.5, 4.5), pick(1, 0.2, 0.6)) if sunny else (pick(1, 0.1, 0.8), 1.0)
     grey = rng.random() < 0.12
-    grain = np.full(9, pick(1, 0.4, 1.4, geometric=True), np.float32)
+    grain = np.full(9, pick(1, 0.5, 2.0, geometric=True), np.float32)
     grain[w.FOLIAGE] = pick(1, 0.9, 1.6)
     return Looks(
         sun_light=np.float32(sun * tint(pick(0, 0, 0.15))),
         sky_light=np.float32(shade * tint(pick(0, -0.15, 0.02))),
         sunny=sunny,
         shadows=True,
-        sky=pick(1, 0.3, 2.2, geometric=True) if sunny else pick(1, 1.0, 2.6),
+        sky=pick(1, 0.45, 2.2, geometric=True) if sunny else pick(1, 1.0, 2.6),
         clouds=pick(1, 0, 1),
         glow=pick(0, 0, 2.0) if sunny else 0.0,
         haze=pick(0, 1 / 3000, 1 / 250, geometric=True),
         grain=grain,
-        ground_grain=np.float32([pick(1, 0.15, 1.0, geometric=True) for _ in range(3)]),
+        ground_grain=np.float32([pick(1, 0.15, 1.3, geometric=True) for _ in range(3)]),
+        fine=pick(1, 1, 4, geometric=True),
         marks=float(np.clip(pick(1, -0.5, 1.3), 0, 1)),
         patches=pick(0, 0, 0.35),
-        brightness=pick(0.3, 0.16, 0.40),
+        brightness=pick(0.3, 0.20, 0.42),
         drift=(pick(0, 0, 0.03), rng.uniform(10, 40), rng.uniform(0, 2 * np.pi)),
-        gamma=pick(1, 0.75, 1.35),
+        gamma=pick(1, 0.85, 1.5),
         balance=np.float32([pick(1, 0.93, 1.07), 1, pick(1, 0.93, 1.1)]),
         saturation=0.0 if grey else pick(1, 0.4, 1.4),
         vignette=pick(0, 0, 0.2),

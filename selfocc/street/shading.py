@@ -35,10 +35,13 @@ def value_noise(u, v):
     return a + fv * (b + fu * (_WRAPPED[i + _STRIDE + 1] - b) - a)
 
 
-def grain(u, v, footprint):
-    """Octaves of noise, each faded in where its lattice spacing grows from 1.2 to 2.5 pixels."""
+def grain(u, v, footprint, fine=1.0):
+    """Octaves of noise, each faded in where its lattice spacing grows from 1.2 to 2.5 pixels.
+
+    fine: divides their spacings."""
     total = np.zeros_like(u)
-    for k, (wavelength, strength) in enumerate(OCTAVES):
+    for k, (spacing, strength) in enumerate(OCTAVES):
+        wavelength = spacing / fine
         fade = np.float32(0.77 * wavelength) / footprint - np.float32(0.92)
         seen = np.flatnonzero(fade > 0)
         if len(seen):
@@ -91,8 +94,7 @@ def shade(street, solids, sight, pixel, sunshine=None, *, texture=1.0, view_depe
     normal, local, axis = solids.normal(points, which)
     slant = np.maximum(-(normal * view[solid]).sum(1), 0.05)
     footprint = t[solid] * np.float32(pixel)
-    rough = (np.float32(texture) * GRAIN * street.looks.grain)[solids.style[which]]
-    albedo, gloss = _solid(solids, which, local, axis, footprint, slant, rough, texture)
+    albedo, gloss = _solid(solids, which, local, axis, footprint, slant, street.looks, texture)
     lit = albedo * _light(street, points, normal, sunshine)
     if view_dependence:
         mirror = view[solid] + 2 * slant[:, None] * normal
@@ -108,8 +110,9 @@ def shade(street, solids, sight, pixel, sunshine=None, *, texture=1.0, view_depe
     label[solid] = solids.label[which]
     if street.looks.haze:
         seen = np.flatnonzero(np.isfinite(t))
-        air = 1 - np.exp(-street.looks.haze * t[seen] * length[seen])[:, None]
-        colour[seen] += air * (street.sky[1] * street.looks.sky - colour[seen])
+        clear = np.exp(np.float32(-street.looks.haze) * t[seen] * length[seen])[:, None]
+        air = np.float32(street.looks.sky * street.sky[1])
+        colour[seen] = air + clear * (colour[seen] - air)
     return colour, label
 
 
@@ -147,7 +150,9 @@ def _ground(street, points, footprint, slant, texture):
     # keeps most of the texture and does not flicker.
     wide = footprint / slant ** np.float32(0.75)
     strength = (GROUND_GRAIN * street.looks.ground_grain)[np.select(kinds, (0, 1), 2)]
-    tone = tone * (1 + np.float32(texture) * strength * grain(x, y, wide))[:, None]
+    tone = (
+        tone * (1 + np.float32(texture) * strength * grain(x, y, wide, street.looks.fine))[:, None]
+    )
     if street.looks.patches:
         tone *= (1 + np.float32(texture * street.looks.patches) * _mended(lateral, y, kinds[0]))[
             :, None
@@ -176,10 +181,8 @@ def _mended(lateral, y, road):
     return change
 
 
-def _solid(solids, which, local, axis, footprint, slant, amount, texture):
-    """Albedo [R, 3] and glossiness [R] of points on solids, from their local coordinates.
-
-    amount [R]: contrast of the noise."""
+def _solid(solids, which, local, axis, footprint, slant, looks, texture):
+    """Albedo [R, 3] and glossiness [R] of points on solids, from their local coordinates."""
     style = solids.style[which]
     main, second = solids.colour[which, 0], solids.colour[which, 1]
     half = solids.half.astype(np.float32)[which]
@@ -193,7 +196,8 @@ def _solid(solids, which, local, axis, footprint, slant, amount, texture):
     wide = footprint / slant ** np.float32(0.75)
     fine = np.where(style == w.FOLIAGE, np.float32(2), np.float32(1))
     stretch = np.where(style == w.BARK, np.float32(0.25), fine)
-    rough = amount * grain(u + seed, v * stretch + seed * np.float32(1.7), wide)
+    amount = (np.float32(texture) * GRAIN * looks.grain)[style]
+    rough = amount * grain(u + seed, v * stretch + seed * np.float32(1.7), wide, looks.fine)
     mix = np.zeros(len(which), np.float32)
     gloss = np.select([style == w.PAINT, style == w.CABIN], [0.5, 0.8], 0.03).astype(np.float32)
 

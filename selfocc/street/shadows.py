@@ -55,9 +55,8 @@ class Shadows:
         depth = np.full(self.size, np.inf, np.float32)
         return self._add(depth, solids.only(solids.mover < 0))
 
-    def at(self, frame):
-        """The same with what moves, at the time of a frame."""
-        solids = self.street.at(frame)
+    def at(self, solids):
+        """The same with what moves, given the solids at the time of a frame."""
         return self._add(self.standing.copy(), solids.only(solids.mover >= 0))
 
     def _add(self, depth, solids):
