@@ -61,7 +61,7 @@ def random_looks(rng, spread) -> Looks:
     sunny = rng.random() < 0.65
     sun, shade = (pick(1, 1.5, 4.5), pick(1, 0.2, 0.6)) if sunny else (pick(1, 0.1, 0.8), 1.0)
     grey = rng.random() < 0.12
-    grain = np.full(9, pick(1, 0.5, 2.0, geometric=True), np.float32)
+    grain = np.full(9, pick(1, 0.5, 1.7, geometric=True), np.float32)
     grain[w.FOLIAGE] = pick(1, 0.9, 1.6)
     return Looks(
         sun_light=np.float32(sun * tint(pick(0, 0, 0.15))),
@@ -73,7 +73,7 @@ def random_looks(rng, spread) -> Looks:
         glow=pick(0, 0, 2.0) if sunny else 0.0,
         haze=pick(0, 1 / 3000, 1 / 250, geometric=True),
         grain=grain,
-        ground_grain=np.float32([pick(1, 0.15, 1.3, geometric=True) for _ in range(3)]),
+        ground_grain=np.float32([pick(1, 0.15, 1.1, geometric=True) for _ in range(3)]),
         fine=pick(1, 1, 4, geometric=True),
         marks=float(np.clip(pick(1, -0.5, 1.3), 0, 1)),
         patches=pick(0, 0, 0.35),
@@ -157,8 +157,10 @@ def _tone(light, looks):
 
 def _blurred(image, share):
     for axis in (0, 1):
-        edge = [(1, 1) if k == axis else (0, 0) for k in range(3)]
-        padded = np.moveaxis(np.pad(image, edge, mode="edge"), axis, 0)
-        mixed = padded[1:-1] + share * (padded[:-2] - 2 * padded[1:-1] + padded[2:])
+        image = np.moveaxis(image, axis, 0)
+        mixed = (1 - 2 * share) * image
+        mixed[1:] += share * image[:-1]
+        mixed[:-1] += share * image[1:]
+        mixed[[0, -1]] += share * image[[0, -1]]
         image = np.moveaxis(mixed, 0, axis)
     return image

@@ -47,6 +47,10 @@ class Waves:
         """A bound of |f|."""
         return np.abs(self.terms[:, 0]).sum()
 
+    def steepest(self):
+        """A bound of |df/dy|."""
+        return np.abs(self.terms[:, 0] * self.terms[:, 1]).sum()
+
     def __call__(self, y):
         return sum(
             np.float32(a) * np.sin(y * np.float32(k) + np.float32(p)) for a, k, p in self.terms
@@ -127,15 +131,21 @@ class Ground:
             return z0 + t * d[2] - self.height(x0 + t * d[0], y0 + t * d[1])
 
         ratio = (far / near) ** np.float32(1 / steps)
-        a, fa, brackets = near, clearance(near, d), []
+        a, left, safe = near, np.full(len(rays), steps), self._safe(origin, d)
+        for _ in range(steps - 1):
+            b = a * ratio
+            a, left = np.where(b < safe, b, a), left - (b < safe)
+        fa, brackets = clearance(a, d), []
         for _ in range(steps):
             b = a * ratio
             fb = clearance(b, d)
             below = fb < 0
             hit = np.flatnonzero(below & (fa >= 0))
             brackets.append((rays[hit], d[:, hit], a[hit], fa[hit], b[hit], fb[hit]))
-            on = np.flatnonzero(~below & (b < limit[rays]))
-            rays, d, ratio, a, fa = rays[on], d[:, on], ratio[on], b[on], fb[on]
+            left = left - 1
+            on = np.flatnonzero(~below & (b < limit[rays]) & (left > 0))
+            rays, d, ratio, left = rays[on], d[:, on], ratio[on], left[on]
+            a, fa = b[on], fb[on]
         rays, d, a, fa, b, fb = (np.concatenate(v, -1) for v in zip(*brackets, strict=True))
         for _ in range(refinements):
             t = a - fa * (b - a) / np.minimum(fb - fa, np.float32(-1e-12))
@@ -151,6 +161,15 @@ class Ground:
             on = np.flatnonzero(np.abs(f) > TOUCH)
             rays, d, a, fa, b, fb = rays[on], d[:, on], a[on], fa[on], b[on], fb[on]
         return found
+
+    def _safe(self, origin, d):
+        """t [R] up to which rays origin + t d, [3, R], are above any ground of its steepness."""
+        x, y, z = origin
+        tilt, dy = self.crossfall.highest(), np.abs(d[1])
+        aside = np.abs(d[0]) + self.centre.steepest() * dy
+        room = z - self.profile(y) - KERB_HEIGHT - tilt * np.abs(self.lateral(x, y)) - 0.01
+        falls = self.profile.steepest() * dy + tilt * aside - d[2]
+        return np.where(falls > 0, max(room, 0) / np.maximum(falls, 1e-6), np.inf)
 
 
 @dataclass(frozen=True)
