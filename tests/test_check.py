@@ -21,7 +21,7 @@ DRIVE = "2011_09_26/2011_09_26_drive_0001_sync"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    config = SyntheticConfig(image_size=SIZE, frames=FRAMES, movers=0)
+    config = SyntheticConfig(image_size=SIZE, frames=FRAMES, movers=0, rigs=0.0)
     return synthetic_sequences(config, "train", 1, cache=tmp_path_factory.mktemp("cache"))[0]
 
 

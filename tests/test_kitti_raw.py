@@ -28,7 +28,7 @@ DATE, DRIVE = "2011_09_26", "2011_09_26_drive_0001_sync"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    config = SyntheticConfig(image_size=SIZE, frames=FRAMES)
+    config = SyntheticConfig(image_size=SIZE, frames=FRAMES, rigs=0.0)
     return synthetic_sequences(config, "train", 1, cache=tmp_path_factory.mktemp("cache"))[0]
 
 

@@ -13,6 +13,7 @@ from selfocc.datasets.export import main
 from selfocc.datasets.export_kitti import RAW_LABEL, export_kitti
 from selfocc.datasets.kitti import kitti_sequences
 from selfocc.datasets.synthetic import SyntheticConfig, prerender, synthetic_sequences
+from selfocc.street.world import FOLIAGE
 
 CONFIG = SyntheticConfig(frames=6)
 SMALL = SyntheticConfig(frames=2, image_size=(24, 80))
@@ -93,9 +94,10 @@ def test_signed_distance_is_positive_before_the_surface(scene):
     assert scene.signed_distance(1, before).min() > 0
 
 
-def test_neighbouring_frames_agree_in_depth_and_colour(cache):
+@pytest.mark.parametrize("seed", [2, 3, 6, 8])  # sun, clouds, sun, sun without colour
+def test_neighbouring_frames_agree_in_depth_and_colour(cache, seed):
     still = dataclasses.replace(CONFIG, movers=0)
-    scene = synthetic_sequences(still, "train", 1, seed=3, cache=cache)[0]
+    scene = synthetic_sequences(still, "train", 1, seed=seed, cache=cache)[0]
     to_world = scene.volume_to_world(2)
     world = surface_points(scene, 2)[0] @ to_world[:3, :3].T + to_world[:3, 3]
     pixel, depth = project(scene, 3, world)
@@ -109,6 +111,82 @@ def test_neighbouring_frames_agree_in_depth_and_colour(cache):
     warped = np.abs(bilinear(images[1], pixel[inside]) - images[0][inside])[same].mean()
     unmoved = np.abs(images[1] - images[0])[inside][same].mean()
     assert warped < 0.03 and warped < unmoved / 3
+
+
+def test_looks_differ_from_street_to_street(cache):
+    scenes = synthetic_sequences(SMALL, "train", 16, cache=cache)
+    plain = synthetic_sequences(dataclasses.replace(SMALL, looks=0.0), "train", 16, cache=cache)
+
+    def spread(of):
+        return [np.std([of(s) for s in streets]) for streets in (scenes, plain)]
+
+    def air(scene):
+        return scene.street.looks.haze
+
+    def brightness(scene):
+        return scene.image(0, 0)[scene.depth(0)[0] > 0].mean() / 255
+
+    def colourfulness(scene):
+        return np.ptp(scene.image(0, 0) / 255.0, axis=-1).mean()
+
+    (hazy, clear), (bright, even) = spread(air), spread(brightness)
+    assert hazy > 3e-4 and clear == 0
+    assert bright > 0.04 and bright > even
+    assert min(map(colourfulness, scenes)) < 0.03 < max(map(colourfulness, scenes)) / 2
+    for scene in scenes[:4]:
+        assert abs(brightness(scene) - scene.street.looks.brightness) < 0.12
+
+
+def test_without_looks_the_world_is_plain(cache):
+    """The world that was before there were looks: these numbers are its own."""
+    config = dataclasses.replace(CONFIG, looks=0.0, rigs=0.0)
+    scene = synthetic_sequences(config, "val", 1, cache=cache)[0]
+    image, depth, label = scene.render(1)
+    np.testing.assert_allclose(image.mean((0, 1, 2)), (86.753, 92.531, 91.886), atol=0.01)
+    assert np.median(depth[depth > 0]) == pytest.approx(14.5471, abs=1e-3)
+    assert (label == 13).mean() == pytest.approx(0.2512, abs=1e-4)
+
+
+def test_shadows_are_where_solids_stand_before_the_sun(cache):
+    scene = synthetic_sequences(CONFIG, "train", 1, seed=2, cache=cache)[0]
+    street, solids = scene.street, scene.street.at(1)
+    pose = scene.true_volume_to_world(1)
+    points = surface_points(scene, 1)[0]
+    chosen = (scene.semantics(1)[0] == 9) & (scene.depth(1)[0] < 30)
+    points = points[chosen][::7] @ pose[:3, :3].T + pose[:3, 3]
+    share = scene.shadows.lit(
+        scene.shadows.at(solids), points.astype(np.float32), np.full(len(points), street.sun[2])
+    )
+
+    def meets(which, start):
+        """Whether rays from the points to the sun meet some of the solids."""
+        met = []
+        for point in points:
+            way = scene.shadows.pose[:3, 3] - point
+            way /= np.linalg.norm(way)
+            rays = np.tile(way.astype(np.float32), (len(which), 1))
+            t = solids.cast(point + start * way, rays, which, np.arange(len(which)))
+            met.append(np.isfinite(t).any())
+        return np.array(met)
+
+    dark = meets(np.flatnonzero(solids.style != FOLIAGE), 0.05)
+    leafy = meets(np.flatnonzero(solids.style == FOLIAGE), 0.0)
+    assert 0.1 < dark.mean() < 0.9
+    assert (share[dark] < 0.5).mean() > 0.95
+    assert (share[~dark & ~leafy] > 0.5).mean() > 0.95
+
+
+def test_rigs_differ_and_are_told(cache):
+    rigs = [s.rig for s in synthetic_sequences(SMALL, "train", 8, cache=cache)]
+    focal = np.array([rig.intrinsics[0, 0, 0] for rig in rigs]) / 80
+    height = np.array([rig.camera_to_volume[0, 2, 3] for rig in rigs])
+    down = np.rad2deg(np.arcsin([-rig.camera_to_volume[0, 2, 2] for rig in rigs]))
+    assert np.ptp(focal) > 0.03 and np.abs(focal / 0.58 - 1).max() <= 0.08 + 1e-9
+    assert np.ptp(height) > 0.05 and np.abs(height + 0.08).max() <= 0.1 + 1e-9
+    assert np.ptp(down) > 1 and np.abs(down).max() <= 1.5 + 1e-9
+    one = dataclasses.replace(SMALL, rigs=0.0)
+    same = [s.rig for s in synthetic_sequences(one, "train", 8, cache=cache)]
+    assert all((rig.intrinsics == same[0].intrinsics).all() for rig in same)
 
 
 def test_movers_move_and_nothing_else_does(cache):
@@ -205,7 +283,7 @@ def test_street_is_not_flat(cache):
 
 def test_knobs(cache):
     def render(**knobs):
-        config = dataclasses.replace(SMALL, **knobs)
+        config = dataclasses.replace(SMALL, looks=0.0, **knobs)
         return synthetic_sequences(config, "train", 1, seed=4, cache=cache)[0].render(1)
 
     image, depth, label = render()

@@ -39,7 +39,10 @@ def _main(words):
     add("--size", type=some, nargs=2, metavar=("HEIGHT", "WIDTH"), help=said)
     chosen = parser.parse_args(words)
     export, rig, size = FORMATS[chosen.format]
-    config = SyntheticConfig(rig=rig, image_size=tuple(chosen.size or size), frames=chosen.frames)
+    # KITTI raw has one calibration for all drives of a day.
+    config = SyntheticConfig(
+        rig=rig, image_size=tuple(chosen.size or size), frames=chosen.frames, rigs=0.0
+    )
     sequences = [
         sequence
         for split in dict.fromkeys(chosen.split)

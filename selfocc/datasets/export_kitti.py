@@ -110,7 +110,7 @@ def _voxel_files(sequence, frame):
 def export_kitti_raw(sequences: list[SyntheticSequence], folder: Path):
     """Write scenes of the rig `forward` as drives 0001, 0002, ... under folder/DATE, with improved
     ground truth from the exact depth under folder/data_depth_annotated, and 2-D classes for
-    --labels under folder/labels.
+    --labels under folder/labels. All have the calibration of the first (`rigs` 0).
 
     Raises InputError if it cannot.
     """

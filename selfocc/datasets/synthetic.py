@@ -2,15 +2,16 @@
 
 A scene is a function of (config, seed). What is rendered once is cached on disk by its content. In
 selfocc/street, `scene.py` invents a street out of `objects.py`, `world.py` is its geometry,
-`shading.py` its looks, `sensors.py` casts the rays, `occupancy.py` labels voxels, and `rigs.py`
-mounts the cameras. export.py writes scenes as files of other data sets.
+`looks.py` its light and what a camera makes of it, `shading.py` its surfaces, `shadows.py` its
+shadows, `sensors.py` casts the rays, `occupancy.py` labels voxels, and `rigs.py` mounts the
+cameras. export.py writes scenes as files of other data sets.
 """
 
 import os
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,15 @@ from tqdm import tqdm
 from selfocc import InputError
 from selfocc.batch import Sequence
 from selfocc.datasets import cache as disk
+from selfocc.street.looks import develop, drifted, exposure_for
 from selfocc.street.occupancy import View, occupancy, seen_from
 from selfocc.street.rigs import LIDAR_HEIGHT, make_rig
 from selfocc.street.scene import Street, random_street
 from selfocc.street.sensors import BEAMS, STEPS, look, spin, spin_rays
 from selfocc.street.shading import shade
+from selfocc.street.shadows import Shadows
 
-VERSION = 6  # of the world; part of the cache key
+VERSION = 7  # of the world; part of the cache key
 SPLITS = ("train", "val", "test")  # seed = 3 * number of the scene + place in this list
 LABEL_EVERY = 5  # frames, as in SemanticKITTI
 STATION = 2.0  # metres between the places on the path from which voxels are seen
@@ -40,6 +43,8 @@ class SyntheticConfig:
     frames: int = 50  # frames a scene, 0.6 to 1.6 m apart
     texture: float = 1.0  # contrast of all surface texture; 0 leaves every surface plain
     relief: float = 1.0  # 1: grades up to 5.5% and crossfall up to 3.5%; 0: a level street
+    looks: float = 1.0  # spread of light, weather, scenery and cameras' pictures; 0: a plain world
+    rigs: float = 1.0  # spread of focal length, pitch, height (see `make_rig`); 0: one rig for all
     movers: float = 1.0  # number of moving vehicles, cyclists and pedestrians; 0: none
     mover_speed: float = 1.0  # their speed; 1: 3 to 50 km/h at 10 frames a second
     occluders: float = 1.0  # density of parked vehicles, trees, poles, bushes, standing people
@@ -80,7 +85,8 @@ class SyntheticSequence(Sequence):
         self.config, self.name, self.seed, self.cache = config, name, seed, cache
         self.frames = config.frames
         self.labelled = list(range(0, config.frames, LABEL_EVERY))
-        self.rig = make_rig(config.rig, config.image_size)
+        rng = self._random("rig", 0)
+        self.rig = make_rig(config.rig, config.image_size, rng, config.rigs)
         first = np.stack([self.cameras(frame)[1][0] for frame in range(self.frames)])
         self.positions = first[:, :3, 3]
         # As KITTI counts it: in the plane of x and z of the first camera.
@@ -89,15 +95,19 @@ class SyntheticSequence(Sequence):
 
     def __getstate__(self):
         # Workers open the memory map and invent the street themselves.
-        return {k: v for k, v in self.__dict__.items() if k not in ("street", "_record")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("street", "shadows", "_record")}
 
     @cached_property
     def street(self) -> Street:
         c = self.config
         return random_street(
             self.seed, c.frames, relief=c.relief, movers=c.movers, mover_speed=c.mover_speed,
-            occluders=c.occluders,
+            occluders=c.occluders, looks=c.looks,
         )  # fmt: skip
+
+    @cached_property
+    def shadows(self) -> Shadows:
+        return Shadows(self.street)
 
     def frame_id(self, frame: int) -> str:
         return f"{frame:06d}"
@@ -169,24 +179,48 @@ class SyntheticSequence(Sequence):
         """Image uint8 [N, h, w, 3], z-depth float32 [N, h, w], labels uint8 [N, h, w]; not cached.
 
         shift: metres the cameras are moved to their right, for the other eye of a stereo pair."""
-        config, size, solids = self.config, self.config.image_size, self.street.at(frame)
+        config, size, looks = self.config, self.config.image_size, self.street.looks
         gain = 1 + config.exposure * self._random("exposure", frame).uniform(-1, 1)
+        gain = np.float32(gain * drifted(self.gain, looks, frame))
         poses = self.true_volume_to_world(frame) @ self.rig.camera_to_volume
         poses[:, :3, 3] += shift * poses[:, :3, 0]
+        noise = self._random("noise", frame)
         rendered = []
-        for intrinsics, pose in zip(self.rig.intrinsics, poses, strict=True):
-            sight = look(self.street, solids, intrinsics, pose, size)
-            colour, label = shade(
-                self.street, solids, sight, 1 / intrinsics[0, 0], texture=config.texture,
-                view_dependence=config.view_dependence,
-            )  # fmt: skip
-            image = (np.clip(colour * gain, 0, 1) * 255 + 0.5).astype(np.uint8)
-            depth = np.where(np.isinf(sight.t), 0, sight.t)
-            rendered.append((image.reshape(*size, 3), depth.reshape(size), label.reshape(size)))
+        for light, depth, label in self._seen(frame, self.rig.intrinsics, poses, size):
+            rendered.append((develop(light, gain, looks, noise), depth, label))
         images, depths, labels = (np.stack(maps) for maps in zip(*rendered, strict=True))
         if config.label_noise:
             labels = _spoil(labels, config.label_noise, self._random("labels", frame))
         return images, depths, labels
+
+    def _seen(self, frame, intrinsics, poses, size):
+        """Light [h, w, 3], z-depth [h, w], labels [h, w] of each camera at the time of a frame."""
+        street, config, solids = self.street, self.config, self.street.at(frame)
+        sunshine = None
+        if street.looks.shadows:
+            sunshine = partial(self.shadows.lit, self.shadows.at(solids))
+        for k, pose in zip(intrinsics, poses, strict=True):
+            sight = look(street, solids, k, pose, size)
+            light, label = shade(
+                street, solids, sight, 1 / k[0, 0], sunshine, texture=config.texture,
+                view_dependence=config.view_dependence,
+            )  # fmt: skip
+            depth = np.where(np.isinf(sight.t), 0, sight.t)
+            yield light.reshape(*size, 3), depth.reshape(size), label.reshape(size)
+
+    @cached_property
+    def gain(self) -> float:
+        """What the camera multiplies light by, from a small look at some frames."""
+        if self.street.looks.brightness is None:
+            return 1.0
+        size = tuple(max(n // 4, 8) for n in self.config.image_size)
+        shrink = np.diag([size[1], size[0], 1]) / np.array([*self.config.image_size[::-1], 1])
+        metered = []
+        for frame in sorted({0, self.frames // 2, self.frames - 1}):
+            poses = self.true_volume_to_world(frame) @ self.rig.camera_to_volume
+            seen = self._seen(frame, shrink @ self.rig.intrinsics, poses, size)
+            metered += [light[depth > 0] for light, depth, _ in seen]
+        return exposure_for(np.concatenate(metered), self.street.looks)
 
     def cached(self) -> bool:
         """Whether the frames are on disk."""
@@ -215,7 +249,7 @@ class SyntheticSequence(Sequence):
         return self.cache / f"{disk.key(VERSION, self.config, self.seed, what)}.npy"
 
     def _random(self, what, frame):
-        place = ("pose", "exposure", "labels").index(what)
+        place = ("pose", "exposure", "labels", "rig", "noise").index(what)
         return np.random.default_rng([place, self.seed, frame])
 
     def lidar_to_volume(self) -> np.ndarray:

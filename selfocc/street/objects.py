@@ -76,8 +76,8 @@ def _seed(rng):
     return rng.uniform(0, 200)
 
 
-def building(rng, length, depth):
-    height, seed = rng.uniform(4.5, 15), _seed(rng)
+def building(rng, length, depth, highest=15):
+    height, seed = rng.uniform(4.5, highest), _seed(rng)
     windows = (rng.uniform(1.6, 3.4), rng.uniform(2.6, 3.4))
     wall = draw_colour(rng, WALLS[rng.integers(len(WALLS))])
     pane = draw_colour(rng, (0.14, 0.17, 0.22))
@@ -108,6 +108,41 @@ def tree(rng):
         where = (x, y, stem + 0.6 * crown + abs(z))
         parts.append(ball(where, crown * rng.uniform(0.6, 1.0), leaves, _seed(rng)))
     return solids(*parts)
+
+
+def broad_tree(rng):
+    """A tree with a wide, ragged crown that may hang over the road."""
+    stem, wide, high = rng.uniform(1.8, 3.2), rng.uniform(1.6, 3.6), rng.uniform(1.4, 3.2)
+    bark = Paint(w.TRUNK, w.BARK, draw_colour(rng, (0.30, 0.26, 0.21), 0.2))
+    green = draw_colour(rng, (0.24, 0.31, 0.13), 0.2)
+    top, girth = stem + high, rng.uniform(0.1, 0.3)
+    parts = [post(0, 0, -GROUND_SINK, top, girth, bark, _seed(rng))]
+    for _ in range(rng.integers(6, 14)):
+        x, y, z = rng.normal(size=3)
+        scale = rng.uniform(0.3, 0.75) / np.sqrt(x * x + y * y + z * z)
+        where = (scale * wide * x, scale * wide * y, stem + high * (0.6 + 0.8 * scale * z))
+        leaves = Paint(w.VEGETATION, w.FOLIAGE, green * rng.uniform(0.7, 1.25), 0.4 * green)
+        parts.append(ball(where, rng.uniform(0.25, 0.6) * wide, leaves, _seed(rng)))
+    return solids(*parts)
+
+
+def thicket(rng, length, height):
+    """A wall of leaves, as the edge of a wood."""
+    green, parts = draw_colour(rng, (0.20, 0.28, 0.11), 0.2), []
+    for x in np.arange(-length / 2, length / 2, 0.4 * height):
+        for z in (0.25 * height, 0.65 * height):
+            leaves = Paint(w.VEGETATION, w.FOLIAGE, green * rng.uniform(0.7, 1.25), 0.4 * green)
+            where = (x + rng.normal(0, 0.2), rng.normal(0, 0.15 * height), z)
+            parts.append(ball(where, height * rng.uniform(0.28, 0.42), leaves, _seed(rng)))
+    return solids(*parts)
+
+
+def garden_wall(rng, length):
+    """A wall of stone or concrete along the street."""
+    stone, high = draw_colour(rng, WALLS[rng.integers(len(WALLS))]), rng.uniform(0.5, 2.6)
+    paint = Paint(w.FENCE, w.PLAIN, stone)
+    middle, half = (high - GROUND_SINK) / 2, (high + GROUND_SINK) / 2
+    return solids(box((0, 0, middle), (length / 2, 0.12, half), paint, _seed(rng)))
 
 
 def bush(rng):

@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 
 from selfocc.street import objects
+from selfocc.street.looks import Looks, random_looks, repainted
 from selfocc.street.world import Ground, Solids, Waves
 
 BEHIND, AHEAD = 90.0, 150.0  # metres of street before the first position and after the last frame
@@ -35,6 +36,7 @@ class Street:
     sun: np.ndarray  # [3] unit vector towards the sun
     sky: np.ndarray  # [2, 3] colours of zenith and horizon
     tones: np.ndarray  # [4, 3] colours of road, sidewalk, grass, lane marks
+    looks: Looks
     seed: int
 
     def at(self, frame: int) -> Solids:
@@ -81,40 +83,64 @@ class Street:
         return matrix
 
 
-def random_street(seed, frames, *, relief=1.0, movers=1.0, mover_speed=1.0, occluders=1.0):
+def random_street(
+    seed, frames, *, relief=1.0, movers=1.0, mover_speed=1.0, occluders=1.0, looks=1.0
+):
     """The `Street` of a seed for a number of frames; the knobs are those of `SyntheticConfig`."""
     rng = np.random.default_rng([20231121, seed])
+    more = np.random.default_rng([20261127, seed])  # what differs in looks: a stream of its own
     grade, tilt = relief * rng.uniform(0.012, 0.055), relief * rng.uniform(0.005, 0.035)
     ground = Ground(
         centre=Waves.random(rng, [(110, 260), (60, 110)], slope=rng.choice([0.05, 0.25, 0.45])),
         profile=Waves.random(rng, [(90, 160), (45, 80), (25, 40)], slope=grade),
         crossfall=Waves.random(rng, [(60, 140), (25, 50)], height=tilt),
         road=float(rng.choice([3.5, 5.5, 5.7])),
-        sidewalk=rng.uniform(1.6, 3.2),
+        sidewalk=(sidewalk := rng.uniform(1.6, 3.2)),
+        paved=sidewalk,
     )
+    if more.random() < 0.6 * looks:
+        ground = replace(ground, road=more.uniform(2.9, 8.0))
+    if more.random() < 0.3 * looks:
+        ground = replace(ground, paved=more.choice([0, 0.5]) * sidewalk)
     path, lateral, wobble = _drive(rng, ground, frames)
-    start, end = path[0] - BEHIND, path[frames - 1] + AHEAD
-    standing = [
-        *_buildings_and_gardens(rng, ground, start, end, occluders),
-        *_kerbside(rng, ground, start, end, occluders),
-    ]
+    span = path[0] - BEHIND, path[frames - 1] + AHEAD
+    standing = []
+    for side in (-1, 1):
+        if more.random() < 0.45 * looks:
+            standing += _green_side(more, ground, side, *span, occluders)
+        else:
+            highest = more.choice([7, 10, 15, 22]) if looks else 15
+            standing += _buildings_and_gardens(rng, ground, side, *span, occluders, highest)
+    kerb = {"tree": objects.tree}
+    if more.random() < 0.7 * looks:
+        kerb = {"tree": objects.broad_tree, "parked": more.choice([0.1, 0.5, 0.9])}
+    standing += _kerbside(rng, ground, *span, occluders, **kerb)
     moving, driven = _traffic(rng, ground, path, movers, mover_speed)
 
     azimuth, height = rng.uniform(0, 2 * np.pi), rng.uniform(0.5, 1.1)
-    flat = np.cos(height)
     overcast = rng.uniform(0, 1)
     blue, grey = np.array([[0.30, 0.50, 0.85], [0.75, 0.84, 0.95]]), np.array([[0.75], [0.88]])
     tones = [(0.34, 0.34, 0.36), (0.58, 0.55, 0.52), (0.30, 0.42, 0.18)]
+    tones = np.stack([*(objects.draw_colour(rng, t) for t in tones), (0.88, 0.88, 0.84)])
+    drawn = random_looks(more, looks)
+    if looks:
+        tones[:3] *= np.exp(looks * more.uniform((-0.9, -0.6, -0.5), (0.75, 0.3, 0.3)))[:, None]
+        # Lower suns along some streets; where the sky is grey, light falls from above.
+        height = more.uniform(0.45, 1.15) if drawn.sunny else 1.35
+        azimuth = more.choice([azimuth, np.pi * more.choice([0.5, 1.5]) + more.normal(0, 0.3)])
+        overcast = more.uniform(0, 0.5) if drawn.sunny else more.uniform(0.7, 1)
+    flat = np.cos(height)
     return Street(
         ground=ground,
-        solids=Solids.join(standing + moving),
+        solids=repainted(Solids.join(standing + moving), more, looks),
         movers=driven,
         path=path,
         lateral=lateral,
         wobble=wobble,
         sun=np.array([np.cos(azimuth) * flat, np.sin(azimuth) * flat, np.sin(height)]),
         sky=blue + overcast * (grey - blue),
-        tones=np.stack([*(objects.draw_colour(rng, t) for t in tones), (0.88, 0.88, 0.84)]),
+        tones=tones,
+        looks=drawn,
         seed=seed,
     )
 
@@ -147,43 +173,71 @@ def _drive(rng, ground, frames):
     return path[:kept], lateral[:kept], wobble[:kept]
 
 
-def _buildings_and_gardens(rng, ground, start, end, occluders):
-    """Beyond the sidewalks: rows of buildings, here and there a green plot before one."""
+def _buildings_and_gardens(rng, ground, side, start, end, occluders, highest):
+    """Beyond a sidewalk: a row of buildings, here and there a green plot before one."""
     edge, put = ground.road + ground.sidewalk, partial(_put, ground)
-    for side in (-1, 1):
-        y, green = start, rng.uniform(0.1, 0.45)
-        while y < end:
-            length, depth = rng.uniform(8, 20), rng.uniform(8, 13)
-            middle = y + length / 2
-            front = rng.choice([0.1, 0.1, 2.5, 5.0]) * rng.uniform(0.5, 1.2)
-            plot = rng.random() < green
-            if plot:
-                front = rng.uniform(18, 26)
-                yield put(objects.barrier(rng, length), middle, side * (edge + rng.uniform(0.2, 1)))
-                for plant, number, beyond in (
-                    (objects.tree, 4, (2.5, 16)),
-                    (objects.bush, 3, (1.5, 8)),
-                ):
-                    for _ in range(rng.poisson(number * occluders)):
-                        where = y + rng.uniform(0, length), side * (edge + rng.uniform(*beyond))
-                        yield put(plant(rng), *where)
-            elif front > 1.5 and rng.random() < 0.7:
-                fence = objects.barrier(rng, length * rng.uniform(0.4, 0.9))
-                yield put(fence, middle, side * (edge + 0.3))
-            house = objects.building(rng, length, depth)
-            yield put(house, middle, side * (edge + front + depth / 2))
-            y += length + rng.choice([0.0, 0.6, 3.0]) * rng.uniform(0.3, 1)
+    y, green = start, rng.uniform(0.1, 0.45)
+    while y < end:
+        length, depth = rng.uniform(8, 20), rng.uniform(8, 13)
+        middle = y + length / 2
+        front = rng.choice([0.1, 0.1, 2.5, 5.0]) * rng.uniform(0.5, 1.2)
+        plot = rng.random() < green
+        if plot:
+            front = rng.uniform(18, 26)
+            yield put(objects.barrier(rng, length), middle, side * (edge + rng.uniform(0.2, 1)))
+            for plant, number, beyond in (
+                (objects.tree, 4, (2.5, 16)),
+                (objects.bush, 3, (1.5, 8)),
+            ):
+                for _ in range(rng.poisson(number * occluders)):
+                    where = y + rng.uniform(0, length), side * (edge + rng.uniform(*beyond))
+                    yield put(plant(rng), *where)
+        elif front > 1.5 and rng.random() < 0.7:
+            fence = objects.barrier(rng, length * rng.uniform(0.4, 0.9))
+            yield put(fence, middle, side * (edge + 0.3))
+        house = objects.building(rng, length, depth, highest)
+        yield put(house, middle, side * (edge + front + depth / 2))
+        y += length + rng.choice([0.0, 0.6, 3.0]) * rng.uniform(0.3, 1)
 
 
-def _kerbside(rng, ground, start, end, occluders):
-    """Along the kerbs: trees, poles, signs, standing people, parked vehicles."""
+def _green_side(rng, ground, side, start, end, occluders):
+    """Beyond a sidewalk without a row of buildings: walls, hedges, trees; fields, woods, houses."""
+    edge, put = ground.road + ground.sidewalk, partial(_put, ground)
+    lined, backed, trees = rng.uniform(0, 1), rng.uniform(0, 1), rng.uniform(0.3, 2.5)
+    beyond = rng.uniform(0, 1) * (rng.random() < 0.7)  # metres from the sidewalk to what lines it
+    y = start
+    while y < end:
+        length = rng.uniform(6, 18)
+        middle = y + length / 2
+        if rng.random() < lined:
+            line = objects.garden_wall if rng.random() < 0.35 else objects.barrier
+            yield put(line(rng, length), middle, side * (edge + beyond + 0.2))
+        far = rng.uniform(6, 30)
+        if rng.random() < backed:
+            wood = objects.thicket(rng, length, rng.uniform(3, 9))
+            yield put(wood, middle, side * (edge + far))
+        elif rng.random() < 0.4:
+            depth = rng.uniform(7, 11)
+            house = objects.building(rng, min(length, 12), depth, 9)
+            yield put(house, middle, side * (edge + far + depth / 2))
+        for plant, number in ((objects.broad_tree, trees), (objects.bush, 1.0)):
+            for _ in range(rng.poisson(number * occluders)):
+                where = rng.uniform(y, y + length), side * (edge + rng.uniform(0.8, 14))
+                yield put(plant(rng), *where)
+        y += length + rng.choice([0.0, 0.0, 6.0])
+
+
+def _kerbside(rng, ground, start, end, occluders, tree, parked=None):
+    """Along the kerbs: trees, poles, signs, standing people, parked vehicles.
+
+    tree: draws one; parked: share of the places with a vehicle, None: drawn for each side."""
     edge, put = ground.road + ground.sidewalk, partial(_put, ground)
     for side in (-1, 1):
         y, avenue = start + rng.uniform(0, 10), rng.random() < 0.5
         while y < end and occluders:
             kind = rng.random()
             if kind < 0.35 and avenue:
-                yield put(objects.tree(rng), y, side * (ground.road + rng.uniform(0.5, 0.9)))
+                yield put(tree(rng), y, side * (ground.road + rng.uniform(0.5, 0.9)))
             elif kind < 0.8:
                 thing = objects.traffic_sign if rng.random() < 0.5 else objects.lamp_post
                 where = side * (ground.road + rng.uniform(0.35, 0.6))
@@ -192,9 +246,10 @@ def _kerbside(rng, ground, start, end, occluders):
                 yield put(objects.bush(rng), y, side * (edge - 0.4))
             y += rng.uniform(4, 14) / occluders
 
-        y, parked = start, rng.uniform(0.2, 0.8) * occluders * (ground.road > 5)
+        share = rng.uniform(0.2, 0.8) if parked is None else parked
+        y, share = start, share * occluders * (ground.road > 5)
         while y < end:
-            if rng.random() < parked:
+            if rng.random() < share:
                 where = side * (ground.road - 1.1 + rng.normal(0, 0.06))
                 yield put(objects.vehicle(rng, trucks=0.07), y, where, rng.normal(0, 0.03))
             y += rng.uniform(5.3, 7.5)

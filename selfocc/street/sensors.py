@@ -32,7 +32,7 @@ def look(street, solids, intrinsics, camera_to_world, size):
     rays = _pixel_rays(*intrinsics[[0, 1, 0, 1], [0, 1, 2, 2]], height, width)
     directions = (rays @ camera_to_world[:3, :3].T).astype(np.float32)
     origin = camera_to_world[:3, 3]
-    pairs = rectangle_pairs(*_rectangles(solids, intrinsics, camera_to_world, size), width)
+    pairs = rectangle_pairs(*rectangles(solids, intrinsics, camera_to_world, size), width)
     return Sight(origin, directions, *first_hits(street.ground, solids, origin, directions, *pairs))
 
 
@@ -42,7 +42,7 @@ def _pixel_rays(fx, fy, cx, cy, height, width):
     return np.stack([(u - cx) / fx, (v - cy) / fy, np.ones(height * width)], -1)
 
 
-def _rectangles(solids, intrinsics, camera_to_world, size):
+def rectangles(solids, intrinsics, camera_to_world, size, far=FAR):
     """Pixels [top:bottom, left:right] around the bounding boxes of solids; none where unseen."""
     rotation, origin = camera_to_world[:3, :3], camera_to_world[:3, 3]
     corners = (solids.corners() - origin) @ rotation
@@ -60,7 +60,7 @@ def _rectangles(solids, intrinsics, camera_to_world, size):
         pixel = intrinsics[axis, axis] * points[..., axis] / depth + intrinsics[axis, 2]
         low = np.where(ahead, pixel, np.inf).min(1)
         high = np.where(ahead, pixel, -np.inf).max(1)
-        seen = (low <= high) & (np.where(ahead, depth, np.inf).min(1) < FAR)
+        seen = (low <= high) & (np.where(ahead, depth, np.inf).min(1) < far)
         low, high = np.where(seen, low, 0), np.where(seen, high, 0)
         for edge in (np.ceil(low), np.floor(high) + 1):
             bounds.append(np.where(seen, np.clip(edge, 0, limit), 0).astype(np.int64))

@@ -16,7 +16,7 @@ OCTAVES = (
 )  # fmt: skip
 # Contrast of the noise per style, in the order of world.PLAIN...CLOTH.
 GRAIN = np.array([0.35, 0.42, 0.10, 0.10, 1.1, 0.9, 0.5, 0.15, 0.6], np.float32)
-GROUND_GRAIN = 0.55, 0.5, 0.9  # of road, sidewalk and terrain
+GROUND_GRAIN = np.array([0.55, 0.5, 0.9], np.float32)  # of road, sidewalk and terrain
 
 _SIZE = 256
 _LATTICE = np.random.default_rng(7).uniform(-1, 1, (_SIZE, _SIZE)).astype(np.float32)
@@ -35,10 +35,13 @@ def value_noise(u, v):
     return a + fv * (b + fu * (_WRAPPED[i + _STRIDE + 1] - b) - a)
 
 
-def grain(u, v, footprint):
-    """Octaves of noise, each faded in where its lattice spacing grows from 1.2 to 2.5 pixels."""
+def grain(u, v, footprint, fine=1.0):
+    """Octaves of noise, each faded in where its lattice spacing grows from 1.2 to 2.5 pixels.
+
+    fine: divides their spacings."""
     total = np.zeros_like(u)
-    for k, (wavelength, strength) in enumerate(OCTAVES):
+    for k, (spacing, strength) in enumerate(OCTAVES):
+        wavelength = spacing / fine
         fade = np.float32(0.77 * wavelength) / footprint - np.float32(0.92)
         seen = np.flatnonzero(fade > 0)
         if len(seen):
@@ -64,10 +67,11 @@ def stripes(x, period, duty, footprint):
     return band(wave, duty * period / 2, footprint) * (1 - blur) + duty * blur
 
 
-def shade(street, solids, sight, pixel, *, texture=1.0, view_dependence=0.0):
-    """Colours [R, 3] in [0, 1] and labels [R] of what was sighted.
+def shade(street, solids, sight, pixel, sunshine=None, *, texture=1.0, view_dependence=0.0):
+    """Light [R, 3] (1: white in the plain world) and labels [R] of what was sighted.
 
-    pixel: width of a pixel at distance t = 1 of a ray."""
+    pixel: width of a pixel at distance t = 1 of a ray; sunshine: a function of points [M, 3] and
+    the cosines [M] between normals and sun, the share [M] of the sun that reaches them."""
     origin, directions, t, index = sight.origin, sight.directions, sight.t, sight.index
     colour = np.empty((len(t), 3), np.float32)
     label = np.zeros(len(t), np.uint8)
@@ -82,15 +86,16 @@ def shade(street, solids, sight, pixel, *, texture=1.0, view_dependence=0.0):
     slant = np.maximum(-(normal * view[ground]).sum(1), 0.02)
     footprint = t[ground] * np.float32(pixel)
     albedo, label[ground] = _ground(street, points, footprint, slant, texture)
-    colour[ground] = albedo * _light(street, normal)[:, None]
+    colour[ground] = albedo * _light(street, points, normal, sunshine)
 
     solid = np.flatnonzero(index >= 0)
     which = index[solid]
     points = origin.astype(np.float32) + t[solid, None] * directions[solid]
     normal, local, axis = solids.normal(points, which)
     slant = np.maximum(-(normal * view[solid]).sum(1), 0.05)
-    albedo, gloss = _solid(solids, which, local, axis, t[solid] * np.float32(pixel), slant, texture)
-    lit = albedo * _light(street, normal)[:, None]
+    footprint = t[solid] * np.float32(pixel)
+    albedo, gloss = _solid(solids, which, local, axis, footprint, slant, street.looks, texture)
+    lit = albedo * _light(street, points, normal, sunshine)
     if view_dependence:
         mirror = view[solid] + 2 * slant[:, None] * normal
         glint = np.maximum(mirror @ street.sun.astype(np.float32), 0) ** 24
@@ -103,12 +108,21 @@ def shade(street, solids, sight, pixel, *, texture=1.0, view_dependence=0.0):
         )
     colour[solid] = lit
     label[solid] = solids.label[which]
-    return np.clip(colour, 0, 1), label
+    if street.looks.haze:
+        seen = np.flatnonzero(np.isfinite(t))
+        clear = np.exp(np.float32(-street.looks.haze) * t[seen] * length[seen])[:, None]
+        air = np.float32(street.looks.sky * street.sky[1])
+        colour[seen] = air + clear * (colour[seen] - air)
+    return colour, label
 
 
-def _light(street, normal):
-    """A sun with soft edges and light from the sky."""
-    return 0.62 + 0.13 * normal[:, 2] + 0.30 * np.maximum(normal @ street.sun.astype(np.float32), 0)
+def _light(street, points, normal, sunshine):
+    """[R, 3]: a sun with soft edges and light from the sky."""
+    facing = np.maximum(normal @ street.sun.astype(np.float32), 0)
+    if sunshine:
+        facing = facing * sunshine(points, facing)
+    sky = (0.62 + 0.13 * normal[:, 2])[:, None] * street.looks.sky_light
+    return sky + (0.30 * facing)[:, None] * street.looks.sun_light
 
 
 def _sky(street, view, pixel):
@@ -120,7 +134,9 @@ def _sky(street, view, pixel):
     cloud = np.clip(
         grain(plane[:, 0], plane[:, 1], np.full(len(view), 12 * pixel, np.float32)), -0.3, 1
     )[:, None]
-    return colour + (0.10 * cloud * (1 - 0.5 * up)).astype(np.float32)
+    colour = colour + (0.10 * street.looks.clouds * cloud * (1 - 0.5 * up)).astype(np.float32)
+    glow = np.maximum(view @ street.sun.astype(np.float32), 0) ** 6
+    return np.float32(street.looks.sky) * colour + (np.float32(street.looks.glow) * glow)[:, None]
 
 
 def _ground(street, points, footprint, slant, texture):
@@ -133,8 +149,14 @@ def _ground(street, points, footprint, slant, texture):
     # A pixel is long along the line of sight: between its width and its length lies the size that
     # keeps most of the texture and does not flicker.
     wide = footprint / slant ** np.float32(0.75)
-    strength = np.select(kinds, GROUND_GRAIN[:2], GROUND_GRAIN[2]).astype(np.float32)
-    tone = tone * (1 + np.float32(texture) * strength * grain(x, y, wide))[:, None]
+    strength = (GROUND_GRAIN * street.looks.ground_grain)[np.select(kinds, (0, 1), 2)]
+    tone = (
+        tone * (1 + np.float32(texture) * strength * grain(x, y, wide, street.looks.fine))[:, None]
+    )
+    if street.looks.patches:
+        tone *= (1 + np.float32(texture * street.looks.patches) * _mended(lateral, y, kinds[0]))[
+            :, None
+        ]
     along = footprint / slant
     offset = np.abs(lateral)
     slabs = np.maximum(stripes(y, 0.8, 0.06, along), stripes(lateral, 0.8, 0.06, footprint))
@@ -144,11 +166,22 @@ def _ground(street, points, footprint, slant, texture):
     worn = (0.75 + 0.25 * value_noise(x * 3, y * 3)) * np.float32(min(1, texture))
     tone = tone * (1 - 0.35 * (slabs * kinds[1]) * texture)[:, None]
     tone = tone + ((walk * 1.25 - tone) * (kerb * worn)[:, None])
-    marks = np.minimum(dashes + edge, 1) * worn * kinds[0]
+    marks = np.minimum(dashes + edge, 1) * worn * kinds[0] * np.float32(street.looks.marks)
     return tone + (paint - tone) * marks[:, None], label
 
 
-def _solid(solids, which, local, axis, footprint, slant, texture):
+def _mended(lateral, y, road):
+    """In [-1, 1]: tracks of wheels along the road, and rectangles of newer asphalt."""
+    change = np.zeros_like(y)
+    u, v = lateral[road], y[road]
+    piece = value_noise(np.floor(u * np.float32(0.45)), np.floor(v * np.float32(0.11)))
+    change[road] = 0.5 * value_noise(u * np.float32(1.1), v * np.float32(0.04)) + 0.5 * piece * (
+        np.abs(piece) > 0.6
+    )
+    return change
+
+
+def _solid(solids, which, local, axis, footprint, slant, looks, texture):
     """Albedo [R, 3] and glossiness [R] of points on solids, from their local coordinates."""
     style = solids.style[which]
     main, second = solids.colour[which, 0], solids.colour[which, 1]
@@ -163,8 +196,8 @@ def _solid(solids, which, local, axis, footprint, slant, texture):
     wide = footprint / slant ** np.float32(0.75)
     fine = np.where(style == w.FOLIAGE, np.float32(2), np.float32(1))
     stretch = np.where(style == w.BARK, np.float32(0.25), fine)
-    amount = np.float32(texture) * GRAIN[style]
-    rough = amount * grain(u + seed, v * stretch + seed * np.float32(1.7), wide)
+    amount = (np.float32(texture) * GRAIN * looks.grain)[style]
+    rough = amount * grain(u + seed, v * stretch + seed * np.float32(1.7), wide, looks.fine)
     mix = np.zeros(len(which), np.float32)
     gloss = np.select([style == w.PAINT, style == w.CABIN], [0.5, 0.8], 0.03).astype(np.float32)
 

@@ -47,6 +47,10 @@ class Waves:
         """A bound of |f|."""
         return np.abs(self.terms[:, 0]).sum()
 
+    def steepest(self):
+        """A bound of |df/dy|."""
+        return np.abs(self.terms[:, 0] * self.terms[:, 1]).sum()
+
     def __call__(self, y):
         return sum(
             np.float32(a) * np.sin(y * np.float32(k) + np.float32(p)) for a, k, p in self.terms
@@ -67,6 +71,7 @@ class Ground:
     crossfall: Waves  # tilt across the road, metres per metre
     road: float  # half the width of the road
     sidewalk: float  # width of a sidewalk
+    paved: float  # width of its paved part; beyond is grass
 
     def lateral(self, x, y):
         """Metres to the right of the centre line (seen towards +y)."""
@@ -94,7 +99,7 @@ class Ground:
 
     def label(self, x, y):
         lateral = np.abs(self.lateral(x, y))
-        walk = np.where(lateral < self.road + self.sidewalk, SIDEWALK, TERRAIN)
+        walk = np.where(lateral < self.road + self.paved, SIDEWALK, TERRAIN)
         return np.where(lateral < self.road + KERB_WIDTH / 2, ROAD, walk).astype(np.uint8)
 
     def signed_distance(self, points):
@@ -102,8 +107,10 @@ class Ground:
         x, y, z = np.moveaxis(points, -1, 0)
         return (z - self.height(x, y)) * self.normal(x, y)[..., 2]
 
-    def cast(self, origin, directions, steps=14, refinements=24):
+    def cast(self, origin, directions, limit, steps=14, refinements=24):
         """First hit of rays origin + t directions, [R, 3] -> t [R] (inf: none within FAR).
+
+        limit [R]: hits farther than this need not be found.
 
         March within the slab of heights the ground can have, then false position (Illinois) in the
         first bracket."""
@@ -117,22 +124,28 @@ class Ground:
         near = np.where(dz < 0, np.maximum(enter, 0.5), 0.5)
         far = np.minimum(reach, np.select([dz < 0, dz > 0], [leave * 1.001, enter], reach))
         found = np.full(len(directions), np.inf, np.float32)
-        rays = np.flatnonzero((far > near) & (dz < 0.12))
+        rays = np.flatnonzero((far > near) & (dz < 0.12) & (near < limit))
         near, far, d = near[rays], far[rays], np.ascontiguousarray(directions[rays].T)
 
         def clearance(t, d):
             return z0 + t * d[2] - self.height(x0 + t * d[0], y0 + t * d[1])
 
         ratio = (far / near) ** np.float32(1 / steps)
-        a, fa, brackets = near, clearance(near, d), []
+        a, left, safe = near, np.full(len(rays), steps), self._safe(origin, d)
+        for _ in range(steps - 1):
+            b = a * ratio
+            a, left = np.where(b < safe, b, a), left - (b < safe)
+        fa, brackets = clearance(a, d), []
         for _ in range(steps):
             b = a * ratio
             fb = clearance(b, d)
             below = fb < 0
             hit = np.flatnonzero(below & (fa >= 0))
             brackets.append((rays[hit], d[:, hit], a[hit], fa[hit], b[hit], fb[hit]))
-            on = np.flatnonzero(~below)
-            rays, d, ratio, a, fa = rays[on], d[:, on], ratio[on], b[on], fb[on]
+            left = left - 1
+            on = np.flatnonzero(~below & (b < limit[rays]) & (left > 0))
+            rays, d, ratio, left = rays[on], d[:, on], ratio[on], left[on]
+            a, fa = b[on], fb[on]
         rays, d, a, fa, b, fb = (np.concatenate(v, -1) for v in zip(*brackets, strict=True))
         for _ in range(refinements):
             t = a - fa * (b - a) / np.minimum(fb - fa, np.float32(-1e-12))
@@ -148,6 +161,15 @@ class Ground:
             on = np.flatnonzero(np.abs(f) > TOUCH)
             rays, d, a, fa, b, fb = rays[on], d[:, on], a[on], fa[on], b[on], fb[on]
         return found
+
+    def _safe(self, origin, d):
+        """t [R] up to which rays origin + t d, [3, R], are above any ground of its steepness."""
+        x, y, z = origin
+        tilt, dy = self.crossfall.highest(), np.abs(d[1])
+        aside = np.abs(d[0]) + self.centre.steepest() * dy
+        room = z - self.profile(y) - KERB_HEIGHT - tilt * np.abs(self.lateral(x, y)) - 0.01
+        falls = self.profile.steepest() * dy + tilt * aside - d[2]
+        return np.where(falls > 0, max(room, 0) / np.maximum(falls, 1e-6), np.inf)
 
 
 @dataclass(frozen=True)
@@ -173,6 +195,10 @@ class Solids:
         return Solids(
             *(np.concatenate([getattr(t, f.name) for t in tables]) for f in fields(Solids))
         )
+
+    def only(self, which):
+        """The table of some of them: a mask [P] or indices."""
+        return Solids(*(getattr(self, f.name)[which] for f in fields(Solids)))
 
     def moved(self, pose):
         """Carried by `pose` = [P, 4] (x, y, z, yaw) of the object frames they are given in."""
@@ -308,13 +334,14 @@ def first_hits(ground, solids, origin, directions, solid, ray):
     """The scene seen along rays: t [R] (inf: sky) and the solid hit [R] (-1: ground or sky).
 
     origin [3]; directions [R, 3] float32; (solid, ray): the pairs that can meet."""
-    t = ground.cast(origin, directions)
     pair_t = solids.cast(origin, directions, solid, ray)
-    hits = np.flatnonzero(pair_t < t[ray])
+    hits = np.flatnonzero(pair_t < np.inf)
     solid, ray, pair_t = solid[hits], ray[hits], pair_t[hits]
-    nearest = t.copy()
+    nearest = np.full(len(directions), np.inf, np.float32)
     np.minimum.at(nearest, ray, pair_t)
-    index = np.full(len(t), -1, np.int32)
+    index = np.full(len(nearest), -1, np.int32)
     won = pair_t == nearest[ray]
     index[ray[won]] = solid[won]
-    return nearest, index
+    ground_t = ground.cast(origin, directions, nearest)
+    first = ground_t <= nearest
+    return np.where(first, ground_t, nearest), np.where(first, np.int32(-1), index)
