@@ -105,6 +105,18 @@ _preset("synthetic_depth", "the same, tuned for depth: rougher surfaces", "synth
     optim.steps=470
 """)  # fmt: skip
 
+# Planes hold every second node along x and y: what is narrow comes from the lift alone.
+_preset("street", "many different embedded streets, for hours: the weights that ship", "synthetic",
+        """
+    data.looks=1 data.scenes=240 data.scenes_val=8 data.anchor_input=0.7
+    volume.nodes=97,97,17
+    encoder.stride=2
+    render.samples=80 render.sharpen=5,20
+    loss.weight_hessian=0.03 loss.sparsity_pitch=0.8
+    optim.steps=8000 optim.lr=2e-3 optim.warmup=100 optim.validate_every=1000
+    optim.picture_every=250 optim.save_every=100
+""")  # fmt: skip
+
 _preset("synthetic_surround", "embedded street seen by six cameras", "synthetic", """
     data.rig=surround data.scenes=16 data.scenes_val=4 data.anchor_input=0.5 data.crop=96,160
     data.pad=96,160

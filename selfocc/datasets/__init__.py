@@ -69,7 +69,10 @@ def open_sequences(config: DataConfig, split: str, folders: Folders) -> list[Seq
                 "another with --dataset, or leave it out"
             )
     if name == "synthetic":
-        world = SyntheticConfig(rig=config.rig, image_size=config.crop, frames=config.frames)
+        world = SyntheticConfig(
+            rig=config.rig, image_size=config.crop, frames=config.frames, looks=config.looks,
+            rigs=config.looks,
+        )  # fmt: skip
         scenes = config.scenes if split == "train" else config.scenes_val
         sequences = synthetic_sequences(world, split, scenes)
         prerender(sequences)

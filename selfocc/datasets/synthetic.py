@@ -87,6 +87,9 @@ class SyntheticSequence(Sequence):
         self.labelled = list(range(0, config.frames, LABEL_EVERY))
         rng = self._random("rig", 0)
         self.rig = make_rig(config.rig, config.image_size, rng, config.rigs)
+        # every sample asks for several of these
+        self.poses = np.stack([self.street.ego(f) for f in range(self.frames)])
+        self.poses = self.poses @ self.rig.volume_to_ego
         first = np.stack([self.cameras(frame)[1][0] for frame in range(self.frames)])
         self.positions = first[:, :3, 3]
         # As KITTI counts it: in the plane of x and z of the first camera.
@@ -118,6 +121,8 @@ class SyntheticSequence(Sequence):
 
     def true_volume_to_world(self, frame: int) -> np.ndarray:
         """[4, 4], without pose noise: where the frame was rendered."""
+        if frame < self.frames:
+            return self.poses[frame].copy()
         return self.street.ego(frame) @ self.rig.volume_to_ego
 
     def volume_to_world(self, frame: int) -> np.ndarray:
