@@ -151,6 +151,29 @@ def render(
     return out | dict(weights=weights, mids=mids, deltas=deltas, sdf=sdf)
 
 
+def decode(hw, zh, wz, network, lifted=None, mix=None):
+    """W2 softplus(W1 softplus(x) + b1) + b2 of x = hw + zh + wz + mix lifted at every node
+    (SelfOcc, the MLP from TPV features to the field).
+
+    hw [B, H, W, D], zh [B, Z, H, D], wz [B, W, Z, D], network W1 [E, D], b1, W2 [C, E], b2, lifted
+    [B, H, W, Z, L], mix [D, L] -> [B, H, W, Z, C].
+    """
+    w1, b1, w2, b2 = network
+    x = hw[:, :, :, None] + zh.transpose(1, 2)[:, :, None] + wz[:, None]
+    if lifted is not None:
+        x = x + lifted @ mix.T
+    return F.softplus(F.softplus(x) @ w1.T + b1) @ w2.T + b2
+
+
+def sample_maps(maps, place, seen):
+    """Trilinear values [M, P, C] of maps [M, C, X, Y, Z] at place [M, P, 3], -1 to 1 from edge to
+    edge along X, Y, Z; zero where not `seen` [M, P].
+    """
+    grid = place.flip(-1)[:, None, None]  # the fastest axis comes first
+    values = F.grid_sample(maps, grid, padding_mode="border", align_corners=False)
+    return values[:, :, 0, 0].mT * seen[..., None]
+
+
 # -----------------------------------------------------------------------------------------------
 # Photometric losses
 

@@ -154,16 +154,11 @@ def test_norm_that_cannot_be():
         Backbone(small(norm="group", weights="imagenet"))
 
 
-def test_channels_lie_beside_each_other_on_a_gpu_alone(monkeypatch):
+def test_channels_lie_beside_each_other():
     backbone = Backbone(small()).eval()
     fpn, images = FPN(backbone.channels, 16), torch.randn(2, 3, 64, 96)
-
-    def maps():
-        stages = backbone(images)
-        return [*stages, *fpn(stages)]
-
-    here = maps()
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    for usual, there in zip(here, maps(), strict=True):
-        assert usual.is_contiguous() and there.is_contiguous(memory_format=torch.channels_last)
-        torch.testing.assert_close(there, usual, rtol=1e-4, atol=1e-5)
+    stages = backbone(images)
+    for stage in [*stages, *fpn(stages)]:
+        assert stage.is_contiguous(memory_format=torch.channels_last)
+    for weights in (backbone.layer2[0].conv2.weight, fpn.fpn_convs[0].conv.weight):
+        assert weights.is_contiguous(memory_format=torch.channels_last)

@@ -30,11 +30,9 @@ def _lift(cameras, frustum):
     """SDF and features lifted from frustums [1, N, 1 + CHANNELS, bins, h, w], one a camera."""
     lift = FrustumLift(ENCODER, VOLUME)
     lift.head = torch.nn.Identity()
-    for linear in lift.position:
-        torch.nn.init.zeros_(linear.weight)
     intrinsics, poses = (torch.stack(m)[None] for m in zip(*cameras, strict=True))
     sdf, features = lift(frustum.flatten(2, 3), intrinsics, poses, SIZE)
-    assert features.shape == (1, 9, 9, 5, ENCODER.dim)
+    assert features.shape == (1, 9, 9, 5, CHANNELS)
     return sdf / GAIN
 
 
@@ -88,12 +86,32 @@ def test_decoder_adds_lifted_features():
     torch.manual_seed(0)
     decoder = FieldDecoder(FieldConfig(hidden=8), ENCODER, VOLUME)
     planes = [torch.randn(2, 9, 9, 4), torch.randn(2, 5, 9, 4), torch.randn(2, 9, 5, 4)]
-    sdf, lifted = torch.randn(2, 9, 9, 5), torch.randn(2, 9, 9, 5, 4)
+    sdf, lifted, mix = torch.randn(2, 9, 9, 5), torch.randn(2, 9, 9, 5, 3), torch.randn(4, 3)
     hw, zh, wz = planes
-    total = hw[:, :, :, None] + zh.transpose(1, 2)[:, :, None] + wz[:, None] + lifted
+    total = hw[:, :, :, None] + zh.transpose(1, 2)[:, :, None] + wz[:, None] + lifted @ mix.T
     expected = decoder.net(total).permute(0, 4, 1, 2, 3).clone()
     expected[:, 0] += sdf
-    torch.testing.assert_close(decoder(planes, (sdf, lifted)), expected)
+    torch.testing.assert_close(decoder(planes, (sdf, lifted), mix), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_features_are_lifted_at_the_nodes_of_the_planes():
+    torch.manual_seed(0)
+    fine = FrustumLift(dataclasses.replace(ENCODER, stride=2), VOLUME)
+    whole = FrustumLift(ENCODER, VOLUME)
+    for lift in (fine, whole):
+        lift.head = torch.nn.Identity()
+    frustum = torch.randn(1, 1, (1 + CHANNELS) * ENCODER.lift_bins, 32, 64)
+    cameras = [matrix[None, None] for matrix in _camera()]
+    sdf, features = fine(frustum, *cameras, SIZE)
+    expected_sdf, expected = whole(frustum, *cameras, SIZE)
+    torch.testing.assert_close(sdf, expected_sdf)
+    torch.testing.assert_close(features, expected[:, ::2, ::2])
+    planes = [torch.zeros(1, *shape, ENCODER.dim) for shape in ((5, 5), (5, 5), (5, 5))]
+    hw, zh, _ = fine.beside(planes)
+    for dim, linear in enumerate(fine.position):  # y, x, z of the middle node
+        here = linear(getattr(fine, f"features_{dim}"))[2]
+        planes[0] = planes[0] + here
+    torch.testing.assert_close(hw[0, 2, 2] + zh[0, 2, 2], planes[0][0, 2, 2] + fine.mix.bias)
 
 
 def test_ground_start_is_a_limited_plane():
