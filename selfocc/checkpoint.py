@@ -127,7 +127,10 @@ def restore(
     parameters = dict(model.named_parameters())
     for key, value in checkpoint.optimizer.items():
         name, _, moment = key.rpartition("/")
-        optimizer.state[parameters[name]][moment] = value.to(parameters[name].device)
+        parameter = parameters[name]
+        if value.shape == parameter.shape:  # laid out in memory as the parameter is
+            value = torch.empty_like(parameter, requires_grad=False).copy_(value)
+        optimizer.state[parameter][moment] = value.to(parameter.device)
 
 
 def convert(words: list[str] | None) -> None:
