@@ -69,7 +69,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     epilog = f"{EXPLAINED}\n{protocols.__doc__}"
     parser = commandline.Parser(description=__doc__, epilog=epilog)
     add, some = parser.add_argument, partial(commandline.count, least=1)
-    said = "checkpoint or run folder"
+    said = "checkpoint, run folder, or `street`: weights that come with the code"
     add("--ckpt", type=Path, required=True, metavar="FILE", help=said)
     said = "of a published checkpoint; default: guessed, and said"
     add("--preset", metavar="NAME", help=said)
@@ -84,7 +84,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     add("--frames", type=some, metavar="N", help=said)
     said = "training frames from which baselines learn; default: 100, where more know better"
     add("--prior-frames", type=commandline.count, default=100, metavar="N", help=said)
-    add("--out", type=Path, metavar="DIR", help="default: `eval` beside the checkpoint")
+    add("--out", type=Path, metavar="DIR", help="default: `eval` in the run folder")
     add("--pictures", type=commandline.count, default=6, metavar="N", help="panels to write")
     said = "write a video along the first sequence: mp4 with `pip install imageio[pyav]`, or GIF"
     add("--video", action="store_true", help=said)
@@ -98,6 +98,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     settings = change(saved.config, commandline.overrides(arguments))
     labels.check_classes(settings)
     folder = arguments.ckpt if arguments.ckpt.is_dir() else arguments.ckpt.parent
+    if checkpoint.shipped(arguments.ckpt):
+        folder = Path("runs") / arguments.ckpt
     trained = runs.read(folder)
     same = trained and trained.settings.data.dataset == settings.data.dataset
     given = commandline.folders(arguments)

@@ -56,7 +56,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, metavar="DIR", help="run folder; default: runs/PRESET")
     said = "go on with the run in the run folder; its options need not be given again"
     add("--resume", action="store_true", help=said)
-    said = "fine-tune: start from the weights of this checkpoint or run folder"
+    said = "fine-tune: start from the weights of this checkpoint, run folder, or `street`"
     add("--init", type=Path, metavar="FILE", help=said)
     add("--backbone-weights", metavar="FILE", help="torchvision file, `imagenet` or `none`")
     add("--steps", type=int, help="optimiser steps; short for --set optim.steps=N")
@@ -110,7 +110,7 @@ def plan(
         )
     settings = choose_settings(arguments, saved.config if saved else before and before.settings)
     given = runs.completed(commandline.folders(arguments), before.folders if before else Folders())
-    init = arguments.init and arguments.init.absolute()
+    init = arguments.init and (checkpoint.shipped(arguments.init) or arguments.init.absolute())
     if saved and init not in (None, before.init):
         notes.append(f"--init {init} is not read: the run goes on from its checkpoint")
     if before and (saved or init is None):

@@ -2,6 +2,7 @@
 
     python -m selfocc.checkpoint import published.pth out.safetensors [--preset NAME]
     python -m selfocc.checkpoint export ours.safetensors published.pth
+    python -m selfocc.checkpoint ship runs/street selfocc/weights/street.safetensors
 
 There is no random state to store: every random number of a training step is a function of
 (seed, step), so that step k of a resumed run is step k of the uninterrupted one.
@@ -26,6 +27,7 @@ from selfocc.files import replacing
 FILE_NAME = "checkpoint.safetensors"
 _FORMAT = "selfocc-1"
 _PARTS = ("model", "optimizer", "inert")
+WEIGHTS = Path(__file__).with_name("weights")  # small trained networks, each with its card
 
 
 @dataclass
@@ -71,18 +73,28 @@ def write(path: Path, checkpoint: Checkpoint):
             raise OSError(str(error)) from None
 
 
+def shipped(path: Path) -> Path | None:
+    """The weights of this name that come with the package; None for any other path."""
+    file = WEIGHTS / f"{path}.safetensors"
+    return file if len(path.parts) == 1 and not path.exists() and file.is_file() else None
+
+
 def load(path: Path, preset: str | None = None, overrides: list[str] = ()) -> Checkpoint:
-    """Read a checkpoint file, the one in a run folder, or a published one.
+    """Read a checkpoint file, the one in a run folder, one that is `shipped`, or a published one.
+
+    Half precision is read as float32.
 
     `preset` and overrides say what a published file is, as in `published.import_published`.
     Raises InputError if there is none, or if it is truncated or not a SelfOcc checkpoint.
     """
-    path = Path(path)
+    path = shipped(Path(path)) or Path(path)
     if path.is_dir():
         path = path / FILE_NAME
     if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in WEIGHTS.glob("*.safetensors")))
         raise InputError(
-            f"no checkpoint at {path}; train one with `python train.py`, or name another"
+            f"no checkpoint at {path}; train one with `python train.py`, or name another, or one "
+            f"that comes with the code: {known}"
         )
     if path.suffix in (".pth", ".pt", ".ckpt") or zipfile.is_zipfile(path):
         config, model, inert = published.import_published(path, preset, overrides)
@@ -93,6 +105,7 @@ def load(path: Path, preset: str | None = None, overrides: list[str] = ()) -> Ch
             if metadata.get("format") != _FORMAT:
                 raise InputError(f"{path} is a safetensors file, but not a SelfOcc checkpoint")
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            tensors = {n: x.float() if x.dtype == torch.float16 else x for n, x in tensors.items()}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a readable checkpoint (truncated?): {error}") from None
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
@@ -140,6 +153,7 @@ def convert(words: list[str] | None) -> None:
     for name, text in (
         ("import", "a published checkpoint as one of ours"),
         ("export", "one of ours as the published scripts read it"),
+        ("ship", "the weights of one of ours alone, matrices in half precision"),
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("source", type=Path)
@@ -152,6 +166,11 @@ def convert(words: list[str] | None) -> None:
         found = published.import_published(arguments.source, arguments.preset, arguments.set)
         config, model, inert = found
         write(arguments.out, Checkpoint(config, 0, model, inert=inert))
+    elif arguments.command == "ship":
+        saved = load(arguments.source)
+        # norms stay: a variance may be beyond half precision
+        halved = {n: x.half() if x.ndim > 1 else x for n, x in saved.model.items()}
+        write(arguments.out, Checkpoint(saved.config, saved.step, halved))
     else:
         saved = load(arguments.source)
         published.export_published(arguments.out, saved.config, saved.model, saved.inert)

@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from selfocc import checkpoint
+from selfocc import InputError, checkpoint
 from tests.tiny import ROOT, TORCHRUN, environment, overrides, run
 
 
@@ -79,6 +80,24 @@ def test_fine_tuning_starts_from_a_checkpoint(finished, cache, tmp_path):
     done = run("train.py", "--init", finished, *other, cache=cache, field__hidden=24)
     assert done.returncode == 2 and "the checkpoint is of another model" in done.stderr
     assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "other").exists()
+
+
+def test_weights_that_come_with_the_code(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "WEIGHTS", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "small.safetensors"
+    assert checkpoint.main(["ship", str(finished), str(file)]) == 0
+    assert file.stat().st_size < (finished / checkpoint.FILE_NAME).stat().st_size / 4
+    whole, small = checkpoint.load(finished), checkpoint.load(Path("small"))
+    assert (small.step, small.config, small.optimizer) == (6, whole.config, {})
+    for name, tensor in whole.model.items():
+        exact = tensor.ndim < 2  # norms, which half precision may not hold
+        close = dict(rtol=0, atol=0) if exact else dict(rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(small.model[name], tensor, **close)
+    (tmp_path / "small").mkdir()  # what is there goes first
+    assert checkpoint.shipped(Path("small")) is None
+    with pytest.raises(InputError, match="comes with the code: small"):
+        checkpoint.load(Path("large"))
 
 
 def test_interrupt_saves_and_says_so(cache, tmp_path):
