@@ -93,7 +93,7 @@ _preset("synthetic", "embedded street: ten minutes on two CPU cores", None, """
     field.hidden=32 field.ground=-1.73
     render.rays=16,54 render.spread=0.6 render.samples=64 render.eval_rays=48,160
     render.eval_samples=96 render.alpha=volsdf render.sharpen=5,12 render.backdrop=true
-    render.margin=0,25.6,1.6
+    render.margin=0,25.6,1.6,0
     loss.automask=false loss.weight_eikonal=0.001 loss.weight_hessian=0.07
     optim.steps=420 optim.batch=3 optim.accumulate=2 optim.lr=2.2e-3 optim.backbone_factor=1
     optim.warmup=50 optim.workers=1 optim.clip=5 optim.validate_every=100000
@@ -111,7 +111,7 @@ _preset("street", "many different embedded streets, for hours: the weights that 
     data.looks=1 data.scenes=240 data.scenes_val=8 data.anchor_input=0.7
     volume.nodes=97,97,17
     encoder.stride=2
-    render.samples=80 render.sharpen=5,20
+    render.rays=20,68 render.samples=80 render.sharpen=5,20 render.margin=0,25.6,1.6,6
     loss.weight_hessian=0.03 loss.sparsity_pitch=0.8
     optim.steps=8000 optim.lr=2e-3 optim.warmup=100 optim.validate_every=1000
     optim.picture_every=250 optim.save_every=100
@@ -122,7 +122,7 @@ _preset("synthetic_surround", "embedded street seen by six cameras", "synthetic"
     data.pad=96,160
     volume.box=-40,-40,-1,40,40,5.4 volume.nodes=81,81,17 volume.voxel=1 volume.ground=0
     field.ground=0
-    render.rays=16,26 render.samples=48 render.eval_rays=48,80 render.margin=0,0,0
+    render.rays=16,26 render.samples=48 render.eval_rays=48,80 render.margin=0,0,0,0
     loss.weight_hessian=0.01
     optim.steps=1750 optim.batch=2 optim.accumulate=1 optim.lr=1.5e-3
 """)  # fmt: skip
@@ -143,7 +143,7 @@ _preset("kitti_raw_small",
         "kitti_small", """
     data.dataset=kitti_raw data.source=0.5,3 data.distance=straight
     volume.box=-5.2,0,-2,5.2,25.6,4.4
-    render.samples=48 render.margin=0,0,0
+    render.samples=48 render.margin=0,0,0,0
     loss.automask=true
     optim.steps=400 optim.lr=5e-4
 """)  # fmt: skip

@@ -146,7 +146,7 @@ def test_backdrop_stops_what_nothing_else_stops():
 
 
 def test_rays_go_on_beyond_the_volume():
-    settings = presets.build("synthetic", overrides(render__margin="4.4,20,1.5"))
+    settings = presets.build("synthetic", overrides(render__margin="4.4,20,1.5,3"))
     model = SelfOcc(settings).eval()
     volume = torch.full((1, 4, *settings.volume.nodes), 50.0)
     intrinsics = torch.tensor([[32.0, 0, 31.5], [0, 32, 15.5], [0, 0, 1]], dtype=torch.float64)
@@ -155,7 +155,9 @@ def test_rays_go_on_beyond_the_volume():
     frames = Frames(torch.zeros(1, 1, 3, 32, 64), intrinsics[None, None], pose[None, None])
     down = torch.tensor([[31.5, 31.5]])  # half a metre down for every metre ahead
     ahead, aside = torch.tensor([[31.5, 15.5]]), torch.tensor([[63.5, 15.5]])
-    for pixels, depth in ((down, (2.0 + 1.5) / 0.5), (ahead, 51.2 + 20), (aside, 25.6 + 4.4)):
+    up = torch.tensor([[31.5, -0.5]])
+    ends = (down, (2.0 + 1.5) / 0.5), (ahead, 51.2 + 20), (aside, 25.6 + 4.4), (up, (4.4 + 3) / 0.5)
+    for pixels, depth in ends:
         seen = model.render(volume, frames, pixels, 400)  # empty: where the backdrop hangs
         assert abs(seen.depth.item() - depth) < 0.1
     volume[..., :1] = -1.0  # what lies at the floor lies below it too
