@@ -160,8 +160,8 @@ class RenderConfig(Section, name="render"):
     anneal_steps: Count = 5000  # steps until the cosine in NeuS alpha is fully used
     # rays that hit nothing see the far end of the volume, instead of no depth
     backdrop: bool = False
-    # metres that rays go on beyond the volume's sides (x), ends (y), floor and top, where its border
-    # goes on: a backdrop just behind a surface would do instead of the surface
+    # metres that rays go on beyond the volume's sides (x), ends (y), floor and top, where its
+    # border goes on: a backdrop just behind a surface would do instead of the surface
     margin: tuple[NonNegative, NonNegative, NonNegative, NonNegative] = (0.0, 0.0, 0.0, 0.0)
     background: Literal["random", "black"] = "random"
 
