@@ -120,6 +120,36 @@ def confusion_counts(prediction: Tensor, labels: Tensor, classes: int) -> Tensor
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
+RAY_ERRORS = (1.0, 2.0, 4.0)  # metres below which a ray is right
+
+
+def ray_counts(
+    left: Tensor, label: Tensor, truth: Tensor, truth_label: Tensor, classes: int
+) -> Tensor:
+    """Of rays [R] that meet something in the truth, int64 [5, classes]: how many meet a class in
+    the truth, in the prediction, and in both with an error below each of RAY_ERRORS.
+
+    left, truth: metres, inf where nothing is met; labels int64 below `classes`, 0 where free. In
+    place of class 0 stands whatever is occupied.
+    """
+    met, near = left.isfinite(), (left - truth).abs() < torch.tensor(RAY_ERRORS)[:, None]
+    right = near & (label == truth_label)
+    by_class = [truth_label, label, *(label[rays] for rays in right)]
+    counts = torch.stack([torch.bincount(ids, minlength=classes) for ids in by_class])
+    counts[:, 0] = torch.stack([torch.tensor(len(met)), met.sum(), *near.sum(dim=1)])
+    return counts
+
+
+def ray_scores(counts: Tensor) -> list[dict[str, float]]:
+    """RayIoU of each column of `ray_counts`, by error and their mean; {} where none is met."""
+    rows = []
+    for truth, met, *right in counts.T.tolist():
+        ious = [_ratio(found, truth + met - found) for found in right]
+        row = {f"ray_{error:g}": iou for error, iou in zip(RAY_ERRORS, ious, strict=True)}
+        rows.append(row | {"ray": sum(ious) / len(ious)} if truth + met else {})
+    return rows
+
+
 def class_scores(confusion: Tensor) -> dict:
     """`iou` of every class, and its mean over classes 1.. by three customs.
 

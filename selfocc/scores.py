@@ -2,7 +2,7 @@
 
 A record holds the counts of one frame (see metrics.py), so that the table of many frames is made of
 the sum of their records, whatever process scored which frame. They are named `occupancy/METHOD`,
-`semantics`, `depth/TRUTH/METHOD`, `novel/METRES` and `photometric`.
+`seen/METHOD`, `rays`, `semantics`, `depth/TRUTH/METHOD`, `novel/METRES` and `photometric`.
 """
 
 import itertools
@@ -22,10 +22,13 @@ from selfocc.journal import Record
 from selfocc.labels import label_map, voxel_names
 from selfocc.model import SelfOcc
 from selfocc.protocols import Rules
+from selfocc.sight import RANGES, Rays, Sight, cast, ring
 
 Table = dict[str, dict[str, float]]  # method (or class) -> metric -> value
 SWEEP = torch.linspace(-1, 1, 81)  # thresholds among which the best is looked for, metres
 UNKNOWN_FREE = "SelfOcc, unknown counts as free"
+SEEN = "occupancy where the camera sees"
+MEASURED = {"exact": "exact depth", "lidar": "LiDAR depth"}  # rows of what a single image can know
 DEPTH_METHODS = ("SelfOcc", "flat ground", "median prior")
 DEPTH_TRUTHS = ("exact", "lidar", "stereo")
 NOVEL = range(1, 11)  # metres away, at most
@@ -87,11 +90,18 @@ class Scores:
         if isinstance(priors.voxels, Tensor):
             self.occupancy_prior = -metrics.prior_probability(priors.voxels)
             self.thresholds["constant prior, best threshold"] = metrics.PRIOR_THRESHOLDS
+        measured = dict.fromkeys(MEASURED.values(), torch.zeros(1))
+        self.seen_thresholds = measured | self.thresholds
 
     def occupancy(
-        self, volume: Tensor, labels: Tensor, voxels_to_volume: np.ndarray | None = None
+        self,
+        volume: Tensor,
+        labels: Tensor,
+        voxels_to_volume: np.ndarray | None = None,
+        sight: Sight | None = None,
+        rays: Rays | None = None,
     ) -> Record:
-        """Scores of voxels, and of their classes where the volume has any.
+        """Scores of voxels and, where there are any, of classes, what the cameras see, and rays.
 
         volume [1, C, H, W, Z]; labels [ny, nx, nz] uint8; the matrix as in `read_voxels`.
         """
@@ -102,10 +112,10 @@ class Scores:
         )
         sdf, edge = rules.crop(sdf.cpu()), (box[5] - box[2]) / shape[2]
         flat = protocols.heights(box, shape, voxels_to_volume) - self.settings.ground
-        fields = dict.fromkeys(self.thresholds, sdf) | {
-            "flat ground, best threshold": rules.crop(flat),
-            "constant prior, best threshold": self.occupancy_prior,
-        }
+        fields = dict.fromkeys(self.thresholds, sdf)
+        fields["flat ground, best threshold"] = rules.crop(flat)
+        if self.occupancy_prior is not None:
+            fields["constant prior, best threshold"] = self.occupancy_prior
         above = metrics.above_ground(labels, edge, rules.ground)
         record = {}
         for method, thresholds in self.thresholds.items():
@@ -114,10 +124,30 @@ class Scores:
                 truth = torch.where(labels == metrics.UNKNOWN, 0, labels)
             counts = metrics.threshold_counts(fields[method], truth, above, thresholds)
             record[f"occupancy/{method}"] = counts
+        if sight is not None:
+            where = sight.seen & (labels != metrics.UNKNOWN)
+            reach, labelled, high = ring(box, shape)[where], labels[where], above[where]
+            if sight.ends is not None:
+                fields[sight.source] = (~sight.ends).float()
+            for method, thresholds in self.seen_thresholds.items():
+                if method == UNKNOWN_FREE or method not in fields:
+                    continue
+                field = fields[method][where]
+                record[f"seen/{method}"] = torch.stack([
+                    metrics.threshold_counts(field[k], labelled[k], high[k], thresholds)
+                    for k in (reach <= i for i in range(len(RANGES)))
+                ])  # fmt: skip
+        occupied, predicted = sdf <= self.settings.threshold, None
         if likeliest is not None:
-            predicted = self.voxel_class[likeliest.cpu()]
-            predicted = torch.where(sdf <= self.settings.threshold, predicted, 0)
+            predicted = torch.where(occupied, self.voxel_class[likeliest.cpu()], 0)
             record["semantics"] = metrics.confusion_counts(predicted, labels, len(self.names))
+        if rays is not None:
+            place, left = cast(occupied, box, rays.origins, rays.directions)
+            classes, met, truth = 1, torch.zeros_like(place), torch.zeros_like(place)
+            if predicted is not None:
+                classes, truth = len(self.names), rays.label.long()
+                met = torch.where(place < 0, 0, predicted.flatten()[place])
+            record["rays"] = metrics.ray_counts(left, met, rays.left, truth, classes)
         return record
 
     def depth_maps(self, depth: Tensor, batch: Batch) -> Record:
@@ -161,6 +191,22 @@ class Scores:
                 row, above = (metrics.best_threshold(part, thresholds) for part in counts)
                 row |= {"iou_above": above["iou"], "threshold_above": above["threshold"]}
                 tables.setdefault("occupancy", {})[method] = row
+        for method, thresholds in self.seen_thresholds.items():
+            if f"seen/{method}" in totals:
+                row = {}
+                for name, part in (("iou", 0), ("iou_above", 1)):
+                    for reach, counts in zip(RANGES, totals[f"seen/{method}"], strict=True):
+                        best = metrics.best_threshold(counts[part], thresholds)
+                        row[f"{name}_{reach}"] = best["iou"]
+                tables.setdefault(SEEN, {})[method] = row
+        if "rays" in totals:
+            whole, *rows = metrics.ray_scores(totals["rays"])
+            tables["RayIoU"] = {"SelfOcc": whole}
+            if rows:
+                names = zip(self.names[1:], rows, strict=True)
+                by_class = {name: row for name, row in names if row}
+                mean = {k: np.mean([row[k] for row in by_class.values()]) for k in whole}
+                tables["RayIoU"] |= {"mean over classes": mean} | by_class
         if "semantics" in totals:
             tables["semantics"] = self._semantic_table(totals["semantics"])
         for truth, method in itertools.product(DEPTH_TRUTHS, DEPTH_METHODS):

@@ -191,7 +191,7 @@ def model(semantic, cache, monkeypatch):
 def test_rays_in_chunks_are_the_same(model, monkeypatch):
     dataset = open_dataset(model.config, "val", Folders())
     rules = protocols.choose(model.config)
-    sample = Samples(dataset, rules, ("depth",), 1)[0]
+    sample = Samples(dataset, rules, ("depth",), model.config.volume)[0]
     with torch.no_grad():
         volume = model.volume(sample.batch)
         whole = render_grid(model, volume, sample.batch.target, (32, 64), (8, 16))
@@ -341,7 +341,7 @@ def test_true_occ3d_scores_perfectly(cache):
     sequence = Ring(world, "synthetic-val-000", 1, cache)
     dataset = VideoDataset([sequence], settings.data, train=False)
     rules = protocols.choose(settings)
-    sample = Samples(dataset, rules, ("occupancy",), 1)[0]
+    sample = Samples(dataset, rules, ("occupancy",), settings.volume)[0]
     assert (sample.labels == 255).any() and sample.labels.unique().tolist()[:2] == [0, 4]
     truth = torch.from_numpy(SyntheticSequence.voxels(sequence, 0)).long()
     ids = torch.where(truth == 255, 0, truth)

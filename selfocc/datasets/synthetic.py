@@ -218,8 +218,8 @@ class SyntheticSequence(Sequence):
         place = ("pose", "exposure", "labels").index(what)
         return np.random.default_rng([place, self.seed, frame])
 
-    def lidar_to_volume(self) -> np.ndarray:
-        """[4, 4], a shift: the axes of the LiDAR are those of the volume."""
+    def lidar_to_volume(self, frame: int = 0) -> np.ndarray:
+        """[4, 4], a shift: the axes of the LiDAR are those of the volume, at any frame."""
         matrix = np.eye(4)
         matrix[2, 3] = LIDAR_HEIGHT - self.rig.volume_to_ego[2, 3]
         return matrix
