@@ -154,7 +154,9 @@ class Samples(Dataset):
         poses = [sequence.volume_to_world(f) @ sequence.lidar_to_volume(f) for f in labelled]
         poses = torch.from_numpy(to_voxels @ np.stack(poses))
         places = sight.lidar_places(poses, labelled.index(frame), box)
-        return sight.lidar_rays(self._labels(sample, None), box, places)
+        masked = sequence.voxel_mask(frame) is not None
+        labels = self._labels(sample, None) if masked else sample.labels
+        return sight.lidar_rays(labels, box, places)
 
     def _scan(self, points: np.ndarray, cameras: Frames, rules: Rules) -> tuple[Tensor, Tensor]:
         """`lidar_truth` without the points that no camera scores."""

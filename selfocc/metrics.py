@@ -35,16 +35,16 @@ def pool_voxels(labels: Tensor, factor: int) -> Tensor:
         raise ValueError(f"voxels {tuple(labels.shape)} cannot be pooled by {factor}")
     ny, nx, nz = (n // factor for n in labels.shape)
     children = labels.reshape(ny, factor, nx, factor, nz, factor).permute(0, 2, 4, 1, 3, 5)
-    children = children.flatten(3).long()
+    children = children.flatten(3)
     known = children != UNKNOWN
+    pooled = torch.where(2 * known.sum(dim=3) >= factor**3, 0, UNKNOWN).to(torch.uint8)
     classes = torch.where(known, children, 0)
-    votes = torch.zeros(ny, nx, nz, int(classes.max()) + 1, dtype=torch.int32)
-    votes.scatter_add_(3, classes, torch.ones_like(classes, dtype=torch.int32))
-    votes[..., 0] = 0
-    most, label = votes.max(dim=3)
-    half_known = 2 * known.sum(dim=3) >= factor**3
-    empty = torch.where(half_known, 0, UNKNOWN)
-    return torch.where(most > 0, label, empty).to(torch.uint8)
+    occupied = (classes > 0).any(dim=3)
+    classes = classes[occupied].long()
+    votes = torch.zeros(len(classes), UNKNOWN, dtype=torch.int32)
+    votes.scatter_add_(1, classes, torch.ones_like(classes, dtype=torch.int32))
+    pooled[occupied] = (votes[:, 1:].argmax(dim=1) + 1).to(torch.uint8)
+    return pooled
 
 
 def fill_nearest(values: Tensor, known: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from selfocc.geometry import Box, inverse, move_points
@@ -52,23 +53,31 @@ def cast(occupied: Tensor, box: Box, origins: Tensor, directions: Tensor) -> tup
     move = torch.where(move.abs() < 1e-9, 1e-9, move)  # in voxels from here on
     faces = torch.stack([-start, count - start]) / move
     enter, leave = faces.amin(0).amax(1).clamp_min(0), faces.amax(0).amin(1)
+    rays = (enter < leave).nonzero()[:, 0]
+    start, move = start[rays], move[rays]
+    cell = (start + move * enter[rays, None]).floor().long().clamp_min(0).minimum(count - 1)
+    border = ((cell + (move > 0) - start) / move).T.contiguous()  # where the voxel ends along x y z
+    # a layer of voxels around the box stops what leaves it
+    state = F.pad(occupied.to(torch.uint8), (1,) * 6, value=2).flatten()
+    number = F.pad(
+        torch.arange(occupied.numel()).view(occupied.shape), (1,) * 6, value=-1
+    ).flatten()
+    stride = torch.tensor([nz + 2, (nx + 2) * (nz + 2), 1])
+    here, jump = ((cell + 1) * stride).sum(1), (move.sign().long() * stride).T.contiguous()
+    pitch = 1 / move.abs().T
     place = torch.full((len(directions),), -1)
     left = torch.full((len(directions),), torch.inf)
-    rays = (enter < leave).nonzero()[:, 0]
-    start, move, enter = start[rays], move[rays], enter[rays]
-    cell = (start + move * enter[:, None]).floor().long().clamp_min(0).minimum(count - 1)
-    step, pitch = move.sign().long(), 1 / move.abs()
-    border = (cell + (move > 0) - start) / move  # where the voxel is left along each axis
-    stride, flat = torch.tensor([nz, nx * nz, 1]), occupied.flatten()
     while len(rays):
-        here = (cell * stride).sum(1)
-        out, axis = border.min(dim=1, keepdim=True)
-        hit = flat[here]
-        place[rays[hit]], left[rays[hit]] = here[hit], out[hit, 0]
-        cell = cell.scatter_add(1, axis, step.gather(1, axis))
-        border = border.scatter_add(1, axis, pitch.gather(1, axis))
-        on = ~hit & ((cell >= 0) & (cell < count)).all(1)
-        rays, cell, border, step, pitch = (v[on] for v in (rays, cell, border, step, pitch))
+        for _ in range(8):  # what has stopped is sorted out now and then
+            x, y, z = border
+            first = (border == torch.minimum(x, y).minimum(z)) & (state[here] == 0)
+            border = border + pitch * first
+            here = here + (jump * first).sum(0)
+        kind = state[here]
+        hit, on = kind == 1, kind == 0
+        place[rays[hit]], left[rays[hit]] = number[here[hit]], border[:, hit].amin(0)
+        rays, here = rays[on], here[on]
+        border, pitch, jump = (v[:, on] for v in (border, pitch, jump))
     return place, left
 
 

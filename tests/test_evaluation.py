@@ -32,7 +32,7 @@ from selfocc.labels import SEMANTICKITTI, label_map
 from selfocc.model import SelfOcc
 from selfocc.presets import build
 from selfocc.render import render_grid
-from selfocc.scores import Scores, photometric_record
+from selfocc.scores import SEEN, Scores, photometric_record
 from tests.tiny import ROOT, TORCHRUN, environment, here, overrides, run
 
 # with this threshold so young a model calls some voxels occupied
@@ -235,6 +235,15 @@ def test_the_true_volume_scores_perfectly(model, monkeypatch):
         )
         scores = tables["occupancy"]["SelfOcc"]["iou"], tables["semantics"]["mIoU"]["iou"]
         assert scores == (1, 1) if not flip else max(scores) < 0.7
+        seen, rays = tables[SEEN], tables["RayIoU"]
+        assert (
+            set(seen["SelfOcc"].values()) == {1.0}
+            if not flip
+            else seen["SelfOcc"]["iou_51.2"] < 0.7
+        )
+        assert rays["SelfOcc"]["ray"] == 1 if not flip else rays["SelfOcc"]["ray"] < 0.9
+        # thin images of a coarse world: all that they show is there
+        assert 0 < rays["exact depth"]["ray"] < 1 and 0.5 < seen["exact depth"]["iou_12.8"] < 1
 
 
 @pytest.fixture(scope="module")
