@@ -209,6 +209,13 @@ def evenly(dataset: VideoDataset, frames: int | None) -> list[int]:
     return np.unique(np.linspace(0, len(dataset) - 1, count).round().astype(int)).tolist()
 
 
+def in_turn(indices: Iterable[int], workers: int) -> list[int]:
+    """The order in which workers, who take turns, each read a run of their own: whoever has read a
+    frame of the embedded world knows half of the next one of its sequence."""
+    runs = np.array_split(indices, max(1, workers))
+    return [int(i) for turn in zip_longest(*runs) for i in turn if i is not None]
+
+
 def score(
     model: SelfOcc, scores: Scores, sample: Sample, device: torch.device, tasks: Iterable[str]
 ) -> Record:
@@ -273,12 +280,13 @@ def evaluate(
     rules = rules or protocols.choose(settings)
     scores = Scores(model, rules, priors)
     samples = Samples(dataset, rules, tasks, settings.volume)
-    mine = evenly(dataset, frames)[rank::world]
+    mine = np.array_split(evenly(dataset, frames), world)[rank].tolist()
     records = {} if journal is None else journal.records
     keep = records.__setitem__ if journal is None else journal.add
-    todo = [index for index in mine if index not in records]
+    workers = settings.optim.workers
+    todo = in_turn([index for index in mine if index not in records], workers)
     bar = tqdm(
-        read_ahead(Subset(samples, todo), settings.optim.workers, world, batch_size=None),
+        read_ahead(Subset(samples, todo), workers, world, batch_size=None),
         desc="evaluating",
         unit="frame",
         initial=len(mine) - len(todo),
@@ -371,11 +379,8 @@ def gather_priors(
     samples = Labelled(training, rules, ("occupancy",), model.config.volume)
     workers = model.config.optim.workers
     workers += workers > 0  # the model waits meanwhile, which frees a core
-    # Workers take turns, and whoever has read a frame knows half of the next one of its sequence.
     share = np.array_split(evenly(training, frames), world)[rank]
-    runs = np.array_split(share, max(1, workers))
-    in_turn = [int(i) for turn in zip_longest(*runs) for i in turn if i is not None]
-    read = read_ahead(Subset(samples, in_turn), workers, world, batch_size=None)
+    read = read_ahead(Subset(samples, in_turn(share, workers)), workers, world, batch_size=None)
     for sample in tqdm(read, desc="priors from training truth", disable=rank > 0):
         mine.add(sample.labels, sample.batch)
     priors.join(distributed.gather_dicts({rank: mine}).values())
