@@ -33,6 +33,7 @@ from selfocc.render import render_grid, to_images
 from selfocc.scores import (
     DEPTH_TRUTHS,
     MEASURED,
+    RECORDS,
     SEEN,
     Priors,
     Scores,
@@ -76,6 +77,7 @@ class Sample:
     index: int
     batch: Batch  # of one
     labels: Tensor | None = None  # [ny, nx, nz] uint8
+    masked: bool = False  # whether the data say which of them cameras see, and others are unknown
     voxels_to_volume: np.ndarray | None = None  # as the sequence has it
     seen: sight.Sight | None = None  # of the voxels
     rays: sight.Rays | None = None  # of a LiDAR in the voxels
@@ -97,7 +99,8 @@ class Samples(Dataset):
         sequence, frame = self.dataset.locate(index)
         sample = Sample(index, collate([self.dataset[index]]))
         if "occupancy" in self.tasks and sample.batch.voxels is not None:
-            sample.labels = self._labels(sample, sequence.voxel_mask(frame))
+            mask = sequence.voxel_mask(frame)
+            sample.labels, sample.masked = self._labels(sample, mask), mask is not None
             sample.voxels_to_volume = sequence.voxels_to_volume(frame)
         return sample
 
@@ -105,8 +108,9 @@ class Samples(Dataset):
         sequence, frame = self.dataset.locate(index)
         sample = self.labelled(index)
         batch, own = sample.batch, self.rules.protocol == "own"
-        if sample.labels is not None:
-            sample.seen = self._sight(sample, sequence.voxel_mask(frame) is not None)
+        # ten million voxels of OpenOccupancy and six cameras would take 14 s a frame
+        if sample.labels is not None and not self.rules.openoccupancy:
+            sample.seen = self._sight(sample)
             sample.rays = self._rays(sample, sequence, frame)
         if "depth" in self.tasks and not own:
             points = sequence.lidar(frame)
@@ -129,7 +133,7 @@ class Samples(Dataset):
         matrix = sample.voxels_to_volume
         return np.eye(4) if matrix is None else np.linalg.inv(matrix)
 
-    def _sight(self, sample: Sample, masked: bool) -> sight.Sight:
+    def _sight(self, sample: Sample) -> sight.Sight:
         """What the cameras see of the voxels; all that is labelled, where a mask has told."""
         labels, box, target = sample.labels, self.rules.box or self.volume.box, sample.batch.target
         to_voxels = torch.from_numpy(self._to_voxels(sample)) @ target.camera_to_volume[0]
@@ -137,7 +141,7 @@ class Samples(Dataset):
         maps, size = truth_maps(sample.batch), tuple(target.images.shape[-2:])
         name = next((name for name in MEASURED if name in maps), None)
         ends = name and sight.ends(maps[name][0], cameras, box, labels.shape)
-        if masked:
+        if sample.masked:
             seen = torch.ones(labels.shape, dtype=torch.bool)
         elif name == "exact":
             seen = ends | sight.before(maps[name][0], cameras, box, labels.shape)
@@ -147,15 +151,14 @@ class Samples(Dataset):
 
     def _rays(self, sample: Sample, sequence: Sequence, frame: int) -> sight.Rays | None:
         """Those of a LiDAR; what no camera sees is as good as what one sees."""
-        if self.rules.openoccupancy or sequence.lidar_to_volume(frame) is None:
+        if sequence.lidar_to_volume(frame) is None:
             return None
         to_voxels = self._to_voxels(sample) @ np.linalg.inv(sequence.volume_to_world(frame))
         labelled, box = sorted(sequence.labelled), self.rules.box or self.volume.box
         poses = [sequence.volume_to_world(f) @ sequence.lidar_to_volume(f) for f in labelled]
         poses = torch.from_numpy(to_voxels @ np.stack(poses))
         places = sight.lidar_places(poses, labelled.index(frame), box)
-        masked = sequence.voxel_mask(frame) is not None
-        labels = self._labels(sample, None) if masked else sample.labels
+        labels = self._labels(sample, None) if sample.masked else sample.labels
         return sight.lidar_rays(labels, box, places)
 
     def _scan(self, points: np.ndarray, cameras: Frames, rules: Rules) -> tuple[Tensor, Tensor]:
@@ -327,7 +330,8 @@ def identity(
     read = sorted({file for sequence, frame in places for file in sequence.files(frame)})
     settings = config.to_dict(model.config)
     settings["optim"] = {"bf16": model.config.optim.bf16}  # the rest is of training
-    what = [settings, sorted(tasks), rules.protocol, names, prior_frames, list(map(_stamp, read))]
+    what = [RECORDS, settings, sorted(tasks), rules.protocol, names, prior_frames]
+    what.append(list(map(_stamp, read)))
     if model.config.field.classes:
         what.append(dataclasses.asdict(label_map(model.config.data)))
     digest.update(json.dumps(what).encode())
@@ -354,6 +358,7 @@ def validate(
     if "occupancy" in tables:
         row = tables["occupancy"]["SelfOcc"]
         numbers |= {"IoU": row["iou"], "IoU_above": row["iou_above"]}
+    if SEEN in tables:
         row = tables[SEEN]["SelfOcc"]
         numbers |= {"IoU_seen": row["iou_25.6"], "IoU_seen_above": row["iou_above_25.6"]}
     if "semantics" in tables:

@@ -27,6 +27,7 @@ from selfocc.sight import RANGES, Rays, Sight, cast, ring
 Table = dict[str, dict[str, float]]  # method (or class) -> metric -> value
 SWEEP = torch.linspace(-1, 1, 81)  # thresholds among which the best is looked for, metres
 UNKNOWN_FREE = "SelfOcc, unknown counts as free"
+RECORDS = 2  # version of what a record holds, so that no evaluation goes on with older ones
 LIKELY = 0.25  # from this probability on, the prior stops a ray
 SEEN = "occupancy where the camera sees"
 MEASURED = {"exact": "exact depth", "lidar": "LiDAR depth"}  # rows of what a single image can know

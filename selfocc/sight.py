@@ -7,7 +7,8 @@ lies before the depth of the pixel it is seen in. Depth is exact where there is 
 embedded world); elsewhere it is that of the truth itself: every ray of the image ends in the first
 occupied voxel, and what is unknown hides nothing. So a voxel is seen if the ray of a pixel gets to
 it before it meets another occupied one. A ray to every centre instead would call nearly all of the
-ground hidden, since it grazes the ground voxels before it. Occ3D brings its own mask.
+ground hidden, since it grazes the ground voxels before it. Occ3D brings its own mask; for
+nuScenes-Occupancy there is no such table.
 
 **RayIoU** (SparseOcc, Liu et al., ECCV 2024, section 4). Rays of a LiDAR are cast into truth and
 prediction; a ray is right where the two distances at which it leaves the first occupied voxel
