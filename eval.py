@@ -6,6 +6,9 @@
     python eval.py --ckpt FILE --dataset kitti --data DIR --resume     # go on where it was stopped
     torchrun --nproc-per-node 8 eval.py --ckpt FILE --dataset kitti --data DIR
 
+The table `occupancy where the camera sees` is the fair one for a single image. Its row `exact
+depth` (or `LiDAR depth`) is the true depth of that image put into voxels: more it cannot show.
+
 The output folder receives metrics.json (the tables), frames.R.jsonl (the scores of every frame),
 panel pictures of some frames, and the video.
 """
@@ -51,6 +54,9 @@ COLUMNS = {  # key in metrics.json -> title
     "iou": "IoU", "iou_above": "IoU>0.3m", "precision": "precision", "recall": "recall",
     "threshold": "threshold", "abs_rel": "AbsRel", "sq_rel": "SqRel", "rmse": "RMSE",
     "rmse_log": "RMSElog", "a1": "a1", "a2": "a2", "a3": "a3", "scale": "scale", "error": "SSIM+L1",
+    "iou_12.8": "IoU@12.8", "iou_25.6": "IoU@25.6", "iou_51.2": "IoU@51.2",
+    "iou_above_12.8": "high@12.8", "iou_above_25.6": "high@25.6", "iou_above_51.2": "high@51.2",
+    "ray": "RayIoU", "ray_1": "RayIoU@1", "ray_2": "RayIoU@2", "ray_4": "RayIoU@4",
 }  # fmt: skip
 EXPLAINED = """columns:
   IoU, precision, recall  of occupied voxels, over all frames, where the truth is known; in the
@@ -58,6 +64,12 @@ EXPLAINED = """columns:
                           and as published classes that are never seen count 1
   IoU>0.3m                of voxels more than 0.3 m above the ground below them
   threshold               a voxel is occupied where the SDF (or prior) is at most this
+  IoU@R, high@R           of voxels up to R m ahead and aside that the input image sees (without a
+                          mask in the data, as selfocc/sight.py says), all or more than 0.3 m above
+                          the ground; best thresholds are those of each column
+  RayIoU@T                of rays of a LiDAR (selfocc/sight.py): right are those that leave the
+                          first occupied voxel less than T m from where they do in the truth; RayIoU
+                          is the mean over T, and its rows by class ask for the class as well
   AbsRel .. a3            errors of z-depth in metres, averaged over points, frames and cameras;
                           a1 is the share of points off by a factor below 1.25, a2 1.25^2, a3 1.25^3
   scale                   depth was multiplied by it: median of the truth / of the prediction

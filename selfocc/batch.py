@@ -61,6 +61,9 @@ class Sequence:
     def lidar(self, frame: int) -> np.ndarray | None:
         """float32 [M, 3] in the volume frame of this frame."""
 
+    def lidar_to_volume(self, frame: int) -> np.ndarray | None:
+        """[4, 4] of the LiDAR whose rays judge voxels (RayIoU); None: they are not judged so."""
+
     def semantics(self, frame: int) -> Iterable[np.ndarray] | None:
         """Class ids of every camera, uint8 [h, w]."""
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
-from selfocc import InputError, config, distributed, metrics, protocols
+from selfocc import InputError, config, distributed, metrics, protocols, sight
 from selfocc.batch import Batch, Frames, Sequence, View, collate
+from selfocc.config import VolumeConfig
 from selfocc.datasets.loader import read_ahead
 from selfocc.datasets.video import VideoDataset
 from selfocc.geometry import image_projection
@@ -31,6 +32,9 @@ from selfocc.protocols import Rules
 from selfocc.render import render_grid, to_images
 from selfocc.scores import (
     DEPTH_TRUTHS,
+    MEASURED,
+    RECORDS,
+    SEEN,
     Priors,
     Scores,
     Table,
@@ -73,27 +77,41 @@ class Sample:
     index: int
     batch: Batch  # of one
     labels: Tensor | None = None  # [ny, nx, nz] uint8
+    masked: bool = False  # whether the data say which of them cameras see, and others are unknown
     voxels_to_volume: np.ndarray | None = None  # as the sequence has it
+    seen: sight.Sight | None = None  # of the voxels
+    rays: sight.Rays | None = None  # of a LiDAR in the voxels
     location: Tensor | None = None  # [N, M, 2] of LiDAR points, as fractions of the images
     depth: Tensor | None = None  # [N, M] of these, 0 where not scored
     later: list[Later] = dataclasses.field(default_factory=list)
 
 
 class Samples(Dataset):
-    """The samples of a data set as a protocol scores them; `pool` joins voxels in the own one."""
+    """The samples of a data set as a protocol scores them, voxels in `volume`."""
 
-    def __init__(self, dataset: VideoDataset, rules: Rules, tasks: Iterable[str], pool: int):
-        self.dataset, self.rules, self.tasks, self.pool = dataset, rules, tasks, pool
+    def __init__(
+        self, dataset: VideoDataset, rules: Rules, tasks: Iterable[str], volume: VolumeConfig
+    ):
+        self.dataset, self.rules, self.tasks, self.volume = dataset, rules, tasks, volume
+
+    def labelled(self, index: int) -> Sample:
+        """The sample with no other truth than labels and what the batch has."""
+        sequence, frame = self.dataset.locate(index)
+        sample = Sample(index, collate([self.dataset[index]]))
+        if "occupancy" in self.tasks and sample.batch.voxels is not None:
+            mask = sequence.voxel_mask(frame)
+            sample.labels, sample.masked = self._labels(sample, mask), mask is not None
+            sample.voxels_to_volume = sequence.voxels_to_volume(frame)
+        return sample
 
     def __getitem__(self, index: int) -> Sample:
         sequence, frame = self.dataset.locate(index)
-        batch = collate([self.dataset[index]])
-        own = self.rules.protocol == "own"
-        sample = Sample(index, batch)
-        if "occupancy" in self.tasks and batch.voxels is not None:
-            mask = sequence.voxel_mask(frame)
-            sample.labels = protocols.scored_labels(batch.voxels[0], mask, self.rules, self.pool)
-            sample.voxels_to_volume = sequence.voxels_to_volume(frame)
+        sample = self.labelled(index)
+        batch, own = sample.batch, self.rules.protocol == "own"
+        # ten million voxels of OpenOccupancy and six cameras would take 14 s a frame
+        if sample.labels is not None and not self.rules.openoccupancy:
+            sample.seen = self._sight(sample)
+            sample.rays = self._rays(sample, sequence, frame)
         if "depth" in self.tasks and not own:
             points = sequence.lidar(frame)
             if points is not None:
@@ -105,6 +123,43 @@ class Samples(Dataset):
             later = (self._later_scan(sequence, frame, batch.target, *t) for t in targets)
             sample.later = [entry for entry in later if entry is not None]
         return sample
+
+    def _labels(self, sample: Sample, mask: np.ndarray | None) -> Tensor:
+        voxels = sample.batch.voxels[0]
+        return protocols.scored_labels(voxels, mask, self.rules, self.volume.voxel)
+
+    def _to_voxels(self, sample: Sample) -> np.ndarray:
+        """[4, 4] from the volume to the frame of the labels."""
+        matrix = sample.voxels_to_volume
+        return np.eye(4) if matrix is None else np.linalg.inv(matrix)
+
+    def _sight(self, sample: Sample) -> sight.Sight:
+        """What the cameras see of the voxels; all that is labelled, where a mask has told."""
+        labels, box, target = sample.labels, self.rules.box or self.volume.box, sample.batch.target
+        to_voxels = torch.from_numpy(self._to_voxels(sample)) @ target.camera_to_volume[0]
+        cameras = sight.Cameras(target.intrinsics[0], to_voxels)
+        maps, size = truth_maps(sample.batch), tuple(target.images.shape[-2:])
+        name = next((name for name in MEASURED if name in maps), None)
+        ends = name and sight.ends(maps[name][0], cameras, box, labels.shape)
+        if sample.masked:
+            seen = torch.ones(labels.shape, dtype=torch.bool)
+        elif name == "exact":
+            seen = ends | sight.before(maps[name][0], cameras, box, labels.shape)
+        else:
+            seen = sight.seen_in_truth(labels, cameras, size, box)
+        return sight.Sight(seen, ends, MEASURED.get(name, ""))
+
+    def _rays(self, sample: Sample, sequence: Sequence, frame: int) -> sight.Rays | None:
+        """Those of a LiDAR; what no camera sees is as good as what one sees."""
+        if sequence.lidar_to_volume(frame) is None:
+            return None
+        to_voxels = self._to_voxels(sample) @ np.linalg.inv(sequence.volume_to_world(frame))
+        labelled, box = sorted(sequence.labelled), self.rules.box or self.volume.box
+        poses = [sequence.volume_to_world(f) @ sequence.lidar_to_volume(f) for f in labelled]
+        poses = torch.from_numpy(to_voxels @ np.stack(poses))
+        places = sight.lidar_places(poses, labelled.index(frame), box)
+        labels = self._labels(sample, None) if sample.masked else sample.labels
+        return sight.lidar_rays(labels, box, places)
 
     def _scan(self, points: np.ndarray, cameras: Frames, rules: Rules) -> tuple[Tensor, Tensor]:
         """`lidar_truth` without the points that no camera scores."""
@@ -144,10 +199,24 @@ class Samples(Dataset):
         return Later(distance, there, location.numpy(), depth.numpy())
 
 
+class Labelled(Samples):
+    """The same with what priors learn from."""
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.labelled(index)
+
+
 def evenly(dataset: VideoDataset, frames: int | None) -> list[int]:
     """Indices of at most `frames` samples, evenly spread; None is all."""
     count = len(dataset) if frames is None else min(frames, len(dataset))
     return np.unique(np.linspace(0, len(dataset) - 1, count).round().astype(int)).tolist()
+
+
+def in_turn(indices: Iterable[int], workers: int) -> list[int]:
+    """The order in which workers, who take turns, each read a run of their own: whoever has read a
+    frame of the embedded world knows half of the next one of its sequence."""
+    runs = np.array_split(indices, max(1, workers))
+    return [int(i) for turn in zip_longest(*runs) for i in turn if i is not None]
 
 
 def score(
@@ -164,18 +233,19 @@ def score(
             "the network's volume is not finite: its weights have diverged, or are not of these "
             "settings; evaluate an earlier checkpoint"
         )
-    rules, rays, record = scores.rules, model.config.render.eval_rays, {}
+    rules, record = scores.rules, {}
     size = tuple(batch.target.images.shape[-2:])
     if sample.labels is not None:
-        record |= scores.occupancy(volume, sample.labels, sample.voxels_to_volume)
+        matrix, seen, rays = sample.voxels_to_volume, sample.seen, sample.rays
+        record |= scores.occupancy(volume, sample.labels, matrix, seen, rays)
     if "depth" in tasks:
-        grid, color = render_grid(model, volume, batch.target, size, rays)
+        grid, color = render_grid(model, volume, batch.target, size, model.config.render.eval_rays)
         depth, _ = to_images(grid, color, size)
         record |= scores.depth_maps(depth, batch)
         if sample.depth is not None:
             record |= scores.depth_points(grid, batch.target, sample.location, sample.depth)
         record |= photometric_record(depth, batch)
-    novel = []
+    novel, rays = [], model.config.render.eval_rays
     if rules.novel_rays is not None:
         rays = tuple(map(min, rays, rules.novel_rays))
     for later in sample.later:
@@ -212,13 +282,14 @@ def evaluate(
     settings = model.config
     rules = rules or protocols.choose(settings)
     scores = Scores(model, rules, priors)
-    samples = Samples(dataset, rules, tasks, settings.volume.voxel)
-    mine = evenly(dataset, frames)[rank::world]
+    samples = Samples(dataset, rules, tasks, settings.volume)
+    mine = np.array_split(evenly(dataset, frames), world)[rank].tolist()
     records = {} if journal is None else journal.records
     keep = records.__setitem__ if journal is None else journal.add
-    todo = [index for index in mine if index not in records]
+    workers = settings.optim.workers
+    todo = in_turn([index for index in mine if index not in records], workers)
     bar = tqdm(
-        read_ahead(Subset(samples, todo), settings.optim.workers, world, batch_size=None),
+        read_ahead(Subset(samples, todo), workers, world, batch_size=None),
         desc="evaluating",
         unit="frame",
         initial=len(mine) - len(todo),
@@ -259,7 +330,8 @@ def identity(
     read = sorted({file for sequence, frame in places for file in sequence.files(frame)})
     settings = config.to_dict(model.config)
     settings["optim"] = {"bf16": model.config.optim.bf16}  # the rest is of training
-    what = [settings, sorted(tasks), rules.protocol, names, prior_frames, list(map(_stamp, read))]
+    what = [RECORDS, settings, sorted(tasks), rules.protocol, names, prior_frames]
+    what.append(list(map(_stamp, read)))
     if model.config.field.classes:
         what.append(dataclasses.asdict(label_map(model.config.data)))
     digest.update(json.dumps(what).encode())
@@ -286,6 +358,9 @@ def validate(
     if "occupancy" in tables:
         row = tables["occupancy"]["SelfOcc"]
         numbers |= {"IoU": row["iou"], "IoU_above": row["iou_above"]}
+    if SEEN in tables:
+        row = tables[SEEN]["SelfOcc"]
+        numbers |= {"IoU_seen": row["iou_25.6"], "IoU_seen_above": row["iou_above_25.6"]}
     if "semantics" in tables:
         # where classes that never occur count 1, few frames would look good
         means = tables["semantics"]
@@ -306,14 +381,11 @@ def gather_priors(
     Each of `world` processes reads its share, and all get the priors.
     """
     mine, priors = Priors(), Priors()
-    samples = Samples(training, rules, ("occupancy",), model.config.volume.voxel)
+    samples = Labelled(training, rules, ("occupancy",), model.config.volume)
     workers = model.config.optim.workers
     workers += workers > 0  # the model waits meanwhile, which frees a core
-    # Workers take turns, and whoever has read a frame knows half of the next one of its sequence.
     share = np.array_split(evenly(training, frames), world)[rank]
-    runs = np.array_split(share, max(1, workers))
-    in_turn = [int(i) for turn in zip_longest(*runs) for i in turn if i is not None]
-    read = read_ahead(Subset(samples, in_turn), workers, world, batch_size=None)
+    read = read_ahead(Subset(samples, in_turn(share, workers)), workers, world, batch_size=None)
     for sample in tqdm(read, desc="priors from training truth", disable=rank > 0):
         mine.add(sample.labels, sample.batch)
     priors.join(distributed.gather_dicts({rank: mine}).values())

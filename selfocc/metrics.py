@@ -35,16 +35,16 @@ def pool_voxels(labels: Tensor, factor: int) -> Tensor:
         raise ValueError(f"voxels {tuple(labels.shape)} cannot be pooled by {factor}")
     ny, nx, nz = (n // factor for n in labels.shape)
     children = labels.reshape(ny, factor, nx, factor, nz, factor).permute(0, 2, 4, 1, 3, 5)
-    children = children.flatten(3).long()
+    children = children.flatten(3)
     known = children != UNKNOWN
+    pooled = torch.where(2 * known.sum(dim=3) >= factor**3, 0, UNKNOWN).to(torch.uint8)
     classes = torch.where(known, children, 0)
-    votes = torch.zeros(ny, nx, nz, int(classes.max()) + 1, dtype=torch.int32)
-    votes.scatter_add_(3, classes, torch.ones_like(classes, dtype=torch.int32))
-    votes[..., 0] = 0
-    most, label = votes.max(dim=3)
-    half_known = 2 * known.sum(dim=3) >= factor**3
-    empty = torch.where(half_known, 0, UNKNOWN)
-    return torch.where(most > 0, label, empty).to(torch.uint8)
+    occupied = (classes > 0).any(dim=3)
+    classes = classes[occupied].long()
+    votes = torch.zeros(len(classes), UNKNOWN, dtype=torch.int32)
+    votes.scatter_add_(1, classes, torch.ones_like(classes, dtype=torch.int32))
+    pooled[occupied] = (votes[:, 1:].argmax(dim=1) + 1).to(torch.uint8)
+    return pooled
 
 
 def fill_nearest(values: Tensor, known: Tensor) -> Tensor:
@@ -118,6 +118,36 @@ def confusion_counts(prediction: Tensor, labels: Tensor, classes: int) -> Tensor
     known = labels != UNKNOWN
     pairs = labels[known].long() * classes + prediction[known].long()
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+
+
+RAY_ERRORS = (1.0, 2.0, 4.0)  # metres below which a ray is right
+
+
+def ray_counts(
+    left: Tensor, label: Tensor, truth: Tensor, truth_label: Tensor, classes: int
+) -> Tensor:
+    """Of rays [R] that meet something in the truth, int64 [5, classes]: how many meet a class in
+    the truth, in the prediction, and in both with an error below each of RAY_ERRORS.
+
+    left, truth: metres, inf where nothing is met; labels int64 below `classes`, 0 where free. In
+    place of class 0 stands whatever is occupied.
+    """
+    met, near = left.isfinite(), (left - truth).abs() < torch.tensor(RAY_ERRORS)[:, None]
+    right = near & (label == truth_label)
+    by_class = [truth_label, label, *(label[rays] for rays in right)]
+    counts = torch.stack([torch.bincount(ids, minlength=classes) for ids in by_class])
+    counts[:, 0] = torch.stack([torch.tensor(len(met)), met.sum(), *near.sum(dim=1)])
+    return counts
+
+
+def ray_scores(counts: Tensor) -> list[dict[str, float]]:
+    """RayIoU of each column of `ray_counts`, by error and their mean; {} where none is met."""
+    rows = []
+    for truth, met, *right in counts.T.tolist():
+        ious = [_ratio(found, truth + met - found) for found in right]
+        row = {f"ray_{error:g}": iou for error, iou in zip(RAY_ERRORS, ious, strict=True)}
+        rows.append(row | {"ray": sum(ious) / len(ious)} if truth + met else {})
+    return rows
 
 
 def class_scores(confusion: Tensor) -> dict:

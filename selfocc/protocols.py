@@ -26,6 +26,9 @@ scores no classes. Corrected and own, what lies beyond the volume is free.
 | depth | 0.001 to 80 m | 1 to 80 m | 0.1 to 80 m, Eigen crop |
 | novel depth | later frames, 0.4 m apart, up to 10 m | key frames 0.4 to 10 m away | as kitti |
 
+Beside what is published, every protocol scores voxels where the camera sees, by range, and by rays
+of a LiDAR (Occ3D and the embedded world); sight.py says how. No published figure changes by that.
+
 LiDAR points are projected and the rendered grid is read there, between rays. Dense truth (exact,
 stereo, KITTI's annotated depth) is in no published script: maps are compared pixel by pixel.
 """

@@ -2,7 +2,7 @@
 
 A record holds the counts of one frame (see metrics.py), so that the table of many frames is made of
 the sum of their records, whatever process scored which frame. They are named `occupancy/METHOD`,
-`semantics`, `depth/TRUTH/METHOD`, `novel/METRES` and `photometric`.
+`seen/METHOD`, `rays/METHOD`, `semantics`, `depth/TRUTH/METHOD`, `novel/METRES` and `photometric`.
 """
 
 import itertools
@@ -17,15 +17,20 @@ from torch import Tensor
 import kernels
 from selfocc import metrics, protocols
 from selfocc.batch import Batch, Frames
-from selfocc.geometry import exact_products, image_to_image
+from selfocc.geometry import Box, exact_products, image_to_image
 from selfocc.journal import Record
 from selfocc.labels import label_map, voxel_names
 from selfocc.model import SelfOcc
 from selfocc.protocols import Rules
+from selfocc.sight import RANGES, Rays, Sight, cast, ring
 
 Table = dict[str, dict[str, float]]  # method (or class) -> metric -> value
 SWEEP = torch.linspace(-1, 1, 81)  # thresholds among which the best is looked for, metres
 UNKNOWN_FREE = "SelfOcc, unknown counts as free"
+RECORDS = 2  # version of what a record holds, so that no evaluation goes on with older ones
+LIKELY = 0.25  # from this probability on, the prior stops a ray
+SEEN = "occupancy where the camera sees"
+MEASURED = {"exact": "exact depth", "lidar": "LiDAR depth"}  # rows of what a single image can know
 DEPTH_METHODS = ("SelfOcc", "flat ground", "median prior")
 DEPTH_TRUTHS = ("exact", "lidar", "stereo")
 NOVEL = range(1, 11)  # metres away, at most
@@ -87,11 +92,18 @@ class Scores:
         if isinstance(priors.voxels, Tensor):
             self.occupancy_prior = -metrics.prior_probability(priors.voxels)
             self.thresholds["constant prior, best threshold"] = metrics.PRIOR_THRESHOLDS
+        measured = dict.fromkeys(MEASURED.values(), torch.zeros(1))
+        self.seen_thresholds = measured | self.thresholds
 
     def occupancy(
-        self, volume: Tensor, labels: Tensor, voxels_to_volume: np.ndarray | None = None
+        self,
+        volume: Tensor,
+        labels: Tensor,
+        voxels_to_volume: np.ndarray | None = None,
+        sight: Sight | None = None,
+        rays: Rays | None = None,
     ) -> Record:
-        """Scores of voxels, and of their classes where the volume has any.
+        """Scores of voxels and, where there are any, of classes, what the cameras see, and rays.
 
         volume [1, C, H, W, Z]; labels [ny, nx, nz] uint8; the matrix as in `read_voxels`.
         """
@@ -100,12 +112,13 @@ class Scores:
         sdf, likeliest = protocols.read_voxels(
             volume, self.classes, rules, self.settings.box, shape, voxels_to_volume
         )
-        sdf, edge = rules.crop(sdf.cpu()), (box[5] - box[2]) / shape[2]
+        whole, edge = sdf.cpu(), (box[5] - box[2]) / shape[2]
+        sdf = rules.crop(whole)
         flat = protocols.heights(box, shape, voxels_to_volume) - self.settings.ground
-        fields = dict.fromkeys(self.thresholds, sdf) | {
-            "flat ground, best threshold": rules.crop(flat),
-            "constant prior, best threshold": self.occupancy_prior,
-        }
+        fields = dict.fromkeys(self.thresholds, sdf)
+        fields["flat ground, best threshold"] = rules.crop(flat)
+        if self.occupancy_prior is not None:
+            fields["constant prior, best threshold"] = self.occupancy_prior
         above = metrics.above_ground(labels, edge, rules.ground)
         record = {}
         for method, thresholds in self.thresholds.items():
@@ -114,11 +127,44 @@ class Scores:
                 truth = torch.where(labels == metrics.UNKNOWN, 0, labels)
             counts = metrics.threshold_counts(fields[method], truth, above, thresholds)
             record[f"occupancy/{method}"] = counts
+        if sight is not None:
+            where = sight.seen & (labels != metrics.UNKNOWN)
+            reach, labelled, high = ring(box, shape)[where], labels[where], above[where]
+            if sight.ends is not None:
+                fields[sight.source] = (~sight.ends).float()
+            for method, thresholds in self.seen_thresholds.items():
+                if method == UNKNOWN_FREE or method not in fields:
+                    continue
+                field = fields[method][where]
+                record[f"seen/{method}"] = torch.stack([
+                    metrics.threshold_counts(field[k], labelled[k], high[k], thresholds)
+                    for k in (reach <= i for i in range(len(RANGES)))
+                ])  # fmt: skip
+        classes = None
         if likeliest is not None:
-            predicted = self.voxel_class[likeliest.cpu()]
-            predicted = torch.where(sdf <= self.settings.threshold, predicted, 0)
+            classes = self.voxel_class[likeliest.cpu()]
+            predicted = torch.where(sdf <= self.settings.threshold, classes, 0)
             record["semantics"] = metrics.confusion_counts(predicted, labels, len(self.names))
+        if rays is not None:
+            occupied = whole <= self.settings.threshold  # rays know no margins
+            grids = {"SelfOcc": occupied, "flat ground": flat <= edge / 2}
+            if self.occupancy_prior is not None:
+                grids["constant prior"] = self.occupancy_prior <= -LIKELY
+            if sight is not None and sight.ends is not None:
+                grids[sight.source] = sight.ends
+            for method, grid in grids.items():
+                known = classes if method == "SelfOcc" else None
+                record[f"rays/{method}"] = self._rays(rays, grid, known, box)
         return record
+
+    def _rays(self, rays: Rays, occupied: Tensor, classes: Tensor | None, box: Box) -> Tensor:
+        """`ray_counts` of what is occupied [ny, nx, nz], and of its classes where there are any."""
+        place, left = cast(occupied, box, rays.origins, rays.directions)
+        if classes is None:
+            free = torch.zeros_like(place)
+            return metrics.ray_counts(left, free, rays.left, free, 1)
+        met = torch.where(place < 0, 0, classes.flatten()[place])
+        return metrics.ray_counts(left, met, rays.left, rays.label.long(), len(self.names))
 
     def depth_maps(self, depth: Tensor, batch: Batch) -> Record:
         """Maps of depth [1, N, h, w], rendered for the target, against maps of truth."""
@@ -161,6 +207,23 @@ class Scores:
                 row, above = (metrics.best_threshold(part, thresholds) for part in counts)
                 row |= {"iou_above": above["iou"], "threshold_above": above["threshold"]}
                 tables.setdefault("occupancy", {})[method] = row
+        for method, thresholds in self.seen_thresholds.items():
+            if f"seen/{method}" in totals:
+                row = {}
+                for name, part in (("iou", 0), ("iou_above", 1)):
+                    for reach, counts in zip(RANGES, totals[f"seen/{method}"], strict=True):
+                        best = metrics.best_threshold(counts[part], thresholds)
+                        row[f"{name}_{reach}"] = best["iou"]
+                tables.setdefault(SEEN, {})[method] = row
+        for method in (*MEASURED.values(), "SelfOcc", "flat ground", "constant prior"):
+            if f"rays/{method}" in totals:
+                whole, *rows = metrics.ray_scores(totals[f"rays/{method}"])
+                tables.setdefault("RayIoU", {})[method] = whole
+                if rows:
+                    names = zip(self.names[1:], rows, strict=True)
+                    by_class = {name: row for name, row in names if row}
+                    mean = {k: np.mean([row[k] for row in by_class.values()]) for k in whole}
+                    tables["RayIoU by class"] = {"mean": mean} | by_class
         if "semantics" in totals:
             tables["semantics"] = self._semantic_table(totals["semantics"])
         for truth, method in itertools.product(DEPTH_TRUTHS, DEPTH_METHODS):

@@ -221,7 +221,7 @@ def test_what_workers_are_started_with_can_be_pickled(world):
     settings, dataset = world
     dataset[0, 1]  # opens the memory map
     rules = protocols.choose(settings)
-    samples = evaluation.Samples(dataset, rules, ("occupancy", "depth"), settings.volume.voxel)
+    samples = evaluation.Samples(dataset, rules, ("occupancy", "depth"), settings.volume)
     read, again, copy, _ = pickle.loads(
         pickle.dumps((dataset, samples, collate, loader._start_worker))
     )

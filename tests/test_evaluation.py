@@ -32,7 +32,7 @@ from selfocc.labels import SEMANTICKITTI, label_map
 from selfocc.model import SelfOcc
 from selfocc.presets import build
 from selfocc.render import render_grid
-from selfocc.scores import Scores, photometric_record
+from selfocc.scores import SEEN, Scores, photometric_record
 from tests.tiny import ROOT, TORCHRUN, environment, here, overrides, run
 
 # with this threshold so young a model calls some voxels occupied
@@ -191,7 +191,7 @@ def model(semantic, cache, monkeypatch):
 def test_rays_in_chunks_are_the_same(model, monkeypatch):
     dataset = open_dataset(model.config, "val", Folders())
     rules = protocols.choose(model.config)
-    sample = Samples(dataset, rules, ("depth",), 1)[0]
+    sample = Samples(dataset, rules, ("depth",), model.config.volume)[0]
     with torch.no_grad():
         volume = model.volume(sample.batch)
         whole = render_grid(model, volume, sample.batch.target, (32, 64), (8, 16))
@@ -235,6 +235,15 @@ def test_the_true_volume_scores_perfectly(model, monkeypatch):
         )
         scores = tables["occupancy"]["SelfOcc"]["iou"], tables["semantics"]["mIoU"]["iou"]
         assert scores == (1, 1) if not flip else max(scores) < 0.7
+        seen, rays = tables[SEEN], tables["RayIoU"]
+        assert (
+            set(seen["SelfOcc"].values()) == {1.0}
+            if not flip
+            else seen["SelfOcc"]["iou_51.2"] < 0.7
+        )
+        assert rays["SelfOcc"]["ray"] == 1 if not flip else rays["SelfOcc"]["ray"] < 0.9
+        # thin images of a coarse world: all that they show is there
+        assert 0 < rays["exact depth"]["ray"] < 1 and 0.5 < seen["exact depth"]["iou_12.8"] < 1
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +350,7 @@ def test_true_occ3d_scores_perfectly(cache):
     sequence = Ring(world, "synthetic-val-000", 1, cache)
     dataset = VideoDataset([sequence], settings.data, train=False)
     rules = protocols.choose(settings)
-    sample = Samples(dataset, rules, ("occupancy",), 1)[0]
+    sample = Samples(dataset, rules, ("occupancy",), settings.volume)[0]
     assert (sample.labels == 255).any() and sample.labels.unique().tolist()[:2] == [0, 4]
     truth = torch.from_numpy(SyntheticSequence.voxels(sequence, 0)).long()
     ids = torch.where(truth == 255, 0, truth)

@@ -216,7 +216,8 @@ def test_noise_is_scored_as_published_alone(protocol, ids, scene, monkeypatch):
     stacked = lambda samples: SimpleNamespace(voxels=samples[0].voxels[None])  # noqa: E731
     monkeypatch.setattr(evaluation, "collate", stacked)
     frame = Frame(scene("ego"), labels)
-    sample = evaluation.Samples(frame, settings(protocol)[1], ("occupancy",), 1)[0]
+    config, rules = settings(protocol)
+    sample = evaluation.Labelled(frame, rules, ("occupancy",), config.volume)[0]
     assert sample.labels.unique().tolist() == ids and labels[100, 200, 20] == 255
     assert sample.voxels_to_volume is not None
 

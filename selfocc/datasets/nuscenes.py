@@ -306,6 +306,9 @@ class NuScenesSequence(Sequence):
         mount = self._lidar_to_ego[frame]
         return (points @ mount[:3, :3].T + mount[:3, 3]).astype(np.float32)
 
+    def lidar_to_volume(self, frame: int) -> np.ndarray:
+        return self._lidar_to_ego[frame].copy() if self._volume_to_ego is None else np.eye(4)
+
     def voxels(self, frame: int) -> np.ndarray | None:
         return self._voxels.labels(frame) if frame in self._voxels.files else None
 

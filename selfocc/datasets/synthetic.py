@@ -151,17 +151,22 @@ class SyntheticSequence(Sequence):
 
     def lidar(self, frame: int) -> np.ndarray:
         """One turn of a LiDAR 1.73 m above the ground."""
-
-        lidar_to_volume = self.lidar_to_volume()
-
-        def scan():
-            lidar_to_world = self.true_volume_to_world(frame) @ lidar_to_volume
-            return spin(self.street, self.street.at(frame), lidar_to_world)
-
-        ranges = self._stored(("lidar", frame), np.dtype(np.float32), (BEAMS * STEPS,), scan)
+        lidar_to_volume, ranges = self.lidar_to_volume(), self._ranges(frame)
         hit = np.isfinite(ranges)
         points = (ranges[hit, None] * spin_rays()[hit]) @ lidar_to_volume[:3, :3].T
         return (points + lidar_to_volume[:3, 3]).astype(np.float32)
+
+    def _ranges(self, frame: int, keep: bool = True) -> np.ndarray:
+        """Of the LiDAR; what is kept is on disk."""
+
+        def scan():
+            lidar_to_world = self.true_volume_to_world(frame) @ self.lidar_to_volume()
+            return spin(self.street, self.street.at(frame), lidar_to_world)
+
+        if not keep:
+            return scan()
+        stored = self._stored(("lidar", frame), np.dtype(np.float32), (BEAMS * STEPS,), scan)
+        return np.array(stored)
 
     def voxels(self, frame: int) -> np.ndarray:
         """255 is what was never seen along the path."""
@@ -257,8 +262,8 @@ class SyntheticSequence(Sequence):
         place = ("pose", "exposure", "labels", "rig", "noise").index(what)
         return np.random.default_rng([place, self.seed, frame])
 
-    def lidar_to_volume(self) -> np.ndarray:
-        """[4, 4], a shift: the axes of the LiDAR are those of the volume."""
+    def lidar_to_volume(self, frame: int = 0) -> np.ndarray:
+        """[4, 4], a shift: the axes of the LiDAR are those of the volume, at any frame."""
         matrix = np.eye(4)
         matrix[2, 3] = LIDAR_HEIGHT - self.rig.volume_to_ego[2, 3]
         return matrix
@@ -267,9 +272,10 @@ class SyntheticSequence(Sequence):
     def view(self, frame: int) -> View:
         """What LiDAR and cameras see at a frame, or further along the path."""
         pose, rig = self.true_volume_to_world(frame), self.rig
+        ranges = self._ranges(frame, keep=frame in self.labelled)  # the scans that are judged by
         return seen_from(
-            self.street, self.street.at(frame), pose @ self.lidar_to_volume(), rig.intrinsics,
-            pose @ rig.camera_to_volume, self.config.image_size,
+            self.street, self.street.at(frame), pose @ self.lidar_to_volume(), ranges,
+            rig.intrinsics, pose @ rig.camera_to_volume, self.config.image_size,
         )  # fmt: skip
 
     def _views_near(self, frame):

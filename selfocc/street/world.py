@@ -52,14 +52,20 @@ class Waves:
         return np.abs(self.terms[:, 0] * self.terms[:, 1]).sum()
 
     def __call__(self, y):
-        return sum(
-            np.float32(a) * np.sin(y * np.float32(k) + np.float32(p)) for a, k, p in self.terms
-        )
+        return self._sum(np.sin, self.terms[:, 0], y)
 
     def slope(self, y):
-        return sum(
-            np.float32(a * k) * np.cos(y * np.float32(k) + np.float32(p)) for a, k, p in self.terms
-        )
+        return self._sum(np.cos, self.terms[:, 0] * self.terms[:, 1], y)
+
+    def _sum(self, wave, amplitudes, y):
+        total = np.float32(0)
+        for a, k, p in zip(amplitudes, *self.terms.T[1:], strict=True):
+            term = y * np.float32(k)
+            term += np.float32(p)  # in place, as there are millions of points
+            term = wave(term, out=term) if np.ndim(term) else wave(term)
+            term *= np.float32(a)
+            total = total + term
+        return total
 
 
 @dataclass(frozen=True)
@@ -84,15 +90,25 @@ class Ground:
         return self.centre(y) + lateral * np.sqrt(1 + slope * slope), np.arctan2(1.0, slope)
 
     def height(self, x, y):
-        lateral = self.lateral(x, y)
+        return self._height(x, self._along(y))
+
+    def _along(self, y):
+        """What a height needs of y: centre line, its stretch, profile and crossfall."""
+        slope = self.centre.slope(y)
+        return self.centre(y), np.sqrt(1 + slope * slope), self.profile(y), self.crossfall(y)
+
+    def _height(self, x, along):
+        centre, stretch, profile, crossfall = along
+        lateral = (x - centre) / stretch
         across = lateral / np.sqrt(1 + (lateral * np.float32(1 / LEVEL)) ** 2)
         step = np.clip((np.abs(lateral) - np.float32(self.road)) * np.float32(1 / KERB_WIDTH), 0, 1)
         step = step * step * (3 - 2 * step)
-        return self.profile(y) + self.crossfall(y) * across + np.float32(KERB_HEIGHT) * step
+        return profile + crossfall * across + np.float32(KERB_HEIGHT) * step
 
     def normal(self, x, y, reach=0.02):
         """Unit normals [.., 3], from central differences over +-`reach` metres."""
-        dx = (self.height(x + reach, y) - self.height(x - reach, y)) / (2 * reach)
+        here = self._along(y)
+        dx = (self._height(x + reach, here) - self._height(x - reach, here)) / (2 * reach)
         dy = (self.height(x, y + reach) - self.height(x, y - reach)) / (2 * reach)
         scale = 1 / np.sqrt(1 + dx * dx + dy * dy)
         return np.stack([-dx * scale, -dy * scale, scale], -1)
