@@ -119,8 +119,8 @@ class EncoderConfig(Section, name="encoder"):
     # reference points of an hw, zh, wz query (bev uses the first)
     points_cross: tuple[Count, Index, Index] = (8, 48, 48)
     points_self: Count = 12
-    # planes hold every n-th node along x and y; between them the field is linear
-    stride: Count = 1
+    # planes hold every n-th node along y and x; between these the field is linear
+    stride: Size = (1, 1)
     frequencies: Count = 12  # of the positional encoding
     dropout: Share = 0.1
     lift: bool = False  # nodes also read what the pixels they project to say (see lift.py)
@@ -132,7 +132,7 @@ class EncoderConfig(Section, name="encoder"):
 def plane_volume(encoder: EncoderConfig, volume: VolumeConfig) -> VolumeConfig:
     """The volume with the nodes of the planes."""
     height, width, depth = volume.nodes
-    thinned = ((n - 1) // encoder.stride + 1 for n in (height, width))
+    thinned = ((n - 1) // s + 1 for n, s in zip((height, width), encoder.stride, strict=True))
     return dataclasses.replace(volume, nodes=(*thinned, depth))
 
 
@@ -273,12 +273,12 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"encoder.heads, {encoder.heads}, must divide encoder.dim, {encoder.dim}"
     if encoder.kind == "tpv" and 0 in encoder.points_cross:
         yield f"encoder.points_cross is {text(encoder.points_cross)}; tpv needs all three"
-    height, width, _ = volume.nodes
-    if any((n - 1) % encoder.stride or n <= encoder.stride for n in (height, width)):
-        yield (
-            f"encoder.stride, {encoder.stride}, must divide the {height - 1} and {width - 1} steps "
-            "between volume.nodes along y and x"
-        )
+    for axis, nodes, stride in zip("yx", volume.nodes, encoder.stride, strict=False):
+        if (nodes - 1) % stride or nodes <= stride:
+            yield (
+                f"encoder.stride along {axis}, {stride}, must divide the {nodes - 1} steps between "
+                "volume.nodes"
+            )
     if encoder.lift and encoder.kind == "bev":
         yield "encoder.lift needs encoder.kind=tpv"
 

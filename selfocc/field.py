@@ -57,7 +57,7 @@ class FieldDecoder(nn.Module):
             network = first.weight, first.bias, last.weight, last.bias
             nodes = kernels.decode(*planes, network, features, mix)
         volume = nodes.permute(0, 4, 1, 2, 3)
-        if self.stride > 1:
+        if self.stride != (1, 1):
             volume = F.interpolate(volume, self.nodes, mode="trilinear", align_corners=True)
         if self.height is not None:
             volume[:, 0] += self.height

@@ -65,9 +65,9 @@ class FrustumLift(nn.Module):
         frustum = self.head(features.flatten(0, 1)).unflatten(1, (-1, self.bins))
         place, seen = self._place(intrinsics, camera_to_volume, image_size)
 
-        def read(maps: Tensor, stride: int) -> Tensor:
-            """Channels of the frustums [B, h, w, Z, C] at every `stride`-th node along y and x."""
-            where, there = place[:, :, ::stride, ::stride], seen[:, ::stride, ::stride]
+        def read(maps: Tensor, y: int, x: int) -> Tensor:
+            """Channels of the frustums [B, h, w, Z, C] at every y-th and x-th node."""
+            where, there = place[:, :, ::y, ::x], seen[:, ::y, ::x]
             values = kernels.sample_maps(maps, where.flatten(2).mT, there.flatten(1))
             values = values.view(-1, cameras, *there.shape[1:], maps.shape[1])
             if cameras == 1:
@@ -75,7 +75,7 @@ class FrustumLift(nn.Module):
             count = there.unflatten(0, (-1, cameras)).sum(1).clamp_min(1)
             return values.sum(1) / count[..., None]
 
-        return GAIN * read(frustum[:, :1], 1)[..., 0], read(frustum[:, 1:], stride)
+        return GAIN * read(frustum[:, :1], 1, 1)[..., 0], read(frustum[:, 1:], *stride)
 
     def beside(self, planes: list[Tensor]) -> list[Tensor]:
         """TPV planes with what nodes know of where they are."""

@@ -110,7 +110,7 @@ _preset("street", "many different embedded streets, for hours: the weights that 
         """
     data.looks=1 data.scenes=240 data.scenes_val=8 data.anchor_input=0.7
     volume.nodes=97,97,17
-    encoder.stride=2
+    encoder.stride=2,2
     render.rays=20,68 render.samples=80 render.sharpen=5,20 render.margin=0,25.6,1.6,6
     loss.weight_hessian=0.03 loss.sparsity_pitch=0.8
     optim.steps=8000 optim.lr=2e-3 optim.warmup=100 optim.validate_every=1000

@@ -96,7 +96,7 @@ def planes_for(kind, nodes=(6, 5, 4), batch=2):
 
 def test_planes_of_every_second_node_are_linear_between():
     settings = VolumeConfig(box=(-1, 0, -2, 1, 4, 4), nodes=(7, 5, 4))
-    decoder = FieldDecoder(FieldConfig(hidden=8), EncoderConfig(dim=8, stride=2), settings)
+    decoder = FieldDecoder(FieldConfig(hidden=8), EncoderConfig(dim=8, stride=(2, 2)), settings)
     planes = planes_for("tpv", (4, 3, 4))
     sdf = torch.randn(2, 7, 5, 4)
     volume = decoder(planes, (sdf, torch.zeros(2, 4, 3, 4, 2)), torch.zeros(8, 2))

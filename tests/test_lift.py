@@ -96,7 +96,7 @@ def test_decoder_adds_lifted_features():
 
 def test_features_are_lifted_at_the_nodes_of_the_planes():
     torch.manual_seed(0)
-    fine = FrustumLift(dataclasses.replace(ENCODER, stride=2), VOLUME)
+    fine = FrustumLift(dataclasses.replace(ENCODER, stride=(2, 2)), VOLUME)
     whole = FrustumLift(ENCODER, VOLUME)
     for lift in (fine, whole):
         lift.head = torch.nn.Identity()
