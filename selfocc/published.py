@@ -365,6 +365,8 @@ def export_published(
     quirks = settings.quirks
     ours_alone = {
         "encoder.lift": settings.encoder.lift,
+        "encoder.stride": settings.encoder.stride != (1, 1),
+        "render.margin": any(settings.render.margin),
         "backbone.norm=group": settings.backbone.norm == "group",
         "field.ground": settings.field.ground is not None,
         f"render.alpha={settings.render.alpha}": settings.render.alpha != "neus",

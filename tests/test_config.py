@@ -101,6 +101,8 @@ def test_wrong_override_says_what_is_right(override, said):
         ("encoder.heads=5", "encoder.heads, 5, must divide encoder.dim, 32"),
         ("encoder.dropout=-0.1", "a number from 0 to 1"),
         ("encoder.kind=bev", "encoder.lift needs encoder.kind=tpv"),
+        ("encoder.stride=1,5", "encoder.stride along x, 5, must divide the 48 steps"),
+        ("encoder.stride=64,1", "encoder.stride along y, 64, must divide the 48 steps"),
     ],
 )
 def test_values_that_mean_nothing(override, said):

@@ -126,6 +126,8 @@ def test_colours_keep_their_brightness_without_the_quirk(tmp_path):
     ("overrides", "reason"),
     [
         (["encoder.lift=true"], "encoder.lift"),
+        (["volume.nodes=257,257,33", "encoder.stride=2,2"], "encoder.stride"),
+        (["render.margin=0,0,0,6"], "render.margin"),
         (["render.alpha=volsdf"], "render.alpha=volsdf"),
         (["backbone.norm=group"], "backbone.norm=group"),
     ],
