@@ -85,16 +85,18 @@ _preset("nuscenes_depth", "nuScenes depth as published (24 epochs)", "nuscenes_n
 # fewer images fill what no camera sees with matter.
 _preset("synthetic", "embedded street: ten minutes on two CPU cores", None, """
     data.scenes_val=4 data.anchor_input=1 data.future=0.4,25 data.source=0.8,10
-    volume.nodes=49,49,25 volume.voxel=2 volume.crop_margins=false volume.threshold=0.15
+    volume.nodes=49,97,17 volume.voxel=2 volume.crop_margins=false volume.threshold=0
     backbone.depth=18 backbone.width=32 backbone.norm=local backbone.weights=none
     backbone.frozen_stem=false
     encoder.dim=32 encoder.heads=2 encoder.layers=1 encoder.points_cross=2,4,4
-    encoder.points_self=2 encoder.dropout=0 encoder.lift=true encoder.plane_scale=0.1
+    encoder.points_self=2 encoder.stride=2,4
+    encoder.dropout=0 encoder.lift=true encoder.plane_scale=0.1
     field.hidden=32 field.ground=-1.73
     render.rays=16,54 render.spread=0.6 render.samples=64 render.eval_rays=48,160
-    render.eval_samples=96 render.alpha=volsdf render.sharpen=5,12 render.backdrop=true
-    render.margin=0,25.6,1.6,0
-    loss.automask=false loss.weight_eikonal=0.001 loss.weight_hessian=0.07
+    render.eval_samples=96 render.read=middle render.alpha=volsdf render.sharpen=5,20
+    render.backdrop=true render.margin=0,25.6,1.6,6
+    loss.automask=false loss.weight_eikonal=0.001 loss.weight_hessian=0.03
+    loss.sparsity_pitch=0.8
     optim.steps=420 optim.batch=3 optim.accumulate=2 optim.lr=2.2e-3 optim.backbone_factor=1
     optim.warmup=50 optim.workers=1 optim.clip=5 optim.validate_every=100000
     optim.validate_frames=8 optim.picture_every=200 optim.save_every=200
