@@ -151,9 +151,9 @@ class RenderConfig(Section, name="render"):
     # least stride of the grid of training rays: 0 is neighbouring pixels, 1 the whole image
     spread: Share = 0.0
     samples: Count = 256  # intervals a ray
-    # where in an interval the field is read, whose depth is that of its middle; published: start,
-    # which with few samples moves surfaces towards the camera by half an interval
-    read: Literal["start", "middle"] = "start"
+    # where the field of an interval is read, whose depth is that of its middle: 0 is its start, as
+    # published, 1 its end; with few samples, the start moves surfaces to before where they are seen
+    read: Share = 0.0
     eval_rays: Size = (176, 608)
     eval_samples: Count = 256
     alpha: Literal["neus", "volsdf", "density"] = "neus"

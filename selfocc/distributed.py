@@ -185,7 +185,7 @@ def parallel(model: nn.Module, device: torch.device, batch_norm: bool) -> nn.Mod
     for module in model.modules() if batch_norm else ():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm
-    return nn.parallel.DistributedDataParallel(model)
+    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 class _Mean(torch.autograd.Function):

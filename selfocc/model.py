@@ -117,8 +117,10 @@ class SelfOcc(nn.Module):
         x0, y0, z0, x1, y1, z1 = config.volume.box
         seen = (x0 - side, y0 - end, z0 - floor, x1 + side, y1 + end, z1 + top)
         near, far = ray_box(origins, directions, seen)
-        if config.render.read == "middle":  # the start of an interval of a ray that begins later
-            origins = origins + directions * ((far - near) / (2 * samples))[..., None]
+        if config.render.read:  # at the start of the intervals of a ray that begins later
+            origins = (
+                origins + directions * ((far - near) * (config.render.read / samples))[..., None]
+            )
         cameras = origins.shape[1]
 
         def merge(x):

@@ -93,7 +93,7 @@ _preset("synthetic", "embedded street: ten minutes on two CPU cores", None, """
     encoder.dropout=0 encoder.lift=true encoder.plane_scale=0.1
     field.hidden=32 field.ground=-1.73
     render.rays=16,54 render.spread=0.6 render.samples=64 render.eval_rays=48,160
-    render.eval_samples=96 render.read=middle render.alpha=volsdf render.sharpen=5,20
+    render.eval_samples=96 render.read=0.5 render.alpha=volsdf render.sharpen=5,20
     render.backdrop=true render.margin=0,25.6,1.6,6
     loss.automask=false loss.weight_eikonal=0.001 loss.weight_hessian=0.03
     loss.sparsity_pitch=0.8

@@ -367,6 +367,7 @@ def export_published(
         "encoder.lift": settings.encoder.lift,
         "encoder.stride": settings.encoder.stride != (1, 1),
         "render.margin": any(settings.render.margin),
+        "render.read": settings.render.read > 0,
         "backbone.norm=group": settings.backbone.norm == "group",
         "field.ground": settings.field.ground is not None,
         f"render.alpha={settings.render.alpha}": settings.render.alpha != "neus",

@@ -3,6 +3,7 @@
 train.py and `python -m selfocc.bench` run `training_step`.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -104,19 +105,22 @@ def training_step(
         group["lr"] = learning_rate(optim, group["base"], step)
     getattr(model, "module", model).set_progress(step)
     optimizer.zero_grad(set_to_none=True)
-    for forward in range(step * optim.accumulate, (step + 1) * optim.accumulate):
-        batch = next(batches).to(device)
-        torch.manual_seed((optim.seed * 1_000_003 + forward) * world + rank)  # dropout
-        noise = draw_noise(settings, batch, forward, rank, world)
-        noise = (noise.pin_memory() if device.type == "cuda" else noise).to(device)
-        scene = photometric_scene(batch, noise.pixels, settings.quirks)
-        mark("data to device")
-        volume, view = model(batch, noise, None if needs_samples(settings.loss) else scene)
-        mark("render")
-        losses = objective(settings, batch, volume, view, scene, noise.shift)
-        mark("losses")
-        (sum(losses.values()) / optim.accumulate).backward()
-        mark("backward")
+    last = (step + 1) * optim.accumulate - 1
+    for forward in range(step * optim.accumulate, last + 1):
+        alone = forward < last and hasattr(model, "no_sync")  # gradients are exchanged once
+        with model.no_sync() if alone else contextlib.nullcontext():
+            batch = next(batches).to(device)
+            torch.manual_seed((optim.seed * 1_000_003 + forward) * world + rank)  # dropout
+            noise = draw_noise(settings, batch, forward, rank, world)
+            noise = (noise.pin_memory() if device.type == "cuda" else noise).to(device)
+            scene = photometric_scene(batch, noise.pixels, settings.quirks)
+            mark("data to device")
+            volume, view = model(batch, noise, None if needs_samples(settings.loss) else scene)
+            mark("render")
+            losses = objective(settings, batch, volume, view, scene, noise.shift)
+            mark("losses")
+            (sum(losses.values()) / optim.accumulate).backward()
+            mark("backward")
     norm = nn.utils.clip_grad_norm_(model.parameters(), optim.clip)
     optimizer.step()
     mark("optimiser")

@@ -162,3 +162,24 @@ def test_rays_go_on_beyond_the_volume():
         assert abs(seen.depth.item() - depth) < 0.1
     volume[..., :1] = -1.0  # what lies at the floor lies below it too
     assert abs(model.render(volume, frames, down, 400).depth.item() - 2.0 / 0.5) < 0.6
+
+
+def test_where_the_field_of_an_interval_is_read():
+    """A wall is seen half an interval behind where it is read, on average over the jitter."""
+    wall = 20.0
+    intrinsics = torch.tensor([[32.0, 0, 31.5], [0, 32, 15.5], [0, 0, 1]], dtype=torch.float64)
+    pose = torch.eye(4, dtype=torch.float64)
+    pose[:3, :3] = torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
+    frames = Frames(torch.zeros(1, 1, 3, 32, 64), intrinsics[None, None], pose[None, None])
+    ahead, jitter = torch.tensor([[31.5, 15.5]]).expand(64, 2), (torch.arange(64) + 0.5) / 64
+    for read, behind in ((0.0, 1.0), (0.5, 0.5), (1.0, 0.0)):
+        settings = presets.build(
+            "synthetic", overrides(render__read=read, render__margin="0,0,0,0")
+        )
+        model = SelfOcc(settings).eval()
+        model.inv_s.fill_(1e3)
+        y = torch.linspace(0, 51.2, settings.volume.nodes[0])
+        volume = torch.zeros(1, 4, *settings.volume.nodes)
+        volume[:, 0] = (wall - y)[:, None, None]
+        depth = model.render(volume, frames, ahead, 32, jitter[None, None]).depth
+        assert abs(depth.mean() - (wall + behind * 51.2 / 32)) < 0.1
