@@ -122,8 +122,10 @@ _preset("synthetic_surround", "embedded street seen by six cameras", "synthetic"
     data.rig=surround data.scenes=16 data.scenes_val=4 data.anchor_input=0.5 data.crop=96,160
     data.pad=96,160
     volume.box=-40,-40,-1,40,40,5.4 volume.nodes=81,81,17 volume.voxel=1 volume.ground=0
+    encoder.stride=1,1
     field.ground=0
     render.rays=16,26 render.samples=48 render.eval_rays=48,80 render.margin=0,0,0,0
+    render.sharpen=5,12
     loss.weight_hessian=0.01
     optim.steps=1750 optim.batch=2 optim.accumulate=1 optim.lr=1.5e-3
 """)  # fmt: skip
