@@ -81,7 +81,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     epilog = f"{EXPLAINED}\n{protocols.__doc__}"
     parser = commandline.Parser(description=__doc__, epilog=epilog)
     add, some = parser.add_argument, partial(commandline.count, least=1)
-    said = "checkpoint, run folder, or `street`: weights that come with the code"
+    said = "checkpoint or run folder, or a name in selfocc/weights"
     add("--ckpt", type=Path, required=True, metavar="FILE", help=said)
     said = "of a published checkpoint; default: guessed, and said"
     add("--preset", metavar="NAME", help=said)

@@ -56,7 +56,9 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, metavar="DIR", help="run folder; default: runs/PRESET")
     said = "go on with the run in the run folder; its options need not be given again"
     add("--resume", action="store_true", help=said)
-    said = "fine-tune: start from the weights of this checkpoint, run folder, or `street`"
+    said = (
+        "fine-tune: start from the weights of this checkpoint or run folder (as --ckpt of eval.py)"
+    )
     add("--init", type=Path, metavar="FILE", help=said)
     add("--backbone-weights", metavar="FILE", help="torchvision file, `imagenet` or `none`")
     add("--steps", type=int, help="optimiser steps; short for --set optim.steps=N")

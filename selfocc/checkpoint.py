@@ -2,7 +2,7 @@
 
     python -m selfocc.checkpoint import published.pth out.safetensors [--preset NAME]
     python -m selfocc.checkpoint export ours.safetensors published.pth
-    python -m selfocc.checkpoint ship runs/street selfocc/weights/street.safetensors
+    python -m selfocc.checkpoint ship runs/NAME selfocc/weights/NAME.safetensors
 
 There is no random state to store: every random number of a training step is a function of
 (seed, step), so that step k of a resumed run is step k of the uninterrupted one.
@@ -91,10 +91,10 @@ def load(path: Path, preset: str | None = None, overrides: list[str] = ()) -> Ch
     if path.is_dir():
         path = path / FILE_NAME
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in WEIGHTS.glob("*.safetensors")))
+        known = [file.stem for file in WEIGHTS.glob("*.safetensors")]
+        ours = f", or {' or '.join(sorted(known))}, which the code brings" if known else ""
         raise InputError(
-            f"no checkpoint at {path}; train one with `python train.py`, or name another, or one "
-            f"that comes with the code: {known}"
+            f"no checkpoint at {path}; train one with `python train.py`, or name another{ours}"
         )
     if path.suffix in (".pth", ".pt", ".ckpt") or zipfile.is_zipfile(path):
         config, model, inert = published.import_published(path, preset, overrides)

@@ -96,7 +96,7 @@ def test_weights_that_come_with_the_code(finished, tmp_path, monkeypatch):
         torch.testing.assert_close(small.model[name], tensor, **close)
     (tmp_path / "small").mkdir()  # what is there goes first
     assert checkpoint.shipped(Path("small")) is None
-    with pytest.raises(InputError, match="comes with the code: small"):
+    with pytest.raises(InputError, match="name another, or small, which the code brings"):
         checkpoint.load(Path("large"))
 
 
