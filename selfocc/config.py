@@ -163,9 +163,10 @@ class RenderConfig(Section, name="render"):
     anneal_steps: Count = 5000  # steps until the cosine in NeuS alpha is fully used
     # rays that hit nothing see the far end of the volume, instead of no depth
     backdrop: bool = False
-    # metres that rays go on beyond the volume's sides (x), ends (y), floor and top, where its
-    # border goes on: a backdrop just behind a surface would do instead of the surface
-    margin: tuple[NonNegative, NonNegative, NonNegative, NonNegative] = (0.0, 0.0, 0.0, 0.0)
+    # metres that rays go on beyond the volume's sides (x), ends (y) and floor (z), where its border
+    # goes on: a backdrop just behind a surface would do instead of the surface
+    margin: tuple[NonNegative, NonNegative, NonNegative] = (0.0, 0.0, 0.0)
+    margin_top: NonNegative = 0.0  # the same above the volume
     background: Literal["random", "black"] = "random"
 
 

@@ -113,9 +113,9 @@ class SelfOcc(nn.Module):
         origins, directions, stretch = pixel_rays(
             pixels, frames.intrinsics, frames.camera_to_volume
         )
-        config, (side, end, floor, top) = self.config, self.config.render.margin
+        config, (side, end, floor) = self.config, self.config.render.margin
         x0, y0, z0, x1, y1, z1 = config.volume.box
-        seen = (x0 - side, y0 - end, z0 - floor, x1 + side, y1 + end, z1 + top)
+        seen = (x0 - side, y0 - end, z0 - floor, x1 + side, y1 + end, z1 + config.render.margin_top)
         near, far = ray_box(origins, directions, seen)
         if config.render.read:  # at the start of the intervals of a ray that begins later
             origins = (

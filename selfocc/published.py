@@ -366,7 +366,7 @@ def export_published(
     ours_alone = {
         "encoder.lift": settings.encoder.lift,
         "encoder.stride": settings.encoder.stride != (1, 1),
-        "render.margin": any(settings.render.margin),
+        "render.margin": any((*settings.render.margin, settings.render.margin_top)),
         "render.read": settings.render.read > 0,
         "backbone.norm=group": settings.backbone.norm == "group",
         "field.ground": settings.field.ground is not None,

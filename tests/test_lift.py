@@ -146,7 +146,9 @@ def test_backdrop_stops_what_nothing_else_stops():
 
 
 def test_rays_go_on_beyond_the_volume():
-    settings = presets.build("synthetic", overrides(render__margin="4.4,20,1.5,3"))
+    settings = presets.build(
+        "synthetic", overrides(render__margin="4.4,20,1.5", render__margin_top=3)
+    )
     model = SelfOcc(settings).eval()
     volume = torch.full((1, 4, *settings.volume.nodes), 50.0)
     intrinsics = torch.tensor([[32.0, 0, 31.5], [0, 32, 15.5], [0, 0, 1]], dtype=torch.float64)
@@ -173,9 +175,7 @@ def test_where_the_field_of_an_interval_is_read():
     frames = Frames(torch.zeros(1, 1, 3, 32, 64), intrinsics[None, None], pose[None, None])
     ahead, jitter = torch.tensor([[31.5, 15.5]]).expand(64, 2), (torch.arange(64) + 0.5) / 64
     for read, behind in ((0.0, 1.0), (0.5, 0.5), (1.0, 0.0)):
-        settings = presets.build(
-            "synthetic", overrides(render__read=read, render__margin="0,0,0,0")
-        )
+        settings = presets.build("synthetic", overrides(render__read=read, render__margin="0,0,0"))
         model = SelfOcc(settings).eval()
         model.inv_s.fill_(1e3)
         y = torch.linspace(0, 51.2, settings.volume.nodes[0])
