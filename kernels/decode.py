@@ -100,6 +100,8 @@ def decode(
         hw=(hw, "B H W D"), zh=(zh, "B Z H D"), wz=(wz, "B W Z D"), w1=(w1, "E D"), b1=(b1, "E"),
         w2=(w2, "C E"), b2=(b2, "C"), lifted=(lifted, "B H W Z L"), mix=(mix, "D L"),
     )  # fmt: skip
+    if (lifted is None) != (mix is None):
+        raise ValueError("mix must be given with lifted, and only then")
     run = _plain if hw.is_cuda else _Rows.apply
     batch, height, width, dim = hw.shape
     slabs = math.ceil(batch * height * width * zh.shape[1] * dim / SLAB)

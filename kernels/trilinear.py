@@ -1,6 +1,6 @@
 """Trilinear reading of the rows of a table, and of maps at the points that are seen.
 
-A sample is a weighted sum of eight rows, `embedding_bag`, ten times as fast on a CPU as
+A sample is a weighted sum of eight rows, `embedding_bag`, several times as fast on a CPU as
 `grid_sample`. Its transpose, needed backward, is the same over the samples sorted by cell.
 """
 
@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.checks import at_least_float32, check
 
-LANES = 8  # rows of as many columns, or a multiple, are summed three times as fast
+LANES = 8  # rows of as many columns, or a multiple, are summed faster
 
 
 def cells(places, nodes: tuple[int, int, int], item: Tensor) -> tuple[Tensor, Tensor]:

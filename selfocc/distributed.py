@@ -67,7 +67,7 @@ def tune(device: torch.device) -> None:
     to 11 bits, sums are not. Convolutions do that by PyTorch's default, so the network's features
     carry such errors anyway; what is published has to hold with them. Positions do not: see
     `geometry.exact_products`. On a CPU memory is kept: glibc gives large temporaries back to the
-    system, which clears every page again when the next one is made, a tenth of a training step.
+    system, which clears every page again when the next one is made.
     """
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True

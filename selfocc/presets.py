@@ -105,9 +105,9 @@ _preset("synthetic_depth", "the same, tuned for depth: rougher surfaces", "synth
     optim.steps=470
 """)  # fmt: skip
 
-# Nodes half a metre apart, since the exact SDF at nodes a metre apart renders to an AbsRel of 0.12,
-# at these to 0.08; planes of every fourth, as what is narrow comes from the lift. An interval is
-# read at its end: with so few samples its start leaves surfaces half a metre too near.
+# Nodes half a metre apart: of those a metre apart even the exact SDF renders soft depth. Planes of
+# every fourth, as what is narrow comes from the lift. An interval is read at its end: with so few
+# samples its start leaves surfaces too near.
 _preset("street", "embedded streets of many kinds, for hours on two CPU cores", "synthetic", """
     data.looks=1 data.scenes=240 data.scenes_val=8 data.anchor_input=0.7
     volume.nodes=97,97,17 volume.threshold=0.1

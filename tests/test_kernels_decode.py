@@ -51,6 +51,8 @@ def test_decode_names_what_does_not_fit():
     tensors[8] = torch.randn(4, 2, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"^mix must be \[5, 2\], got \[4, 2\]"):
         decoded(kernels, tensors)
+    with pytest.raises(ValueError, match=r"^mix must be given with lifted"):
+        decoded(kernels, tensors[:8])
 
 
 def maps_and_places(dtype):

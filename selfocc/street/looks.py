@@ -1,8 +1,8 @@
 """What one street looks like beside another: light, weather, camera and paint, drawn from its seed.
 
 Light is a sun and a sky over Lambertian surfaces, so that neighbouring frames agree; what a real
-camera does to it (exposure, tone curve, blur, noise) is `develop`. Real streets lie within the
-spread: a tenth of a KITTI frame is saturated and a seventh nearly black.
+camera does to it (exposure, tone curve, blur, noise) is `develop`. Real streets are to lie within
+the spread: parts of their images are saturated, others nearly black.
 """
 
 from dataclasses import dataclass, replace
