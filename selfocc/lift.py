@@ -1,42 +1,75 @@
 """A shortcut from pixels to nodes, for presets that must learn in minutes (not in the paper).
 
 Deformable attention from random queries needs many steps before the planes say much about the image
-at hand. Here every pixel of the finest image level describes its own ray, at log-spaced depths, and
-a node reads that frustum where it lies in it: the first answer, to which the planes add what lies
-beyond a node's own pixel.
+at hand. Here every pixel of the finest backbone stage describes its own ray, at log-spaced depths,
+and a node reads that frustum where it lies in it: the first answer, to which the planes add what
+lies beyond a node's own pixel.
 """
 
 import math
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
 from selfocc.config import EncoderConfig, VolumeConfig, plane_volume
 from selfocc.encoder import fourier_features
-from selfocc.geometry import image_projection
+from selfocc.geometry import image_projection, pixel_rays
 
 CHANNELS = 8  # features at every depth of a pixel, beside the SDF
 GAIN = 4.0  # metres of SDF for one unit of the head's output: it has far to go at a low rate
+HARMONICS = 1, 2, 4, 8  # of a pixel's depth on the road
+RAY = 4 + 2 * len(HARMONICS)  # what a pixel knows of its ray
+
+
+class FrustumHead(nn.Module):
+    """Backbone stages and rays [n, RAY, h, w] of the finest -> so many outputs a pixel of it.
+
+    Each level is mixed before the next finer one joins it, unlike in the pyramid: how far away a
+    thing is shows around it, above all where it stands on the road. So all know where they look.
+    """
+
+    def __init__(self, channels: list[int], dim: int, outputs: int):
+        super().__init__()
+        self.laterals = nn.ModuleList(nn.Conv2d(c, dim, 1) for c in channels)
+        self.mixes = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in channels)
+        self.look = nn.Conv2d(RAY, dim, 1)
+        self.hidden = nn.Conv2d(dim + RAY, 2 * dim, 3, padding=1)
+        self.last = nn.Conv2d(2 * dim, outputs, 1)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, stages: list[Tensor], rays: Tensor) -> Tensor:
+        look, x = self.look(rays), None
+        for stage, lateral, mix in zip(
+            stages[::-1], self.laterals[::-1], self.mixes[::-1], strict=True
+        ):
+            size = stage.shape[2:]
+            level = lateral(stage) + F.interpolate(look, size, mode="area")
+            x = F.silu(mix(level if x is None else level + F.interpolate(x, size)))
+        return self.last(F.silu(self.hidden(torch.cat([x, rays], dim=1))))
 
 
 class FrustumLift(nn.Module):
     """What pixels say about the nodes on their rays (mean of the cameras that see a node)."""
 
-    def __init__(self, encoder: EncoderConfig, volume: VolumeConfig, frequencies: int = 5):
+    def __init__(
+        self,
+        channels: list[int],
+        encoder: EncoderConfig,
+        volume: VolumeConfig,
+        frequencies: int = 5,
+    ):
         super().__init__()
         self.stride = encoder.stride
         self.bins, self.nearest = encoder.lift_bins, 2.0
         self.farthest = math.dist(volume.box[:2], volume.box[3:5])
-        self.head = nn.Sequential(
-            nn.Conv2d(encoder.dim, 2 * encoder.dim, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(2 * encoder.dim, (1 + CHANNELS) * self.bins, 1),
-        )
+        self.ground = volume.ground
+        self.head = FrustumHead(channels, encoder.dim, (1 + CHANNELS) * self.bins)
         with torch.no_grad():  # no say about the SDF at the start
-            self.head[2].weight[: self.bins] = 0.0
-            self.head[2].bias[: self.bins] = 0.0
+            self.head.last.weight[: self.bins] = 0.0
+            self.head.last.bias[: self.bins] = 0.0
         self.mix = nn.Linear(CHANNELS, encoder.dim)
         self.position = nn.ModuleList(
             nn.Linear(2 * frequencies, encoder.dim, bias=False) for _ in volume.nodes
@@ -50,7 +83,7 @@ class FrustumLift(nn.Module):
 
     def forward(
         self,
-        features: Tensor,
+        stages: list[Tensor],
         intrinsics: Tensor,
         camera_to_volume: Tensor,
         image_size: tuple[int, int],
@@ -58,11 +91,12 @@ class FrustumLift(nn.Module):
         """SDF [B, H, W, Z] in metres, and features [B, h, w, Z, CHANNELS] at the nodes of the
         planes.
 
-        Args: features [B, N, dim, h, w], the finest image level; intrinsics [B, N, 3, 3] in pixels
-        of the network's images, which are image_size (h, w); camera_to_volume [B, N, 4, 4].
+        Args: stages of the backbone [B N, c_l, h_l, w_l], finest first; intrinsics [B, N, 3, 3] in
+        pixels of the network's images, which are image_size (h, w); camera_to_volume [B, N, 4, 4].
         """
         cameras, stride = intrinsics.shape[1], self.stride
-        frustum = self.head(features.flatten(0, 1)).unflatten(1, (-1, self.bins))
+        rays = self._rays(stages[0].shape[2:], intrinsics, camera_to_volume, image_size)
+        frustum = self.head(stages, rays).unflatten(1, (-1, self.bins))
         place, seen = self._place(intrinsics, camera_to_volume, image_size)
 
         def read(maps: Tensor, y: int, x: int) -> Tensor:
@@ -85,6 +119,28 @@ class FrustumLift(nn.Module):
         )
         return [hw + (y[:, None] + x + self.mix.bias), zh + z[:, None], wz]
 
+    def _rays(self, shape, intrinsics, camera_to_volume, image_size) -> Tensor:
+        """[B N, RAY, *shape]: where the pixels of a map look. Directions in the volume frame, and
+        the logarithm of the depth at which they meet a flat road, with its harmonics.
+        """
+        centres = (
+            (torch.arange(n, device=intrinsics.device) + 0.5) * (size / n) - 0.5
+            for n, size in zip(shape, image_size, strict=True)
+        )
+        v, u = torch.meshgrid(*centres, indexing="ij")
+        pixels = torch.stack([u, v], dim=-1).flatten(0, 1)
+        origins, directions, stretch = pixel_rays(pixels, intrinsics, camera_to_volume)
+        down = directions[..., 2].clamp_max(-1e-3)  # what looks up meets it far away
+        road = ((self.ground - origins[..., 2]) / (down * stretch)).clamp_min(0.1)
+        share = self._share(road).clamp(-0.25, 1.25)[..., None]
+        waves = share * (math.pi * torch.tensor(HARMONICS, device=share.device))
+        rays = torch.cat([directions, share, waves.sin(), waves.cos()], dim=-1).flatten(0, 1)
+        return rays.unflatten(1, shape).permute(0, 3, 1, 2)
+
+    def _share(self, depth: Tensor) -> Tensor:
+        """Where z-depths lie between the first bin, 0, and the last, 1."""
+        return torch.log(depth / self.nearest) / math.log(self.farthest / self.nearest)
+
     def _place(self, intrinsics, camera_to_volume, image_size) -> tuple[Tensor, Tensor]:
         """Where nodes lie in the frustums [B N, 3, H, W, Z]: depth between the centres of the outer
         bins, v and u from edge to edge of the image, all -1 to 1 as `sample_maps` has it; and
@@ -102,6 +158,5 @@ class FrustumLift(nn.Module):
         u = 2 * (image[:, 0] / depth + 0.5) / width - 1
         v = 2 * (image[:, 1] / depth + 0.5) / height - 1
         seen = (image[:, 2] > 1e-5) & (u.abs() < 1) & (v.abs() < 1)
-        share = torch.log(depth / self.nearest) / math.log(self.farthest / self.nearest)
-        centre = (2 * share - 1) * ((self.bins - 1) / self.bins)
+        centre = (2 * self._share(depth) - 1) * ((self.bins - 1) / self.bins)
         return torch.stack([centre, v, u], dim=1), seen

@@ -29,7 +29,9 @@ class SelfOcc(nn.Module):
         transposed = config.quirks.transposed_bev_grid
         planes = plane_volume(config.encoder, config.volume)
         self.encoder = Encoder(config.encoder, planes, cameras, transposed=transposed)
-        self.lift = FrustumLift(config.encoder, config.volume) if config.encoder.lift else None
+        self.lift = None
+        if config.encoder.lift:
+            self.lift = FrustumLift(self.backbone.channels, config.encoder, config.volume)
         self.decoder = FieldDecoder(config.field, config.encoder, config.volume)
         render = config.render
         if render.sharpen is None:
@@ -72,7 +74,8 @@ class SelfOcc(nn.Module):
                     f"the network knows a rig of {counted(known, 'camera')}, the data have "
                     f"{cameras}; leave encoder.cameras alone, or choose data of such a rig"
                 )
-            features = self.fpn(self.backbone(rearrange(batch.images, "b n c h w -> (b n) c h w")))
+            stages = self.backbone(rearrange(batch.images, "b n c h w -> (b n) c h w"))
+            features = self.fpn(stages)
             features = [rearrange(f, "(b n) c h w -> b n c h w", n=cameras) for f in features]
             image_size = seen_size = tuple(batch.images.shape[-2:])
             crop, rate = self.config.data.crop, self.config.quirks.pad_rate
@@ -85,9 +88,8 @@ class SelfOcc(nn.Module):
         planes = [plane.float() for plane in planes]
         if self.lift is None:
             return self.decoder(planes)
-        lifted = self.lift(
-            features[0].float(), batch.intrinsics, batch.camera_to_volume, image_size
-        )
+        stages = [stage.float() for stage in stages]
+        lifted = self.lift(stages, batch.intrinsics, batch.camera_to_volume, image_size)
         return self.decoder(self.lift.beside(planes), lifted, self.lift.mix.weight)
 
     def render(

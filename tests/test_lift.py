@@ -8,7 +8,7 @@ from selfocc import presets
 from selfocc.batch import Frames
 from selfocc.config import EncoderConfig, FieldConfig, VolumeConfig
 from selfocc.field import FieldDecoder
-from selfocc.lift import CHANNELS, GAIN, FrustumLift
+from selfocc.lift import CHANNELS, GAIN, HARMONICS, FrustumLift
 from selfocc.model import SelfOcc
 from tests.tiny import overrides
 
@@ -16,6 +16,7 @@ BOX = (-4.0, 0.0, -2.0, 4.0, 8.0, 2.0)
 VOLUME = VolumeConfig(box=BOX, nodes=(9, 9, 5))
 ENCODER = EncoderConfig(dim=4, lift=True)
 SIZE = (32, 64)
+STAGES = [8, 16, 32, 64]  # their channels
 
 
 def _camera(behind: bool = False):
@@ -28,10 +29,11 @@ def _camera(behind: bool = False):
 
 def _lift(cameras, frustum):
     """SDF and features lifted from frustums [1, N, 1 + CHANNELS, bins, h, w], one a camera."""
-    lift = FrustumLift(ENCODER, VOLUME)
-    lift.head = torch.nn.Identity()
+    lift = FrustumLift(STAGES, ENCODER, VOLUME)
+    lift.head = torch.nn.Module()
+    lift.head.forward = lambda stages, rays: stages[0]
     intrinsics, poses = (torch.stack(m)[None] for m in zip(*cameras, strict=True))
-    sdf, features = lift(frustum.flatten(2, 3), intrinsics, poses, SIZE)
+    sdf, features = lift([frustum.flatten(2, 3).flatten(0, 1)], intrinsics, poses, SIZE)
     assert features.shape == (1, 9, 9, 5, CHANNELS)
     return sdf / GAIN
 
@@ -74,12 +76,43 @@ def test_unseen_nodes_read_nothing_and_cameras_are_averaged():
 
 def test_lift_says_nothing_about_the_surface_at_the_start():
     torch.manual_seed(0)
-    lift = FrustumLift(ENCODER, VOLUME)
+    lift = FrustumLift(STAGES, ENCODER, VOLUME)
     intrinsics, pose = _camera()
-    sdf, features = lift(
-        torch.randn(1, 1, 4, 8, 16), intrinsics[None, None], pose[None, None], SIZE
-    )
+    stages = [torch.randn(1, c, 8 >> k, 16 >> k) for k, c in enumerate(STAGES)]
+    sdf, features = lift(stages, intrinsics[None, None], pose[None, None], SIZE)
     assert (sdf == 0).all() and features.std() > 0
+
+
+def test_pixels_know_where_they_look():
+    lift = FrustumLift(STAGES, ENCODER, dataclasses.replace(VOLUME, ground=-1.5))
+    intrinsics, pose = _camera()
+    rays = lift._rays((32, 64), intrinsics[None, None], pose[None, None], SIZE)
+    assert rays.shape == (1, 4 + 2 * len(HARMONICS), 32, 64) and rays.isfinite().all()
+    v, u = 27, 40  # 8.5 columns right of the centre and 11.5 rows below it
+    ahead = torch.tensor([8.5 / 32, 1.0, -11.5 / 32])
+    torch.testing.assert_close(rays[0, :3, v, u], ahead / ahead.norm())
+    road, farthest = 1.5 / (11.5 / 32), math.dist(BOX[:2], BOX[3:5])
+    share = math.log(road / 2) / math.log(farthest / 2)
+    torch.testing.assert_close(rays[0, 3, v, u], torch.tensor(share))
+    torch.testing.assert_close(rays[0, 4, v, u], torch.tensor(math.sin(math.pi * share)))
+    torch.testing.assert_close(rays[0, -1, v, u], torch.tensor(math.cos(8 * math.pi * share)))
+    assert (rays[0, 3, :16] == 1.25).all()  # above the horizon, no road
+    coarse = lift._rays((8, 16), intrinsics[None, None], pose[None, None], SIZE)
+    mean = rays[0, :3].unflatten(1, (8, 4)).unflatten(3, (16, 4)).mean((2, 4))
+    torch.testing.assert_close(coarse[0, :3], mean, rtol=0, atol=2e-3)  # the same place
+
+
+def test_what_is_around_a_pixel_and_its_ray_reach_the_head():
+    torch.manual_seed(0)
+    lift = FrustumLift(STAGES, ENCODER, VOLUME)
+    stages = [torch.randn(1, c, 8 >> k, 16 >> k, requires_grad=True) for k, c in enumerate(STAGES)]
+    rays = torch.randn(1, 4 + 2 * len(HARMONICS), 8, 16, requires_grad=True)
+    out = lift.head(stages, rays)
+    assert out.shape == (1, (1 + CHANNELS) * ENCODER.lift_bins, 8, 16)
+    out[0, -1, 0, 0].backward()
+    assert all(stage.grad.abs().sum() > 0 for stage in stages)
+    assert stages[0].grad[..., 4:, :].abs().sum() == 0  # far away, it sees coarse stages only
+    assert rays.grad[..., 0, 0].abs().min() > 0
 
 
 def test_decoder_adds_lifted_features():
@@ -96,14 +129,15 @@ def test_decoder_adds_lifted_features():
 
 def test_features_are_lifted_at_the_nodes_of_the_planes():
     torch.manual_seed(0)
-    fine = FrustumLift(dataclasses.replace(ENCODER, stride=(2, 2)), VOLUME)
-    whole = FrustumLift(ENCODER, VOLUME)
+    fine = FrustumLift(STAGES, dataclasses.replace(ENCODER, stride=(2, 2)), VOLUME)
+    whole = FrustumLift(STAGES, ENCODER, VOLUME)
     for lift in (fine, whole):
-        lift.head = torch.nn.Identity()
-    frustum = torch.randn(1, 1, (1 + CHANNELS) * ENCODER.lift_bins, 32, 64)
+        lift.head = torch.nn.Module()
+        lift.head.forward = lambda stages, rays: stages[0]
+    frustum = torch.randn(1, (1 + CHANNELS) * ENCODER.lift_bins, 32, 64)
     cameras = [matrix[None, None] for matrix in _camera()]
-    sdf, features = fine(frustum, *cameras, SIZE)
-    expected_sdf, expected = whole(frustum, *cameras, SIZE)
+    sdf, features = fine([frustum], *cameras, SIZE)
+    expected_sdf, expected = whole([frustum], *cameras, SIZE)
     torch.testing.assert_close(sdf, expected_sdf)
     torch.testing.assert_close(features, expected[:, ::2, ::2])
     planes = [torch.zeros(1, *shape, ENCODER.dim) for shape in ((5, 5), (5, 5), (5, 5))]
