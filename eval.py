@@ -38,6 +38,7 @@ from selfocc import (
     labels,
     panels,
     pictures,
+    presets,
     protocols,
     runs,
 )
@@ -107,7 +108,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     device = distributed.choose_device(arguments.device)
     rank, world = distributed.start(device)
     saved = checkpoint.load(arguments.ckpt, arguments.preset, arguments.set)
-    settings = change(saved.config, commandline.overrides(arguments))
+    read = presets.reading(saved.config, arguments.dataset)
+    settings = change(read, commandline.overrides(arguments))
     labels.check_classes(settings)
     folder = arguments.ckpt if arguments.ckpt.is_dir() else arguments.ckpt.parent
     if checkpoint.shipped(arguments.ckpt):

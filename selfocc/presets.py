@@ -100,11 +100,6 @@ _preset("synthetic", "embedded street: ten minutes on two CPU cores", None, """
     optim.validate_frames=8 optim.picture_every=200 optim.save_every=200
 """)  # fmt: skip
 
-_preset("synthetic_depth", "the same, tuned for depth: rougher surfaces", "synthetic", """
-    loss.weight_hessian=0.01
-    optim.steps=470
-""")  # fmt: skip
-
 # Nodes half a metre apart: of those a metre apart even the exact SDF renders soft depth. Planes of
 # every fourth, as what is narrow comes from the lift. An interval is read at its end: with so few
 # samples its start leaves surfaces too near.
@@ -128,25 +123,19 @@ _preset("synthetic_surround", "embedded street seen by six cameras", "synthetic"
     optim.steps=1750 optim.batch=2 optim.accumulate=1 optim.lr=1.5e-3
 """)  # fmt: skip
 
-_preset("kitti_small",
-        "KITTI at a quarter of its resolution; to go on from runs/synthetic (--init)",
-        "synthetic_depth", """
+# What moves along with the camera looks infinitely far away, unless it is masked.
+_preset("street_kitti",
+        "KITTI at a quarter of its resolution, single drives; to go on from street (--init)",
+        "street", """
     data.dataset=kitti data.crop=352,1216 data.scale=0.25 data.pad=96,320 data.target_scale=0.25
-    render.sharpen=12,12 render.eval_rays=44,152
-    loss.weight_sparsity=0 loss.weight_edge=0.02
-    optim.steps=1000 optim.batch=2 optim.accumulate=1 optim.lr=1e-3
+    data.source=0.5,10
+    render.eval_rays=44,152 render.sharpen=20,20
+    loss.automask=true loss.weight_sparsity=0 loss.weight_edge=0.02
+    optim.steps=300 optim.accumulate=1 optim.lr=5e-4 optim.warmup=50
 """)  # fmt: skip
 
-# The volume is the lanes beside the car, as far ahead as a metre of motion gives a pixel of
-# parallax. What moves along with the car looks infinitely far away: masked, and ended by its sides.
-_preset("kitti_raw_small",
-        "KITTI raw, slow drives in traffic; to go on from runs/synthetic (--init)",
-        "kitti_small", """
-    data.dataset=kitti_raw data.source=0.5,3 data.distance=straight
-    volume.box=-5.2,0,-2,5.2,25.6,4.4
-    render.samples=48 render.margin=0,0,0
-    loss.automask=true
-    optim.steps=400 optim.lr=5e-4
+_preset("street_kitti_raw", "the same for KITTI raw", "street_kitti", """
+    data.dataset=kitti_raw
 """)  # fmt: skip
 
 _preset("nuscenes_small", "nuScenes at an eighth of its resolution, for single scenes and CPUs",
@@ -156,6 +145,9 @@ _preset("nuscenes_small", "nuScenes at an eighth of its resolution, for single s
     data.neighbours=composite data.one_sided=true
     loss.photometric=mvs_combined loss.automask=true
 """)  # fmt: skip
+
+# how a network of the embedded street reads real drives
+REAL = {"kitti": "street_kitti", "kitti_raw": "street_kitti_raw", "nuscenes": "nuscenes_small"}
 
 
 def build(preset: str, overrides: list[str] = ()) -> Config:
@@ -169,3 +161,14 @@ def build(preset: str, overrides: list[str] = ()) -> Config:
             f"unknown preset {preset!r}{nearest(preset, PRESETS)}; presets: {', '.join(PRESETS)}"
         )
     return change(PRESETS[preset][1], overrides)
+
+
+def reading(config: Config, dataset: str | None) -> Config:
+    """The configuration of a network that is to see another data set: one of the embedded street
+    reads images, and renders depth, as the presets do with which it would learn from those.
+    """
+    if config.data.dataset != "synthetic" or dataset not in REAL:
+        return config
+    real = PRESETS[REAL[dataset]][1]
+    render = replace(config.render, eval_rays=real.render.eval_rays)
+    return replace(config, data=real.data, render=render)

@@ -181,8 +181,8 @@ def test_run_folder_is_not_overwritten(copied, call):
 def test_checkpoint_of_another_preset(copied, call):
     before = (copied / checkpoint.FILE_NAME).read_bytes()
     options = ("--resume", "--out", copied)
-    said = call(train_script, "--preset", "synthetic_depth", *options)
-    assert "is of preset synthetic, not synthetic_depth" in said
+    said = call(train_script, "--preset", "street", *options)
+    assert "is of preset synthetic, not street" in said
     said = call(train_script, *options, backbone__width="16")
     assert "the checkpoint is of another model: backbone." in said
     assert (copied / checkpoint.FILE_NAME).read_bytes() == before

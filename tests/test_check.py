@@ -83,7 +83,7 @@ def test_overlay_marks_where_points_are(world):
 
 
 def check(folder, out, *more):
-    return main(["--dataset", "kitti_raw", "--preset", "kitti_raw_small", "--data", str(folder),
+    return main(["--dataset", "kitti_raw", "--preset", "street_kitti_raw", "--data", str(folder),
                  "--out", str(out), "--set", "data.crop=96,192", "--train",
                  "2011_09_26_drive_0001_sync:0-5", "--val", "2011_09_26_drive_0001_sync:0-5",
                  *more])  # fmt: skip
@@ -98,7 +98,7 @@ def test_sound_data_pass_with_what_each_task_needs(exported, tmp_path, capsys):
     assert re.search(r"matches lie 0\.\d pixels off", said) and "problem" not in said
     for line in (
         "occupancy: lacks voxel labels", "depth: judged against lidar",
-        "semantic training: lacks --labels DIR", "training: 8 frames with neighbours 0.5 to 3 m",
+        "semantic training: lacks --labels DIR", "training: 8 frames with neighbours 0.5 to 10 m",
     ):  # fmt: skip
         assert f"  {line}" in said
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -160,8 +160,8 @@ def test_crop_and_data_set_are_checked(exported, tmp_path, capsys):
 
 def test_the_preset_knows_its_data_set(exported, tmp_path, capsys):
     drive = ("--train", "2011_09_26_drive_0001_sync:2-2", "--val", "2011_09_26_drive_0001_sync:2-2")
-    words = ["--preset", "kitti_raw_small", "--data", str(exported), "--out", str(tmp_path), *drive]
-    assert main([*words, "--set", "data.crop=96,192"]) == 2
+    words = ["--preset", "street_kitti_raw", "--data", str(exported), "--out", str(tmp_path)]
+    assert main([*words, *drive, "--set", "data.crop=96,192"]) == 2
     said = capsys.readouterr()
     assert "  2 sequences, 2 frames, 0 m; read 2, of which 2 with images" in said.out
     # a frame alone has no neighbours, which is the only thing to mend
@@ -242,6 +242,6 @@ def test_real_excerpts_pass(dataset, tmp_path, capsys):
     if not (REAL / dataset).is_dir():
         pytest.skip(f"no excerpt at {REAL / dataset}")
     split = ["--train", "06:0-39", "--val", "06:40-50"] if dataset == "kitti" else []
-    words = ["--dataset", dataset, "--preset", f"{dataset}_small", "--data", str(REAL / dataset)]
+    words = ["--dataset", dataset, "--preset", f"street_{dataset}", "--data", str(REAL / dataset)]
     assert main([*words, *split, "--frames", "4", "--out", str(tmp_path)]) == 0
     assert "problem" not in capsys.readouterr().out

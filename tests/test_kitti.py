@@ -422,7 +422,7 @@ def test_damaged_truth_stops_scoring_not_training(part, split, root, capsys):
         (root / "dataset" / S / "velodyne/000005.bin").unlink()
     cut(f"{S}/{part}", 30)(root / "dataset")
     settings = ("data.crop=12,20", "data.pad=32,64", "data.source=0.1,9", f"data.{split}=03")
-    config = build("kitti_small", settings)
+    config = build("street_kitti", settings)
     dataset = open_dataset(config, split, Folders(root))
     dataset.train, dataset.index = False, [(0, 5)]  # as for a picture or the validation
     for _ in range(2):

@@ -81,7 +81,7 @@ def test_left_eye_equals_the_direct_path(world, exported):
 
 def test_samples_equal_those_of_the_direct_path(world, exported):
     settings = ("data.crop=24,48", "data.pad=32,64", "data.scale=1", "data.target_scale=1")
-    data = build("kitti_raw_small", settings).data
+    data = build("street_kitti_raw", settings).data
     direct, read = (
         VideoDataset.every_frame(sequence, data) for sequence in (world, eyes(exported)[0])
     )
@@ -103,7 +103,7 @@ def test_samples_equal_those_of_the_direct_path(world, exported):
 def test_the_other_eye_often_is_a_source(exported):
     settings = ("data.crop=24,48", "data.pad=32,64", "data.scale=1", "data.target_scale=1")
     data = build(
-        "kitti_raw_small", [*settings, "data.stereo_source=True", "data.augment=False"]
+        "street_kitti_raw", [*settings, "data.stereo_source=True", "data.augment=False"]
     ).data
     left, right = eyes(exported)
     train = VideoDataset([left], data, train=True)
@@ -484,7 +484,7 @@ def test_scripts_train_and_evaluate_on_a_split(exported, tmp_path, cache, capsys
         (tmp_path / f"{name}_files.txt").write_text("\n".join(lines))
     common = ("--dataset", "kitti_raw", "--data", exported, "--split-dir", tmp_path)
     out = tmp_path / "run"
-    words = ("--preset", "kitti_raw_small", *common, "--out", out)
+    words = ("--preset", "street_kitti_raw", *common, "--out", out)
     assert here(train_script, *words, cache=cache, data__crop="24,48", data__pad="32,64",
                 data__scale=1, data__target_scale=1, optim__steps=1) == 0  # fmt: skip
     said = capsys.readouterr()
