@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import kernels
 from selfocc.config import EncoderConfig, VolumeConfig, plane_volume
 from selfocc.encoder import fourier_features
-from selfocc.geometry import image_projection, pixel_rays
+from selfocc.geometry import fixed_pixels, image_projection, pixel_rays
 
 CHANNELS = 8  # features at every depth of a pixel, beside the SDF
 GAIN = 4.0  # metres of SDF for one unit of the head's output: it has far to go at a low rate
@@ -123,12 +123,9 @@ class FrustumLift(nn.Module):
         """[B N, RAY, *shape]: where the pixels of a map look. Directions in the volume frame, and
         the logarithm of the depth at which they meet a flat road, with its harmonics.
         """
-        centres = (
-            (torch.arange(n, device=intrinsics.device) + 0.5) * (size / n) - 0.5
-            for n, size in zip(shape, image_size, strict=True)
-        )
-        v, u = torch.meshgrid(*centres, indexing="ij")
-        pixels = torch.stack([u, v], dim=-1).flatten(0, 1)
+        height, width = (size / n for n, size in zip(shape, image_size, strict=True))
+        pixels = fixed_pixels(shape, image_size, intrinsics.device)
+        pixels = pixels + pixels.new_tensor([(width - 1) / 2, (height - 1) / 2])  # their centres
         origins, directions, stretch = pixel_rays(pixels, intrinsics, camera_to_volume)
         down = directions[..., 2].clamp_max(-1e-3)  # what looks up meets it far away
         road = ((self.ground - origins[..., 2]) / (down * stretch)).clamp_min(0.1)

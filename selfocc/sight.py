@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfocc.geometry import Box, inverse, move_points
+from selfocc.geometry import Box, fixed_pixels, inverse, move_points, pixel_rays
 from selfocc.protocols import centres
 
 RANGES = (12.8, 25.6, 51.2)  # metres ahead and aside (VoxFormer, SSCBench), one within the other
@@ -110,10 +110,10 @@ class Cameras:
 
     def rays(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Origins [N, 3], directions [N, h w, 3] of the pixels, a metre of z-depth long."""
-        v, u = torch.meshgrid(*(torch.arange(n) for n in size), indexing="ij")
-        pixels = torch.stack([u, v, torch.ones_like(u)], dim=-1).flatten(0, 1).double()
-        directions = pixels @ (self.to_voxels[:, :3, :3] @ inverse(self.intrinsics)).mT
-        return self.to_voxels[:, :3, 3].float(), directions.float()
+        origins, directions, stretch = pixel_rays(
+            fixed_pixels(size, size), self.intrinsics, self.to_voxels
+        )
+        return origins[:, 0], directions * stretch[..., None]
 
 
 def ends(depth: Tensor, cameras: Cameras, box: Box, shape: tuple[int, int, int]) -> Tensor:
