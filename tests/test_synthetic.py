@@ -316,16 +316,21 @@ def test_damaged_cache_is_rendered_again(tmp_path):
     def open_scene():
         return synthetic_sequences(SMALL, "train", 1, cache=tmp_path)[0]
 
-    want = open_scene().image(1, 0)
-    (file,) = tmp_path.iterdir()
-    whole = file.read_bytes()
-    torn, flipped = whole[: len(whole) // 2], bytearray(whole)
-    flipped[len(whole) // 2] ^= 1
-    for damage in (torn, bytes(flipped), b"", b"\x93NUMPY"):
-        file.write_bytes(damage)
-        np.testing.assert_array_equal(open_scene().image(1, 0), want)
-        assert file.read_bytes() == whole
-    assert [f.name for f in tmp_path.iterdir()] == [file.name]
+    def read():
+        scene = open_scene()
+        return np.concatenate([scene.image(1, 0).ravel(), scene.poses.ravel()])
+
+    want, files = read(), sorted(tmp_path.iterdir())
+    assert len(files) == 2  # frames and poses
+    for file in files:
+        whole = file.read_bytes()
+        torn, flipped = whole[: len(whole) // 2], bytearray(whole)
+        flipped[len(whole) // 2] ^= 1
+        for damage in (torn, bytes(flipped), b"", b"\x93NUMPY"):
+            file.write_bytes(damage)
+            np.testing.assert_array_equal(read(), want)
+            assert file.read_bytes() == whole
+    assert sorted(tmp_path.iterdir()) == files
 
 
 def test_cache_that_cannot_be_written_is_bad_input(tmp_path, monkeypatch):
@@ -347,7 +352,7 @@ def test_prerender_fills_the_cache(tmp_path):
     scenes = synthetic_sequences(SMALL, "train", 2, cache=tmp_path)
     prerender(scenes)
     assert all(s.cached() for s in scenes)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 4  # frames and poses of each
 
 
 def test_kitti_export_reads_back(tmp_path):

@@ -87,14 +87,6 @@ class SyntheticSequence(Sequence):
         self.labelled = list(range(0, config.frames, LABEL_EVERY))
         rng = self._random("rig", 0)
         self.rig = make_rig(config.rig, config.image_size, rng, config.rigs)
-        # every sample asks for several of these
-        self.poses = np.stack([self.street.ego(f) for f in range(self.frames)])
-        self.poses = self.poses @ self.rig.volume_to_ego
-        first = np.stack([self.cameras(frame)[1][0] for frame in range(self.frames)])
-        self.positions = first[:, :3, 3]
-        # As KITTI counts it: in the plane of x and z of the first camera.
-        steps = np.diff(self.positions, axis=0) @ first[0, :3, [0, 2]].T
-        self.path = np.concatenate([[0.0], np.cumsum(np.linalg.norm(steps, axis=1))])
 
     def __getstate__(self):
         # Workers open the memory map and invent the street themselves.
@@ -111,6 +103,27 @@ class SyntheticSequence(Sequence):
     @cached_property
     def shadows(self) -> Shadows:
         return Shadows(self.street)
+
+    @cached_property
+    def poses(self) -> np.ndarray:
+        """[frames, 4, 4] volume to world; kept, as a street takes its time to be invented."""
+
+        def drive():
+            ego = [self.street.ego(f) for f in range(self.frames)]
+            return np.stack(ego) @ self.rig.volume_to_ego
+
+        kind = np.dtype(np.float64), (self.frames, 4, 4)
+        return np.array(self._stored(("poses",), *kind, drive))
+
+    @cached_property
+    def positions(self) -> np.ndarray:
+        return np.stack([self.cameras(frame)[1][0, :3, 3] for frame in range(self.frames)])
+
+    @cached_property
+    def path(self) -> np.ndarray:
+        """As KITTI counts it: in the plane of x and z of the first camera."""
+        steps = np.diff(self.positions, axis=0) @ self.cameras(0)[1][0, :3, [0, 2]].T
+        return np.concatenate([[0.0], np.cumsum(np.linalg.norm(steps, axis=1))])
 
     def frame_id(self, frame: int) -> str:
         return f"{frame:06d}"
@@ -233,8 +246,8 @@ class SyntheticSequence(Sequence):
         return exposure_for(np.concatenate(metered), self.street.looks)
 
     def cached(self) -> bool:
-        """Whether the frames are on disk."""
-        return self._file(("frames",)).exists()
+        """Whether frames and poses are on disk."""
+        return all(self._file((what,)).exists() for what in ("frames", "poses"))
 
     @cached_property
     def _record(self) -> np.ndarray:
@@ -303,6 +316,7 @@ def prerender(sequences: list[SyntheticSequence]):
 
 def _render(sequence):
     sequence.image(0, 0)
+    sequence.volume_to_world(0)
 
 
 def _small_motion(shift, rotation):
