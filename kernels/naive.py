@@ -109,11 +109,13 @@ def render(
     alpha="neus",
     classes=0,
     backdrop=False,
+    bend=0.0,
+    read=0.0,
     **knobs,
 ) -> dict[str, Tensor]:
     """`render_rays`, with everything that it can keep, by the names of `Rendering`.
 
-    SDF, its gradient and features at the start of each interval, trilinear between nodes; an
+    SDF, its gradient and features where an interval is read, trilinear between nodes; an
     opacity from `ALPHAS`; compositing (SelfOcc, SDF-based rendering; Wang et al. 2021, eq. 13).
     volume [B, C, H, W, Z], origins and directions [B, R, 3], near, far and jitter [B, R].
     """
@@ -122,9 +124,11 @@ def render(
         middle = (edges[1:] + edges[:-1]) / 2
         lower, upper = torch.cat([edges[:1], middle]), torch.cat([middle, edges[-1:]])
         edges = lower + (upper - lower) * jitter[..., None]
+    edges = (1 - bend) * edges + bend * edges**2
     t = near[..., None] + (far - near)[..., None] * edges  # [B, R, S + 1]
     deltas, mids = t[..., 1:] - t[..., :-1], (t[..., 1:] + t[..., :-1]) / 2
-    points = origins[..., None, :] + directions[..., None, :] * t[..., :-1, None]
+    places = t[..., :-1] + read * deltas
+    points = origins[..., None, :] + directions[..., None, :] * places[..., None]
 
     low, high = volume.new_tensor(box).view(2, 3)
     height, width, depth = volume.shape[2:]

@@ -22,7 +22,7 @@ class Rays(NamedTuple):
     directions: Tensor  # [B, R, 3]
     near: Tensor
     far: Tensor
-    jitter: Tensor  # is looked at if JITTER
+    jitter: Tensor  # is looked at if there is one
 
 
 class Grid(NamedTuple):
@@ -62,12 +62,20 @@ class Line(NamedTuple):
     jitter: Tensor
 
 
-class Span(NamedTuple):
-    """Start, length and middle of a sample's interval, metres along the ray."""
+class Intervals(NamedTuple):
+    """How a ray is divided, as `kernels.render_rays` has it."""
 
-    start: Tensor
+    jitter: bool
+    bend: float
+    read: float
+
+
+class Span(NamedTuple):
+    """Length and middle of a sample's interval, and where it is read, metres along the ray."""
+
     length: Tensor
     middle: Tensor
+    read: Tensor
 
 
 class Place(NamedTuple):
@@ -123,13 +131,18 @@ def _shift(edge, jitter, samples, JITTER: tl.constexpr):
 
 
 @triton.jit
-def interval(sample, line, samples, JITTER: tl.constexpr):
+def interval(sample, line, samples, INTERVALS: tl.constexpr):
     """The `Span` of samples [1, BLOCK] along a ray."""
-    first = _shift(sample, line.jitter, samples, JITTER)
-    second = _shift(sample + 1, line.jitter, samples, JITTER)
-    start = line.near + line.step * (sample + first)
+    first = _shift(sample, line.jitter, samples, INTERVALS.jitter)
+    second = _shift(sample + 1, line.jitter, samples, INTERVALS.jitter)
+    start = line.step * (sample + first)
     length = line.step * (1 + (second - first))
-    return Span(start, length, start + 0.5 * length)
+    if INTERVALS.bend != 0:
+        start *= 1 + INTERVALS.bend * ((sample + first) / samples - 1)
+        length *= 1 + INTERVALS.bend * ((2 * sample + 1 + (first + second)) / samples - 1)
+    start += line.near
+    read = start + INTERVALS.read * length if INTERVALS.read != 0 else start
+    return Span(length, start + 0.5 * length, read)
 
 
 @triton.jit

@@ -1,8 +1,9 @@
 """Rendering a volume along rays: samples, alpha, compositing (paper section 3; Wang et al. 2021).
 
-For sample i of a ray o + t e, taken at the start t_i of its interval of length delta_i:
+For sample i of a ray o + t e, whose interval starts at t_i and has the length delta_i:
 
-    s, g, f = SDF, its gradient by node differences, features: trilinear at o + t_i e
+    s, g, f = SDF, its gradient by node differences, features: trilinear at
+              o + (t_i + read delta_i) e
     alpha_i = NeuS(s, e . g, delta_i), or another function of `ALPHAS`
     T_i     = prod_{j<i} (1 - alpha_j + 1e-4),  w_i = alpha_i T_i where T_i > stop_below
     out     = sum_i w_i value_i
@@ -34,7 +35,7 @@ from kernels.composite import EPSILON
 from kernels.dispatch import launch, triton, use_triton
 from kernels.node_losses import node_table, node_table_adjoint
 from kernels.proposals import epipolar_photometric, scene_of, shapes_of_views
-from kernels.ray import LANES, Grid, Rays, Strides
+from kernels.ray import LANES, Grid, Intervals, Rays, Strides
 from kernels.render_cpu import Box, Options, node_spacing, render_reference
 from kernels.render_triton import (
     Added,
@@ -82,7 +83,7 @@ class Rendering:
 _SCHEMA = (
     "Tensor volume, Tensor inv_s, Tensor[] rays, Tensor[] scene, float[] box, int samples, "
     "float[] knobs, str alpha, int classes, bool backdrop, float stop_below, bool keep_samples, "
-    "bool combine, bool published_pixels"
+    "bool combine, bool published_pixels, float bend, float read"
 )
 
 
@@ -144,7 +145,7 @@ def _walk(
         VOLUME=Strides(item, y, x, z, c),
         TABLE=_strides(nodes, 4),
         ALPHA=ALPHAS[options.alpha].value,
-        JITTER=len(rays) == 5,
+        INTERVALS=Intervals(len(rays) == 5, options.bend, options.read),
         BACKDROP=options.backdrop,
         COMBINE=options.combine,
         SOURCES=triton.next_power_of_2(sources),
@@ -324,6 +325,8 @@ def render_rays(
     alpha: str = "neus",
     classes: int = 0,
     backdrop: bool = False,
+    bend: float = 0.0,
+    read: float = 0.0,
     keep_samples: bool = False,
     stop_below: float = 0.0,
     **knobs: float,
@@ -345,6 +348,8 @@ def render_rays(
             number a ray, so a generator inside the kernel would save nothing.
         alpha: a name in `ALPHAS`.
         backdrop: the last interval is opaque: what nothing stops is seen at the far end.
+        bend: intervals grow evenly from 1 - bend times their mean length to 1 + bend times.
+        read: where in its interval the volume is read, 0 at its start, 1 at its end.
         keep_samples: also return weights, mids, deltas, sdf and the eikonal sums.
         stop_below: samples that less transmittance than this or just as much reaches weigh nothing,
             so that kernels may end there; 1e-4 changes a distance by no more than 1e-4 of the ray.
@@ -353,7 +358,7 @@ def render_rays(
     Raises ValueError naming the argument at fault.
     """
     rays = _named(origins=origins, directions=directions, near=near, far=far, jitter=jitter)
-    options = _options(box, knobs, samples, alpha, classes, backdrop)
+    options = _options(box, knobs, samples, alpha, classes, backdrop, bend, read)
     options = options._replace(stop_below=float(stop_below), keep_samples=keep_samples)
     if _checked(volume, inv_s, rays, {}, options):
         return _rendering(_op(volume, inv_s.reshape(()), [*rays.values()], [], *options), options)
@@ -379,6 +384,8 @@ def render_photometric(
     alpha: str = "neus",
     classes: int = 0,
     backdrop: bool = False,
+    bend: float = 0.0,
+    read: float = 0.0,
     combine: bool = False,
     published_pixels: bool = False,
     **knobs: float,
@@ -388,7 +395,8 @@ def render_photometric(
     Differentiable in volume and inv_s. Half precision is read as float32, and so are results.
 
     Args:
-        volume, inv_s, box, samples, alpha, classes, backdrop, knobs: as in `render_rays`.
+        volume, inv_s, box, samples, alpha, classes, backdrop, bend, read, knobs:
+            as in `render_rays`.
         origins, directions, near, far, jitter: as there, of N R rays, camera by camera.
         stretch: [B, N R] metres along a ray for a metre of z-depth.
         pixels, target, sources, projections, combine, published_pixels: as in
@@ -401,7 +409,7 @@ def render_photometric(
     rays = _named(origins=origins, directions=directions, near=near, far=far, jitter=jitter)
     scene = dict(stretch=stretch, pixels=pixels, target=target)
     scene |= dict(sources=sources, projections=projections)
-    options = _options(box, knobs, samples, alpha, classes, backdrop)
+    options = _options(box, knobs, samples, alpha, classes, backdrop, bend, read)
     options = options._replace(combine=combine, published_pixels=published_pixels)
     if _checked(volume, inv_s, rays, scene, options):
         given = [*rays.values()], [*scene.values()]
@@ -425,9 +433,9 @@ def _named(**tensors: Tensor | None) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def _options(box, knobs, samples, alpha, classes, backdrop) -> Options:
+def _options(box, knobs, samples, alpha, classes, backdrop, bend, read) -> Options:
     numbers = [float(x) for x in box], samples, [float(x) for x in Knobs(**knobs)]
-    return Options(*numbers, alpha, classes, backdrop)
+    return Options(*numbers, alpha, classes, backdrop, bend=float(bend), read=float(read))
 
 
 def _checked(
@@ -457,6 +465,9 @@ def _checked(
         raise ValueError(f"alpha must be one of {', '.join(ALPHAS)}, got {alpha!r}")
     if not 0 <= options.stop_below < 1:
         raise ValueError(f"stop_below must be in [0, 1), got {options.stop_below}")
+    for name in ("bend", "read"):
+        if not 0 <= getattr(options, name) <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {getattr(options, name)}")
     # projections are read as float64 in any case
     read = [volume, inv_s, *rays.values(), *(x for n, x in scene.items() if n != "projections")]
     if not all(map(use_triton, read)):

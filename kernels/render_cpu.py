@@ -40,6 +40,8 @@ class Options(NamedTuple):
     keep_samples: bool = False
     combine: bool = False
     published_pixels: bool = False
+    bend: float = 0.0
+    read: float = 0.0
 
 
 def render_reference(
@@ -86,10 +88,10 @@ class _March:
         self, table, inv_s, item, origins, directions, near, far, jitter=None
     ) -> dict[str, Tensor]:
         options = self.options
-        start, delta, mid = self._intervals(near, far, jitter)
-        cell, fraction = self._cells(origins, directions, start, item)
+        read, delta, mid = self._intervals(near, far, jitter)
+        cell, fraction = self._cells(origins, directions, read, item)
         rows = Trilinear.apply(table, cell, fraction, self.nodes)
-        geometry, features = rows.unflatten(0, start.shape).tensor_split([4], dim=-1)
+        geometry, features = rows.unflatten(0, read.shape).tensor_split([4], dim=-1)
         # by columns, the layout that arithmetic wants
         sdf, *gradient = geometry.movedim(-1, 0).contiguous().unbind(0)
         color, logits = features.tensor_split([features.shape[-1] - options.classes], dim=-1)
@@ -119,15 +121,20 @@ class _March:
         return out
 
     def _intervals(self, near, far, jitter) -> tuple[Tensor, Tensor, Tensor]:
-        """Start, length and middle [R, S] of the intervals; jitter [R] shifts those of a ray."""
+        """Where intervals are read, their length and middle [R, S]; jitter [R] shifts those of a
+        ray.
+        """
         edges = torch.linspace(0, 1, self.options.samples + 1, dtype=near.dtype, device=near.device)
         if jitter is not None:
             middle = (edges[1:] + edges[:-1]) / 2
             lower, upper = torch.cat([edges[:1], middle]), torch.cat([middle, edges[-1:]])
             edges = lower + (upper - lower) * jitter[:, None]
+        if self.options.bend:
+            edges = edges * (1 + self.options.bend * (edges - 1))
         t = edges * far[:, None] + (1 - edges) * near[:, None]
         start, end = t[:, :-1], t[:, 1:]
-        return start, end - start, (start + end) / 2
+        read = torch.lerp(start, end, self.options.read) if self.options.read else start
+        return read, end - start, (start + end) / 2
 
     def _cells(self, origins, directions, t, item) -> tuple[Tensor, Tensor]:
         """`trilinear.cells` of the samples."""

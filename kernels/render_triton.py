@@ -106,7 +106,7 @@ def render_forward(
     VOLUME: tl.constexpr,
     TABLE: tl.constexpr,
     ALPHA: tl.constexpr,
-    JITTER: tl.constexpr,
+    INTERVALS: tl.constexpr,
     BACKDROP: tl.constexpr,
     COMBINE: tl.constexpr,
     SOURCES: tl.constexpr,
@@ -142,10 +142,10 @@ def render_forward(
     while (start < samples) & (lit_rays > 0):
         sample = start + tl.arange(0, BLOCK)[None, :]
         inside = known & (sample < samples)
-        span = interval(sample, line, samples, JITTER)
+        span = interval(sample, line, samples, INTERVALS)
         if scene is not None:  # first, while there is little to keep in registers
             here = compare(sight, scene, span.middle / metre, inside, COMBINE)
-        place = locate(line, span.start, low, scale, GRID)
+        place = locate(line, span.read, low, scale, GRID)
         last = sample == samples - 1
         at = surface(
             table, place, line, last, span.length, sharpness, knobs, TABLE, ALPHA, BACKDROP
@@ -211,7 +211,7 @@ def render_backward(
     ADDED: tl.constexpr,
     ALPHA: tl.constexpr,
     SLOPES: tl.constexpr,
-    JITTER: tl.constexpr,
+    INTERVALS: tl.constexpr,
     BACKDROP: tl.constexpr,
     COMBINE: tl.constexpr,
     SOURCES: tl.constexpr,
@@ -258,14 +258,14 @@ def render_backward(
         if tl.sum(tl.where((light != 0) | kept, 1, 0)) > 0:
             sample = tile * BLOCK + tl.arange(0, BLOCK)[None, :]
             inside = sample < samples
-            span = interval(sample, line, samples, JITTER)
+            span = interval(sample, line, samples, INTERVALS)
             by_weight = by_opacity + by_middle * (span.middle - distance)
             if scene is not None:
                 here = compare(sight, scene, span.middle / metre, inside, COMBINE)
                 by_weight += weight_gradient(here, by_sums)
             if grads.weights is not None:
                 by_weight += tl.load(grads.weights + first + sample, inside, other=0.0)
-            place = locate(line, span.start, low, scale, GRID)
+            place = locate(line, span.read, low, scale, GRID)
             last = sample == samples - 1
             at = surface(
                 table, place, line, last, span.length, sharpness, knobs, TABLE, ALPHA, BACKDROP

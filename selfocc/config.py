@@ -151,6 +151,8 @@ class RenderConfig(Section, name="render"):
     # least stride of the grid of training rays: 0 is neighbouring pixels, 1 the whole image
     spread: Share = 0.0
     samples: Count = 256  # intervals a ray
+    # intervals grow along a ray from 1 - bend times their mean length to 1 + bend times
+    bend: Share = 0.0
     # where the field of an interval is read, whose depth is that of its middle: 0 is its start, as
     # published, 1 its end; with few samples, the start moves surfaces to before where they are seen
     read: Share = 0.0

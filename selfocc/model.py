@@ -119,10 +119,6 @@ class SelfOcc(nn.Module):
         x0, y0, z0, x1, y1, z1 = config.volume.box
         seen = (x0 - side, y0 - end, z0 - floor, x1 + side, y1 + end, z1 + config.render.margin_top)
         near, far = ray_box(origins, directions, seen)
-        if config.render.read:  # at the start of the intervals of a ray that begins later
-            origins = (
-                origins + directions * ((far - near) * (config.render.read / samples))[..., None]
-            )
         cameras = origins.shape[1]
 
         def merge(x):
@@ -142,6 +138,8 @@ class SelfOcc(nn.Module):
             samples=samples,
             classes=config.field.classes,
             backdrop=config.render.backdrop,
+            bend=config.render.bend,
+            read=config.render.read,
             **self.opacity(),
         )
         compared = None

@@ -39,6 +39,7 @@ def test_values_and_gradients_are_those_of_the_formulas(alpha, channels, classes
     inv_s = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
     jitter = torch.rand(rays[2].shape, dtype=torch.float64) if jittered else None
     options = dict(box=BOX, samples=11, jitter=jitter, anneal=anneal, alpha=alpha, classes=classes)
+    options |= dict(bend=0.6, read=0.7) if classes else {}
     out = kernels.render_rays(volume, *rays, inv_s, **options, keep_samples=True)
     expected = naive.render(volume, *rays, inv_s, **options)
     loss = other = 0.0
@@ -69,6 +70,22 @@ def test_gradcheck(alpha):
 
     volume = (volume + 2).requires_grad_()  # features away from the kink of relu
     assert torch.autograd.gradcheck(render, (volume, inv_s))
+
+
+@pytest.mark.parametrize("jittered", [False, True])
+def test_intervals_grow_along_a_ray(jittered):
+    volume, *rays = scene(batch=1, rays=3)
+    rays[2], rays[3] = torch.full_like(rays[2], 2.0), torch.full_like(rays[3], 12.0)
+    jitter = torch.rand(1, 3, dtype=torch.float64) if jittered else None
+    options = dict(box=BOX, samples=40, jitter=jitter, keep_samples=True)
+    inv_s = torch.tensor(2.0, dtype=torch.float64)
+    out = kernels.render_rays(volume, *rays, inv_s, **options, bend=0.8)
+    even = kernels.render_rays(volume, *rays, inv_s, **options)
+    if not jittered:
+        torch.testing.assert_close(out.deltas.sum(-1), rays[3] - rays[2])
+    inner = slice(1, -1)  # where jitter does not change lengths
+    share = (even.mids[..., inner] - 2) / 10
+    torch.testing.assert_close(out.deltas[..., inner], 0.25 * (0.2 + 1.6 * share))
 
 
 def test_composite():
@@ -177,6 +194,8 @@ def test_bad_input_names_the_argument():
         kernels.render_rays(volume, *rays, inv_s, box=BOX, samples=8, alpha="nerf")
     with pytest.raises(ValueError, match="classes"):
         kernels.render_rays(volume, *rays, inv_s, box=BOX, samples=8, classes=4)
+    with pytest.raises(ValueError, match=r"bend must be in \[0, 1\]"):
+        kernels.render_rays(volume, *rays, inv_s, box=BOX, samples=8, bend=1.5)
     with pytest.raises(ValueError, match="volume"):
         kernels.render_rays(volume[..., :1], *rays, inv_s, box=BOX, samples=8)
 

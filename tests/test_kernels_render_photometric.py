@@ -116,7 +116,7 @@ def compare(tensors, options, only=None):
         dict(combine=True, classes=0, features=3, jitter=False, count=3),
         dict(batch=2, cameras=1, samples=70, classes=4, features=8, backdrop=True, anneal=0.3),
         dict(published_pixels=True, classes=0, features=0, samples=1, count=1),
-        dict(alpha="volsdf", classes=3, features=3, samples=LANES),
+        dict(alpha="volsdf", classes=3, features=3, samples=LANES, bend=0.7, read=1),
         dict(alpha="density", combine=True, samples=LANES + 1, rays=1),
         dict(features=24, classes=21, cameras=1, samples=33, seed=1),
         dict(features=3, classes=0, cameras=1, samples=20, nodes=(2, 3, 2), alpha="density"),
@@ -218,7 +218,7 @@ def test_saves_nothing_of_samples():
 def arguments(tensors, options):
     rays = [tensors[n] for n in ("origins", "directions", "near", "far", "jitter")]
     scene = [tensors[n] for n in ("stretch", "pixels", "target", "sources", "projections")]
-    flags = [1.0], "neus", options["classes"], False, 0.0, False, False, False
+    flags = [1.0], "neus", options["classes"], False, 0.0, False, False, False, 0.5, 0.5
     volume, inv_s = (tensors[n].detach().requires_grad_() for n in ("volume", "inv_s"))
     return volume, inv_s, rays, scene, [*BOX], options["samples"], *flags
 

@@ -161,6 +161,8 @@ def test_render(case):
         jitter=poisoned(torch.rand(batch, case["rays"]).to(DEVICE)) if seed % 5 else None,
         anneal=[1.0, 0.3][seed // 3 % 2],
         backdrop=seed % 4 == 0,
+        bend=[0.0, 0.7][seed % 2],
+        read=[0.0, 0.4, 1.0][seed % 3],
         keep_samples=True,
     )
 
@@ -320,7 +322,7 @@ def test_operator():
     volume, lines = volume_of(1, 6, (3, 3, 2)).requires_grad_(), rays_of(1, 3)
     inv_s = torch.tensor(3.0, device=DEVICE, requires_grad=True)
     jitter = torch.rand(1, 3).to(DEVICE)
-    options = list(BOX), 5, [0.5], "neus", 2, False, 0.0, True, False, False
+    options = list(BOX), 5, [0.5], "neus", 2, False, 0.0, True, False, False, 0.5, 0.5
     torch.library.opcheck(rendering._op, (volume, inv_s, [*lines, jitter], [], *options))
 
 
