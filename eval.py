@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -51,6 +52,7 @@ from selfocc.scores import Table
 from selfocc.settings import change
 
 TASKS = ("occupancy", "depth", "novel_depth")
+OF_A_STREET = 5  # frames at least that priors take of an embedded one; more need not be rendered
 COLUMNS = {  # key in metrics.json -> title
     "iou": "IoU", "iou_above": "IoU>0.3m", "precision": "precision", "recall": "recall",
     "threshold": "threshold", "abs_rel": "AbsRel", "sq_rel": "SqRel", "rmse": "RMSE",
@@ -143,9 +145,11 @@ def score(
     model = SelfOcc(change(settings, ["backbone.weights=none"])).to(device).eval()
     checkpoint.restore(saved, model)
     with distributed.chief_first():  # it fills the cache of the synthetic data
+        needed = max(1, min(settings.data.scenes, arguments.prior_frames // OF_A_STREET))
+        read = {"val": settings.data, "train": replace(settings.data, scenes=needed)}
         dataset, training = (
-            VideoDataset(open_sequences(settings.data, split, where), settings.data, train=False)
-            for split in ("val", "train")
+            VideoDataset(open_sequences(data, split, where), data, train=False)
+            for split, data in read.items()
         )
     if chief:
         taken = [f"{where.data}, as in training"] if where.data and not arguments.data else []

@@ -104,13 +104,13 @@ _preset("synthetic", "embedded street: ten minutes on two CPU cores", None, """
 # every fourth, as what is narrow comes from the lift. An interval is read at its end: with so few
 # samples its start leaves surfaces too near.
 _preset("street", "embedded streets of many kinds, for hours on two CPU cores", "synthetic", """
-    data.looks=1 data.scenes=240 data.scenes_val=8 data.anchor_input=0.7
+    data.looks=1 data.scenes=200 data.scenes_val=8 data.anchor_input=0.7
     volume.nodes=97,97,17 volume.threshold=0.1
     encoder.stride=4,4
-    render.rays=20,68 render.samples=80 render.read=1 render.sharpen=5,20 render.margin_top=6
+    render.bend=0.85 render.read=1 render.sharpen=5,20 render.margin_top=6
     loss.weight_hessian=0.03 loss.sparsity_pitch=0.8
-    optim.steps=8000 optim.lr=2e-3 optim.warmup=100 optim.validate_every=1000
-    optim.picture_every=250 optim.save_every=100
+    optim.steps=16000 optim.accumulate=1 optim.lr=1.8e-3 optim.warmup=100
+    optim.validate_every=1000 optim.picture_every=500 optim.save_every=100
 """)  # fmt: skip
 
 _preset("synthetic_surround", "embedded street seen by six cameras", "synthetic", """
