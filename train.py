@@ -158,7 +158,9 @@ def fit(
         training = open_dataset(settings, "train", record.folders)
         validation = open_dataset(settings, "val", record.folders)
     model, optimizer = build(record, saved, device)
-    parallel = distributed.parallel(model, device, settings.backbone.norm == "batch")
+    parallel = distributed.parallel(
+        model, device, settings.backbone.norm == "batch", partly=start < optim.sweep_steps
+    )
     loader = read_ahead(
         training,
         optim.workers,
@@ -202,7 +204,8 @@ def fit(
             means = distributed.mean(torch.stack([*losses.values()]).detach()).tolist()
             if chief:
                 scalars = dict(zip(losses, means, strict=True))
-                error, lr = evaluation.ray_depth_error(batch, view), optimizer.param_groups[0]["lr"]
+                error = None if view is None else evaluation.ray_depth_error(batch, view)
+                lr = optimizer.param_groups[0]["lr"]
                 log.write(step=done, loss=sum(means), **scalars, abs_rel=error, lr=lr)
                 shown = "" if error is None else f", AbsRel {error:.3f}"
                 bar.set_postfix_str(f"loss {sum(means):.3f}{shown}")

@@ -70,7 +70,7 @@ def bench(arguments: argparse.Namespace) -> None:
     backends = arguments.backends or (["torch", "triton"] if gpu else ["torch"])
     repeats = arguments.repeats or (20 if gpu else 3)
     # with what numbers it starts costs no time
-    fixed = ["backbone.weights=none", "optim.accumulate=1"]
+    fixed = ["backbone.weights=none", "optim.accumulate=1", "optim.sweep_steps=0"]
     settings = {preset: presets.build(preset, [*arguments.set, *fixed]) for preset in chosen}
     for backend in backends:
         try:

@@ -195,6 +195,8 @@ class OptimConfig(Section, name="optim"):
     steps: Count = 69_504  # 24 epochs of KITTI, 2,896 steps each on eight GPUs
     batch: Count = 1  # of one process
     accumulate: Count = 1
+    # first steps, in which a plane sweep teaches the lift, and nothing else learns (see sweep.py)
+    sweep_steps: Index = 0
     lr: NonNegative = 1e-3
     backbone_factor: NonNegative = 0.1
     weight_decay: NonNegative = 0.01
@@ -287,6 +289,8 @@ def _contradictions(config: Config) -> Iterator[str]:
             )
     if encoder.lift and encoder.kind == "bev":
         yield "encoder.lift needs encoder.kind=tpv"
+    if config.optim.sweep_steps and not encoder.lift:
+        yield "optim.sweep_steps needs encoder.lift=true"
 
 
 def check_training(config: Config) -> None:

@@ -176,8 +176,12 @@ def gather_dicts(entries: dict) -> dict:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def parallel(model: nn.Module, device: torch.device, batch_norm: bool) -> nn.Module:
-    """The model as one of several processes runs it, batch norm over all of them if asked for."""
+def parallel(
+    model: nn.Module, device: torch.device, batch_norm: bool, partly: bool = False
+) -> nn.Module:
+    """The model as one of several processes runs it, batch norm over all of them if asked for;
+    `partly`: some steps do not use all of it.
+    """
     if not joined() or dist.get_world_size() == 1:
         return model
     if batch_norm and device.type == "cuda":  # torch's own
@@ -185,7 +189,9 @@ def parallel(model: nn.Module, device: torch.device, batch_norm: bool) -> nn.Mod
     for module in model.modules() if batch_norm else ():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm
-    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(
+        model, gradient_as_bucket_view=True, find_unused_parameters=partly
+    )
 
 
 class _Mean(torch.autograd.Function):

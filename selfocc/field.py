@@ -29,9 +29,8 @@ class FieldDecoder(nn.Module):
         )
         height = None
         if field.ground is not None:
-            height = torch.linspace(volume.box[2], volume.box[5], volume.nodes[2]) - field.ground
-            # limited, since alpha has no gradient far from a surface
-            height = field.rise * torch.tanh(height / field.rise)
+            heights = torch.linspace(volume.box[2], volume.box[5], volume.nodes[2])
+            height = ground_sdf(heights, field)
             with torch.no_grad():
                 self.net[3].weight[:: self.channels] = 0.0
                 self.net[3].bias[:: self.channels] = 0.0
@@ -64,6 +63,13 @@ class FieldDecoder(nn.Module):
         if sdf is not None:
             volume[:, 0] += sdf
         return volume
+
+
+def ground_sdf(z: Tensor, field: FieldConfig) -> Tensor:
+    """SDF of the road from which training starts, at heights z; limited, since alpha has no
+    gradient far from a surface.
+    """
+    return field.rise * torch.tanh((z - field.ground) / field.rise)
 
 
 def sample_sdf(volume: Tensor, box: Box, points: Tensor) -> Tensor:

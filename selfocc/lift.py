@@ -1,9 +1,16 @@
 """A shortcut from pixels to nodes, for presets that must learn in minutes (not in the paper).
 
 Deformable attention from random queries needs many steps before the planes say much about the image
-at hand. Here every pixel of the finest backbone stage describes its own ray, at log-spaced depths,
-and a node reads that frustum where it lies in it: the first answer, to which the planes add what
-lies beyond a node's own pixel.
+at hand. Here every pixel of the finest backbone stage describes its own ray: how far it reaches,
+and what else there is to say at log-spaced depths. A node reads that frustum where it lies in it:
+the first answer, to which the planes add what lies beyond a node's own pixel.
+
+A depth makes a truncated signed distance (Curless and Levoy 1996): what is before it is free, what
+is just behind it is not, and of what lies farther behind the pixel knows nothing. So surfaces are
+as sharp as the depth map is.
+
+The backbone has most to learn, and can do so before there is a volume, from the depth that a plane
+sweep finds (sweep.py).
 """
 
 import math
@@ -14,12 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from selfocc.config import EncoderConfig, VolumeConfig, plane_volume
+from selfocc.config import EncoderConfig, FieldConfig, VolumeConfig, plane_volume
 from selfocc.encoder import fourier_features
+from selfocc.field import ground_sdf
 from selfocc.geometry import fixed_pixels, image_projection, pixel_rays
 
 CHANNELS = 8  # features at every depth of a pixel, beside the SDF
-GAIN = 4.0  # metres of SDF for one unit of the head's output: it has far to go at a low rate
+# metres of SDF, or logarithm of depth, for one unit of the head's output: it has far to go at a low
+# rate
+GAIN = 4.0
 HARMONICS = 1, 2, 4, 8  # of a pixel's depth on the road
 RAY = 4 + 2 * len(HARMONICS)  # what a pixel knows of its ray
 
@@ -59,17 +69,18 @@ class FrustumLift(nn.Module):
         channels: list[int],
         encoder: EncoderConfig,
         volume: VolumeConfig,
+        field: FieldConfig,
         frequencies: int = 5,
     ):
         super().__init__()
         self.stride = encoder.stride
         self.bins, self.nearest = encoder.lift_bins, 2.0
         self.farthest = math.dist(volume.box[:2], volume.box[3:5])
-        self.ground = volume.ground
-        self.head = FrustumHead(channels, encoder.dim, (1 + CHANNELS) * self.bins)
-        with torch.no_grad():  # no say about the SDF at the start
-            self.head.last.weight[: self.bins] = 0.0
-            self.head.last.bias[: self.bins] = 0.0
+        self.ground, self.field = volume.ground, field
+        self.head = FrustumHead(channels, encoder.dim, 1 + (1 + CHANNELS) * self.bins)
+        with torch.no_grad():  # the road at the start
+            self.head.last.weight[: 1 + self.bins] = 0.0
+            self.head.last.bias[: 1 + self.bins] = 0.0
         self.mix = nn.Linear(CHANNELS, encoder.dim)
         self.position = nn.ModuleList(
             nn.Linear(2 * frequencies, encoder.dim, bias=False) for _ in volume.nodes
@@ -95,8 +106,9 @@ class FrustumLift(nn.Module):
         pixels of the network's images, which are image_size (h, w); camera_to_volume [B, N, 4, 4].
         """
         cameras, stride = intrinsics.shape[1], self.stride
-        rays = self._rays(stages[0].shape[2:], intrinsics, camera_to_volume, image_size)
-        frustum = self.head(stages, rays).unflatten(1, (-1, self.bins))
+        share, frustum = self._describe(stages, intrinsics, camera_to_volume, image_size)
+        sdf = self._truncated(share, intrinsics, camera_to_volume, image_size)
+        sdf = (sdf + GAIN * frustum[:, 0])[:, None]
         place, seen = self._place(intrinsics, camera_to_volume, image_size)
 
         def read(maps: Tensor, y: int, x: int) -> Tensor:
@@ -109,7 +121,21 @@ class FrustumLift(nn.Module):
             count = there.unflatten(0, (-1, cameras)).sum(1).clamp_min(1)
             return values.sum(1) / count[..., None]
 
-        return GAIN * read(frustum[:, :1], 1, 1)[..., 0], read(frustum[:, 1:], *stride)
+        return read(sdf, 1, 1)[..., 0], read(frustum[:, 1:], *stride)
+
+    def depth(
+        self,
+        stages: list[Tensor],
+        intrinsics: Tensor,
+        camera_to_volume: Tensor,
+        image_size: tuple[int, int],
+    ) -> tuple[Tensor, Tensor]:
+        """z-depth [B, N, R] in metres that pixels say, and the pixels [R, 2] of the network's
+        images. As in `forward`.
+        """
+        share, _ = self._describe(stages, intrinsics, camera_to_volume, image_size)
+        share = share.flatten(1).unflatten(0, intrinsics.shape[:2])
+        return self._metres(share), _centres(stages[0].shape[2:], image_size, share.device)
 
     def beside(self, planes: list[Tensor]) -> list[Tensor]:
         """TPV planes with what nodes know of where they are."""
@@ -119,13 +145,43 @@ class FrustumLift(nn.Module):
         )
         return [hw + (y[:, None] + x + self.mix.bias), zh + z[:, None], wz]
 
+    def _describe(self, stages, intrinsics, camera_to_volume, image_size) -> tuple[Tensor, Tensor]:
+        """Depth of pixels [B N, h, w] as a share (see `_share`), and at the bins what is added to
+        the SDF, in units of GAIN, and features [B N, 1 + CHANNELS, bins, h, w].
+        """
+        rays = self._rays(stages[0].shape[2:], intrinsics, camera_to_volume, image_size)
+        out = self.head(stages, rays)
+        road = rays[:, 3].clamp(0, 1.15)
+        share = road + GAIN / math.log(self.farthest / self.nearest) * out[:, 0]
+        return share, out[:, 1:].unflatten(1, (-1, self.bins))
+
+    def _truncated(self, share, intrinsics, camera_to_volume, image_size) -> Tensor:
+        """What makes the SDF of the start that of the pixels' depth, at the bins [B N, bins, h, w].
+
+        It falls by a metre a metre, or by one a bin where that is longer, from 1 to -1.
+        """
+        bins = torch.linspace(0, 1, self.bins, device=share.device)
+        bins = self._metres(bins)[:, None, None]
+        width = (bins * (math.log(self.farthest / self.nearest) / (self.bins - 1))).clamp_min(1)
+        ahead = (self._metres(share)[:, None] - bins) / width
+        sdf = ahead.clamp(-1, 1)
+        if self.field.ground is not None:
+            pixels = _centres(share.shape[1:], image_size, share.device)
+            _, directions, stretch = pixel_rays(pixels, intrinsics, camera_to_volume)
+            rise = (directions[..., 2] * stretch).flatten(0, 1).unflatten(1, share.shape[1:])
+            z = camera_to_volume[..., 2, 3].float().flatten()[:, None, None, None]
+            sdf = sdf - ground_sdf(z + rise[:, None] * bins, self.field)
+        return sdf * (0.5 * ahead + 2).clamp(0, 1)  # from two to four widths behind it
+
+    def _metres(self, share: Tensor) -> Tensor:
+        """The inverse of `_share`."""
+        return self.nearest * (self.farthest / self.nearest) ** share.clamp(-0.25, 1.25)
+
     def _rays(self, shape, intrinsics, camera_to_volume, image_size) -> Tensor:
         """[B N, RAY, *shape]: where the pixels of a map look. Directions in the volume frame, and
         the logarithm of the depth at which they meet a flat road, with its harmonics.
         """
-        height, width = (size / n for n, size in zip(shape, image_size, strict=True))
-        pixels = fixed_pixels(shape, image_size, intrinsics.device)
-        pixels = pixels + pixels.new_tensor([(width - 1) / 2, (height - 1) / 2])  # their centres
+        pixels = _centres(shape, image_size, intrinsics.device)
         origins, directions, stretch = pixel_rays(pixels, intrinsics, camera_to_volume)
         down = directions[..., 2].clamp_max(-1e-3)  # what looks up meets it far away
         road = ((self.ground - origins[..., 2]) / (down * stretch)).clamp_min(0.1)
@@ -157,3 +213,10 @@ class FrustumLift(nn.Module):
         seen = (image[:, 2] > 1e-5) & (u.abs() < 1) & (v.abs() < 1)
         centre = (2 * self._share(depth) - 1) * ((self.bins - 1) / self.bins)
         return torch.stack([centre, v, u], dim=1), seen
+
+
+def _centres(shape, image_size: tuple[int, int], device: torch.device) -> Tensor:
+    """Pixels [R, 2] of the image in the middle of those of a map."""
+    height, width = (size / n for n, size in zip(shape, image_size, strict=True))
+    pixels = fixed_pixels(shape, image_size, device)
+    return pixels + pixels.new_tensor([(width - 1) / 2, (height - 1) / 2])

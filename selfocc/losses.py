@@ -234,6 +234,11 @@ def adaptive_sparsity(sdf: Tensor, depths: Tensor, depth: Tensor, slack: float =
     return (F.relu(-sdf) * behind).sum() / behind.sum().clamp_min(1)
 
 
+def swept_depth_error(depth: Tensor, swept: Tensor, sure: Tensor) -> Tensor:
+    """Mean of the difference of the logarithms of depths [...] times its weight `sure` [...]."""
+    return ((depth / swept).log().abs() * sure).mean()
+
+
 # Semantics
 
 

@@ -15,6 +15,8 @@ from selfocc.encoder import Encoder
 from selfocc.field import FieldDecoder
 from selfocc.geometry import pixel_rays, ray_box
 from selfocc.lift import FrustumLift
+from selfocc.losses import swept_depth_error
+from selfocc.sweep import Teacher
 
 
 class SelfOcc(nn.Module):
@@ -31,7 +33,10 @@ class SelfOcc(nn.Module):
         self.encoder = Encoder(config.encoder, planes, cameras, transposed=transposed)
         self.lift = None
         if config.encoder.lift:
-            self.lift = FrustumLift(self.backbone.channels, config.encoder, config.volume)
+            self.lift = FrustumLift(
+                self.backbone.channels, config.encoder, config.volume, config.field
+            )
+            self.teacher = Teacher(self.lift.nearest, self.lift.farthest)
         self.decoder = FieldDecoder(config.field, config.encoder, config.volume)
         render = config.render
         if render.sharpen is None:
@@ -172,10 +177,22 @@ class SelfOcc(nn.Module):
             compared=compared,
         )
 
+    def lift_error(self, batch: Batch) -> Tensor:
+        """How far the lift's depth is from what a plane sweep of the target finds, 0-d."""
+        stages = self.backbone(rearrange(batch.images, "b n c h w -> (b n) c h w"))
+        size = tuple(batch.images.shape[-2:])
+        depth, pixels = self.lift.depth(stages, batch.intrinsics, batch.camera_to_volume, size)
+        return swept_depth_error(depth, *self.teacher(batch, pixels))
+
     def forward(
-        self, batch: Batch, noise: Noise, scene: Scene | None = None
-    ) -> tuple[Tensor, View]:
-        """Volume and target view of a training step. Without a `scene` all samples are kept."""
+        self, batch: Batch, noise: Noise | None = None, scene: Scene | None = None
+    ) -> tuple[Tensor, View] | Tensor:
+        """Volume and target view of a training step. Without a `scene` all samples are kept.
+
+        Without noise, for the first steps, `lift_error`.
+        """
+        if noise is None:
+            return self.lift_error(batch)
         volume = self.volume(batch)
         background = noise.background if self.config.render.background == "random" else None
         view = self.render(

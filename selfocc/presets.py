@@ -92,11 +92,12 @@ _preset("synthetic", "embedded street: ten minutes on two CPU cores", None, """
     encoder.points_self=2 encoder.dropout=0 encoder.lift=true encoder.plane_scale=0.1
     field.hidden=32 field.ground=-1.73
     render.rays=16,54 render.spread=0.6 render.samples=64 render.eval_rays=48,160
-    render.eval_samples=96 render.alpha=volsdf render.sharpen=5,12 render.backdrop=true
+    render.eval_samples=96 render.bend=0.85 render.alpha=volsdf render.sharpen=5,12
+    render.backdrop=true
     render.margin=0,25.6,1.6
     loss.automask=false loss.weight_eikonal=0.001 loss.weight_hessian=0.07
-    optim.steps=420 optim.batch=3 optim.accumulate=2 optim.lr=2.2e-3 optim.backbone_factor=1
-    optim.warmup=50 optim.workers=1 optim.clip=5 optim.validate_every=100000
+    optim.steps=480 optim.sweep_steps=300 optim.batch=3 optim.accumulate=2 optim.lr=2.2e-3
+    optim.backbone_factor=1 optim.warmup=50 optim.workers=1 optim.clip=5 optim.validate_every=100000
     optim.validate_frames=8 optim.picture_every=200 optim.save_every=200
 """)  # fmt: skip
 
@@ -107,9 +108,9 @@ _preset("street", "embedded streets of many kinds, for hours on two CPU cores", 
     data.looks=1 data.scenes=200 data.scenes_val=8 data.anchor_input=0.7
     volume.nodes=97,97,17 volume.threshold=0.1
     encoder.stride=4,4
-    render.bend=0.85 render.read=1 render.sharpen=5,20 render.margin_top=6
+    render.read=1 render.sharpen=10,20 render.margin_top=6
     loss.weight_hessian=0.03 loss.sparsity_pitch=0.8
-    optim.steps=16000 optim.accumulate=1 optim.lr=1.8e-3 optim.warmup=100
+    optim.steps=16000 optim.sweep_steps=8000 optim.accumulate=1 optim.lr=1.8e-3 optim.warmup=100
     optim.validate_every=1000 optim.picture_every=500 optim.save_every=100
 """)  # fmt: skip
 
@@ -118,9 +119,9 @@ _preset("synthetic_surround", "embedded street seen by six cameras", "synthetic"
     data.pad=96,160
     volume.box=-40,-40,-1,40,40,5.4 volume.nodes=81,81,17 volume.voxel=1 volume.ground=0
     field.ground=0
-    render.rays=16,26 render.samples=48 render.eval_rays=48,80 render.margin=0,0,0
+    render.rays=16,26 render.samples=48 render.bend=0 render.eval_rays=48,80 render.margin=0,0,0
     loss.weight_hessian=0.01
-    optim.steps=1750 optim.batch=2 optim.accumulate=1 optim.lr=1.5e-3
+    optim.steps=1750 optim.sweep_steps=0 optim.batch=2 optim.accumulate=1 optim.lr=1.5e-3
 """)  # fmt: skip
 
 # What moves along with the camera looks infinitely far away, unless it is masked.
@@ -131,7 +132,7 @@ _preset("street_kitti",
     data.source=0.5,10
     render.eval_rays=44,152 render.sharpen=20,20
     loss.automask=true loss.weight_sparsity=0 loss.weight_edge=0.02
-    optim.steps=300 optim.accumulate=1 optim.lr=5e-4 optim.warmup=50
+    optim.steps=300 optim.sweep_steps=0 optim.lr=5e-4 optim.warmup=50
 """)  # fmt: skip
 
 _preset("street_kitti_raw", "the same for KITTI raw", "street_kitti", """

@@ -94,9 +94,9 @@ def training_step(
     rank: int = 0,
     world: int = 1,
     mark: Callable[[str], None] = lambda stage: None,
-) -> tuple[Batch, View, dict[str, Tensor], Tensor]:
-    """One step of the optimiser; returns the last batch, its view and losses, and the gradient's
-    norm, which the caller has to find finite.
+) -> tuple[Batch, View | None, dict[str, Tensor], Tensor]:
+    """One step of the optimiser; returns the last batch, its view (of the first `sweep_steps` there
+    is none) and losses, and the gradient's norm, which the caller has to find finite.
 
     model: SelfOcc, or that in DistributedDataParallel. `mark` is told the stage that has ended.
     """
@@ -111,6 +111,10 @@ def training_step(
         with model.no_sync() if alone else contextlib.nullcontext():
             batch = next(batches).to(device)
             torch.manual_seed((optim.seed * 1_000_003 + forward) * world + rank)  # dropout
+            if step < optim.sweep_steps:
+                view, losses = None, {"sweep": model(batch)}
+                (losses["sweep"] / optim.accumulate).backward()
+                continue
             noise = draw_noise(settings, batch, forward, rank, world)
             noise = (noise.pin_memory() if device.type == "cuda" else noise).to(device)
             scene = photometric_scene(batch, noise.pixels, settings.quirks)

@@ -2,12 +2,13 @@ import dataclasses
 import math
 
 import torch
+import torch.nn.functional as F
 
 import kernels
 from selfocc import presets
 from selfocc.batch import Frames
 from selfocc.config import EncoderConfig, FieldConfig, VolumeConfig
-from selfocc.field import FieldDecoder
+from selfocc.field import FieldDecoder, ground_sdf
 from selfocc.lift import CHANNELS, GAIN, HARMONICS, FrustumLift
 from selfocc.model import SelfOcc
 from tests.tiny import overrides
@@ -17,6 +18,7 @@ VOLUME = VolumeConfig(box=BOX, nodes=(9, 9, 5))
 ENCODER = EncoderConfig(dim=4, lift=True)
 SIZE = (32, 64)
 STAGES = [8, 16, 32, 64]  # their channels
+FIELD = FieldConfig(ground=-1.5)
 
 
 def _camera(behind: bool = False):
@@ -28,14 +30,23 @@ def _camera(behind: bool = False):
 
 
 def _lift(cameras, frustum):
-    """SDF and features lifted from frustums [1, N, 1 + CHANNELS, bins, h, w], one a camera."""
-    lift = FrustumLift(STAGES, ENCODER, VOLUME)
-    lift.head = torch.nn.Module()
-    lift.head.forward = lambda stages, rays: stages[0]
+    """SDF and features lifted from frustums [1, N, 1 + CHANNELS, bins, h, w], one a camera, whose
+    pixels say no depth.
+    """
+    lift = FrustumLift(STAGES, ENCODER, VOLUME, FIELD)
+    lift._truncated = lambda share, *_: torch.zeros(1)
+    _say(lift)
     intrinsics, poses = (torch.stack(m)[None] for m in zip(*cameras, strict=True))
-    sdf, features = lift([frustum.flatten(2, 3).flatten(0, 1)], intrinsics, poses, SIZE)
+    said = F.pad(frustum.flatten(2, 3).flatten(0, 1), (0, 0, 0, 0, 1, 0))
+    sdf, features = lift([said], intrinsics, poses, SIZE)
     assert features.shape == (1, 9, 9, 5, CHANNELS)
     return sdf / GAIN
+
+
+def _say(lift):
+    """Make the first stage what the head says."""
+    lift.head = torch.nn.Module()
+    lift.head.forward = lambda stages, rays: stages[0]
 
 
 def _frustum(cameras=1):
@@ -74,17 +85,49 @@ def test_unseen_nodes_read_nothing_and_cameras_are_averaged():
     assert (same[0, 4, 4, 2] == 2).all()
 
 
-def test_lift_says_nothing_about_the_surface_at_the_start():
+def test_a_depth_is_a_truncated_sdf():
+    """A wall at 5 m, as pixels say it: with the ground, the SDF of that wall around it, and of
+    nothing but the ground far behind.
+    """
+    lift = FrustumLift(STAGES, ENCODER, VOLUME, FIELD)
+    _say(lift)
+    intrinsics, pose = (matrix[None, None] for matrix in _camera())
+    rays = lift._rays((32, 64), intrinsics, pose, SIZE)
+    scale = GAIN / math.log(lift.farthest / lift.nearest)
+    said = torch.zeros(1, 1 + (1 + CHANNELS) * ENCODER.lift_bins, 32, 64)
+    wall = math.log(5 / lift.nearest) / math.log(lift.farthest / lift.nearest)
+    said[:, 0] = (wall - rays[:, 3].clamp(0, 1.15)) / scale
+    depth, _ = lift.depth([said], intrinsics, pose, SIZE)
+    torch.testing.assert_close(depth, torch.full_like(depth, 5.0))
+    sdf = lift([said], intrinsics, pose, SIZE)[0][0, :, 4, 2]  # at x = 0, z = 0, y = 0 .. 8
+    sdf = sdf + ground_sdf(torch.tensor(0.0), FIELD)
+    torch.testing.assert_close(sdf[3:7], torch.tensor([1.0, 1, 0, -1]), atol=0.12, rtol=0)
+    assert abs(sdf[5]) < 0.01
+    far = dataclasses.replace(VOLUME, box=(-4.0, 0.0, -2.0, 4.0, 16.0, 2.0))
+    lift = FrustumLift(STAGES, ENCODER, far, FIELD)
+    width = 1.0  # of a bin, at least
+    behind = lift._truncated(
+        torch.full((1, 32, 64), math.log(5 / 2) / math.log(lift.farthest / 2)),
+        intrinsics, pose, SIZE,
+    )  # fmt: skip
+    bins = lift._metres(torch.linspace(0, 1, lift.bins))
+    assert (behind[:, bins > 5 + 4 * 2 * width] == 0).all() and behind.abs().max() > 0.5
+
+
+def test_lift_starts_as_the_road():
     torch.manual_seed(0)
-    lift = FrustumLift(STAGES, ENCODER, VOLUME)
+    lift = FrustumLift(STAGES, ENCODER, VOLUME, FIELD)
     intrinsics, pose = _camera()
     stages = [torch.randn(1, c, 8 >> k, 16 >> k) for k, c in enumerate(STAGES)]
-    sdf, features = lift(stages, intrinsics[None, None], pose[None, None], SIZE)
-    assert (sdf == 0).all() and features.std() > 0
+    cameras = intrinsics[None, None], pose[None, None]
+    assert lift(stages, *cameras, SIZE)[1].std() > 0
+    depth, pixels = lift.depth(stages, *cameras, SIZE)
+    slope = (pixels[-1, 1] - 15.5) / 32  # metres down for a metre ahead
+    torch.testing.assert_close(depth[0, 0, -1], 1.73 / slope)
 
 
 def test_pixels_know_where_they_look():
-    lift = FrustumLift(STAGES, ENCODER, dataclasses.replace(VOLUME, ground=-1.5))
+    lift = FrustumLift(STAGES, ENCODER, dataclasses.replace(VOLUME, ground=-1.5), FIELD)
     intrinsics, pose = _camera()
     rays = lift._rays((32, 64), intrinsics[None, None], pose[None, None], SIZE)
     assert rays.shape == (1, 4 + 2 * len(HARMONICS), 32, 64) and rays.isfinite().all()
@@ -104,11 +147,11 @@ def test_pixels_know_where_they_look():
 
 def test_what_is_around_a_pixel_and_its_ray_reach_the_head():
     torch.manual_seed(0)
-    lift = FrustumLift(STAGES, ENCODER, VOLUME)
+    lift = FrustumLift(STAGES, ENCODER, VOLUME, FIELD)
     stages = [torch.randn(1, c, 8 >> k, 16 >> k, requires_grad=True) for k, c in enumerate(STAGES)]
     rays = torch.randn(1, 4 + 2 * len(HARMONICS), 8, 16, requires_grad=True)
     out = lift.head(stages, rays)
-    assert out.shape == (1, (1 + CHANNELS) * ENCODER.lift_bins, 8, 16)
+    assert out.shape == (1, 1 + (1 + CHANNELS) * ENCODER.lift_bins, 8, 16)
     out[0, -1, 0, 0].backward()
     assert all(stage.grad.abs().sum() > 0 for stage in stages)
     assert stages[0].grad[..., 4:, :].abs().sum() == 0  # far away, it sees coarse stages only
@@ -129,12 +172,11 @@ def test_decoder_adds_lifted_features():
 
 def test_features_are_lifted_at_the_nodes_of_the_planes():
     torch.manual_seed(0)
-    fine = FrustumLift(STAGES, dataclasses.replace(ENCODER, stride=(2, 2)), VOLUME)
-    whole = FrustumLift(STAGES, ENCODER, VOLUME)
+    fine = FrustumLift(STAGES, dataclasses.replace(ENCODER, stride=(2, 2)), VOLUME, FIELD)
+    whole = FrustumLift(STAGES, ENCODER, VOLUME, FIELD)
     for lift in (fine, whole):
-        lift.head = torch.nn.Module()
-        lift.head.forward = lambda stages, rays: stages[0]
-    frustum = torch.randn(1, (1 + CHANNELS) * ENCODER.lift_bins, 32, 64)
+        _say(lift)
+    frustum = torch.randn(1, 1 + (1 + CHANNELS) * ENCODER.lift_bins, 32, 64)
     cameras = [matrix[None, None] for matrix in _camera()]
     sdf, features = fine([frustum], *cameras, SIZE)
     expected_sdf, expected = whole([frustum], *cameras, SIZE)
