@@ -171,6 +171,7 @@ class View:
     proposals: Tensor | None = None  # [B, N, R, S] their depths
     sdf: Tensor | None = None  # [B, N, R, S] SDF at the samples
     compared: tuple[Tensor, ...] | None = None  # what kernels.epipolar_photometric finds of them
+    swept: Tensor | None = None  # 0-d, how far the lift's depth is from that of a plane sweep
 
 
 @dataclass

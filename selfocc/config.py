@@ -186,6 +186,7 @@ class LossConfig(Section, name="loss"):
     # metres between the points it reads; None: the nodes'
     sparsity_pitch: Annotated[float, Range(0.01)] | None = None
     weight_edge: NonNegative = 0.0
+    weight_sweep: NonNegative = 0.0  # of the lift's depth against a plane sweep (see sweep.py)
     weight_semantic: NonNegative = 0.0
     semantic: Literal["ce", "bce"] = "ce"
 
@@ -195,7 +196,7 @@ class OptimConfig(Section, name="optim"):
     steps: Count = 69_504  # 24 epochs of KITTI, 2,896 steps each on eight GPUs
     batch: Count = 1  # of one process
     accumulate: Count = 1
-    # first steps, in which a plane sweep teaches the lift, and nothing else learns (see sweep.py)
+    # first steps, of the loss against a plane sweep alone: nothing but backbone and lift learns
     sweep_steps: Index = 0
     lr: NonNegative = 1e-3
     backbone_factor: NonNegative = 0.1
@@ -289,8 +290,8 @@ def _contradictions(config: Config) -> Iterator[str]:
             )
     if encoder.lift and encoder.kind == "bev":
         yield "encoder.lift needs encoder.kind=tpv"
-    if config.optim.sweep_steps and not encoder.lift:
-        yield "optim.sweep_steps needs encoder.lift=true"
+    if (config.optim.sweep_steps or config.loss.weight_sweep) and not encoder.lift:
+        yield "optim.sweep_steps and loss.weight_sweep need encoder.lift=true"
 
 
 def check_training(config: Config) -> None:

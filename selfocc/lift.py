@@ -98,9 +98,9 @@ class FrustumLift(nn.Module):
         intrinsics: Tensor,
         camera_to_volume: Tensor,
         image_size: tuple[int, int],
-    ) -> tuple[Tensor, Tensor]:
-        """SDF [B, H, W, Z] in metres, and features [B, h, w, Z, CHANNELS] at the nodes of the
-        planes.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """SDF [B, H, W, Z] in metres, features [B, h, w, Z, CHANNELS] at the nodes of the planes,
+        and what `depth` gives.
 
         Args: stages of the backbone [B N, c_l, h_l, w_l], finest first; intrinsics [B, N, 3, 3] in
         pixels of the network's images, which are image_size (h, w); camera_to_volume [B, N, 4, 4].
@@ -121,7 +121,8 @@ class FrustumLift(nn.Module):
             count = there.unflatten(0, (-1, cameras)).sum(1).clamp_min(1)
             return values.sum(1) / count[..., None]
 
-        return read(sdf, 1, 1)[..., 0], read(frustum[:, 1:], *stride)
+        depth = self._metres(share.flatten(1).unflatten(0, (-1, cameras)))
+        return read(sdf, 1, 1)[..., 0], read(frustum[:, 1:], *stride), depth
 
     def depth(
         self,
@@ -129,13 +130,13 @@ class FrustumLift(nn.Module):
         intrinsics: Tensor,
         camera_to_volume: Tensor,
         image_size: tuple[int, int],
-    ) -> tuple[Tensor, Tensor]:
-        """z-depth [B, N, R] in metres that pixels say, and the pixels [R, 2] of the network's
-        images. As in `forward`.
+    ) -> Tensor:
+        """z-depth [B, N, R] in metres that the R pixels of the finest stage say, row by row.
+
+        Arguments as in `forward`.
         """
         share, _ = self._describe(stages, intrinsics, camera_to_volume, image_size)
-        share = share.flatten(1).unflatten(0, intrinsics.shape[:2])
-        return self._metres(share), _centres(stages[0].shape[2:], image_size, share.device)
+        return self._metres(share.flatten(1).unflatten(0, intrinsics.shape[:2]))
 
     def beside(self, planes: list[Tensor]) -> list[Tensor]:
         """TPV planes with what nodes know of where they are."""
@@ -166,7 +167,7 @@ class FrustumLift(nn.Module):
         ahead = (self._metres(share)[:, None] - bins) / width
         sdf = ahead.clamp(-1, 1)
         if self.field.ground is not None:
-            pixels = _centres(share.shape[1:], image_size, share.device)
+            pixels = centres(share.shape[1:], image_size, share.device)
             _, directions, stretch = pixel_rays(pixels, intrinsics, camera_to_volume)
             rise = (directions[..., 2] * stretch).flatten(0, 1).unflatten(1, share.shape[1:])
             z = camera_to_volume[..., 2, 3].float().flatten()[:, None, None, None]
@@ -181,7 +182,7 @@ class FrustumLift(nn.Module):
         """[B N, RAY, *shape]: where the pixels of a map look. Directions in the volume frame, and
         the logarithm of the depth at which they meet a flat road, with its harmonics.
         """
-        pixels = _centres(shape, image_size, intrinsics.device)
+        pixels = centres(shape, image_size, intrinsics.device)
         origins, directions, stretch = pixel_rays(pixels, intrinsics, camera_to_volume)
         down = directions[..., 2].clamp_max(-1e-3)  # what looks up meets it far away
         road = ((self.ground - origins[..., 2]) / (down * stretch)).clamp_min(0.1)
@@ -215,7 +216,7 @@ class FrustumLift(nn.Module):
         return torch.stack([centre, v, u], dim=1), seen
 
 
-def _centres(shape, image_size: tuple[int, int], device: torch.device) -> Tensor:
+def centres(shape, image_size: tuple[int, int], device: torch.device) -> Tensor:
     """Pixels [R, 2] of the image in the middle of those of a map."""
     height, width = (size / n for n, size in zip(shape, image_size, strict=True))
     pixels = fixed_pixels(shape, image_size, device)

@@ -86,6 +86,8 @@ def objective(
         losses["hessian"] = weights.weight_hessian * hessian
     if weights.weight_sparsity:
         losses["sparsity"] = weights.weight_sparsity * _sparsity(config, volume, view, shift)
+    if weights.weight_sweep:
+        losses["sweep"] = weights.weight_sweep * view.swept
     if weights.weight_edge:
         losses["edge"] = weights.weight_edge * edge_loss(view.depth, scene.target, rays)
     if weights.weight_semantic:

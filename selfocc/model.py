@@ -14,7 +14,7 @@ from selfocc.config import Config, plane_volume
 from selfocc.encoder import Encoder
 from selfocc.field import FieldDecoder
 from selfocc.geometry import pixel_rays, ray_box
-from selfocc.lift import FrustumLift
+from selfocc.lift import FrustumLift, centres
 from selfocc.losses import swept_depth_error
 from selfocc.sweep import Teacher
 
@@ -70,6 +70,13 @@ class SelfOcc(nn.Module):
 
         Raises InputError for another number of cameras than the network has embeddings for.
         """
+        return self.see(batch)[0]
+
+    def see(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """`volume`, and the depth that the lift says, if there is one.
+
+        Raises InputError for another number of cameras than the network has embeddings for.
+        """
         with torch.autocast(
             batch.images.device.type, torch.bfloat16, enabled=self.config.optim.bf16
         ):
@@ -92,10 +99,10 @@ class SelfOcc(nn.Module):
             )
         planes = [plane.float() for plane in planes]
         if self.lift is None:
-            return self.decoder(planes)
+            return self.decoder(planes), None
         stages = [stage.float() for stage in stages]
-        lifted = self.lift(stages, batch.intrinsics, batch.camera_to_volume, image_size)
-        return self.decoder(self.lift.beside(planes), lifted, self.lift.mix.weight)
+        *lifted, depth = self.lift(stages, batch.intrinsics, batch.camera_to_volume, image_size)
+        return self.decoder(self.lift.beside(planes), lifted, self.lift.mix.weight), depth
 
     def render(
         self,
@@ -177,11 +184,11 @@ class SelfOcc(nn.Module):
             compared=compared,
         )
 
-    def lift_error(self, batch: Batch) -> Tensor:
+    def swept_error(self, batch: Batch, depth: Tensor) -> Tensor:
         """How far the lift's depth is from what a plane sweep of the target finds, 0-d."""
-        stages = self.backbone(rearrange(batch.images, "b n c h w -> (b n) c h w"))
-        size = tuple(batch.images.shape[-2:])
-        depth, pixels = self.lift.depth(stages, batch.intrinsics, batch.camera_to_volume, size)
+        height, width = batch.images.shape[-2:]
+        shape = -(-height // 4), -(-width // 4)  # of the finest stage
+        pixels = centres(shape, (height, width), depth.device)
         return swept_depth_error(depth, *self.teacher(batch, pixels))
 
     def forward(
@@ -189,11 +196,13 @@ class SelfOcc(nn.Module):
     ) -> tuple[Tensor, View] | Tensor:
         """Volume and target view of a training step. Without a `scene` all samples are kept.
 
-        Without noise, for the first steps, `lift_error`.
+        Without noise, for the first steps, `swept_error`.
         """
         if noise is None:
-            return self.lift_error(batch)
-        volume = self.volume(batch)
+            stages = self.backbone(rearrange(batch.images, "b n c h w -> (b n) c h w"))
+            cameras = batch.intrinsics, batch.camera_to_volume, tuple(batch.images.shape[-2:])
+            return self.swept_error(batch, self.lift.depth(stages, *cameras))
+        volume, depth = self.see(batch)
         background = noise.background if self.config.render.background == "random" else None
         view = self.render(
             volume,
@@ -205,4 +214,6 @@ class SelfOcc(nn.Module):
             keep_samples=scene is None,
             scene=scene,
         )
+        if self.config.loss.weight_sweep:
+            view.swept = self.swept_error(batch, depth)
         return volume, view

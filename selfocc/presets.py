@@ -95,7 +95,7 @@ _preset("synthetic", "embedded street: ten minutes on two CPU cores", None, """
     render.eval_samples=96 render.bend=0.85 render.alpha=volsdf render.sharpen=5,12
     render.backdrop=true
     render.margin=0,25.6,1.6
-    loss.automask=false loss.weight_eikonal=0.001 loss.weight_hessian=0.07
+    loss.automask=false loss.weight_eikonal=0.001 loss.weight_hessian=0.07 loss.weight_sweep=0.5
     optim.steps=480 optim.sweep_steps=300 optim.batch=3 optim.accumulate=2 optim.lr=2.2e-3
     optim.backbone_factor=1 optim.warmup=50 optim.workers=1 optim.clip=5 optim.validate_every=100000
     optim.validate_frames=8 optim.picture_every=200 optim.save_every=200
@@ -120,7 +120,7 @@ _preset("synthetic_surround", "embedded street seen by six cameras", "synthetic"
     volume.box=-40,-40,-1,40,40,5.4 volume.nodes=81,81,17 volume.voxel=1 volume.ground=0
     field.ground=0
     render.rays=16,26 render.samples=48 render.bend=0 render.eval_rays=48,80 render.margin=0,0,0
-    loss.weight_hessian=0.01
+    loss.weight_hessian=0.01 loss.weight_sweep=0
     optim.steps=1750 optim.sweep_steps=0 optim.batch=2 optim.accumulate=1 optim.lr=1.5e-3
 """)  # fmt: skip
 

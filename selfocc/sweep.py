@@ -1,8 +1,9 @@
 """A plane sweep: depth of a target from its sources alone, and how sure it is (Collins 1996).
 
-It teaches the lift in the first steps of a training (`OptimConfig.sweep_steps`), before there is a
-volume. It reads what the photometric loss reads, images and poses, and tries the same proposals;
-but each pixel chooses its own, once, so that a step costs what the backbone costs.
+It teaches the lift (`loss.weight_sweep`), in the first steps of a training alone, before there is a
+volume (`optim.sweep_steps`). It reads what the photometric loss reads, images and poses, and tries
+the same proposals; but each pixel chooses its own, once, so that such a step costs what the
+backbone costs.
 """
 
 import math

@@ -9,7 +9,7 @@ from selfocc import presets
 from selfocc.batch import Frames
 from selfocc.config import EncoderConfig, FieldConfig, VolumeConfig
 from selfocc.field import FieldDecoder, ground_sdf
-from selfocc.lift import CHANNELS, GAIN, HARMONICS, FrustumLift
+from selfocc.lift import CHANNELS, GAIN, HARMONICS, FrustumLift, centres
 from selfocc.model import SelfOcc
 from tests.tiny import overrides
 
@@ -38,7 +38,7 @@ def _lift(cameras, frustum):
     _say(lift)
     intrinsics, poses = (torch.stack(m)[None] for m in zip(*cameras, strict=True))
     said = F.pad(frustum.flatten(2, 3).flatten(0, 1), (0, 0, 0, 0, 1, 0))
-    sdf, features = lift([said], intrinsics, poses, SIZE)
+    sdf, features, _ = lift([said], intrinsics, poses, SIZE)
     assert features.shape == (1, 9, 9, 5, CHANNELS)
     return sdf / GAIN
 
@@ -97,7 +97,7 @@ def test_a_depth_is_a_truncated_sdf():
     said = torch.zeros(1, 1 + (1 + CHANNELS) * ENCODER.lift_bins, 32, 64)
     wall = math.log(5 / lift.nearest) / math.log(lift.farthest / lift.nearest)
     said[:, 0] = (wall - rays[:, 3].clamp(0, 1.15)) / scale
-    depth, _ = lift.depth([said], intrinsics, pose, SIZE)
+    depth = lift.depth([said], intrinsics, pose, SIZE)
     torch.testing.assert_close(depth, torch.full_like(depth, 5.0))
     sdf = lift([said], intrinsics, pose, SIZE)[0][0, :, 4, 2]  # at x = 0, z = 0, y = 0 .. 8
     sdf = sdf + ground_sdf(torch.tensor(0.0), FIELD)
@@ -121,7 +121,7 @@ def test_lift_starts_as_the_road():
     stages = [torch.randn(1, c, 8 >> k, 16 >> k) for k, c in enumerate(STAGES)]
     cameras = intrinsics[None, None], pose[None, None]
     assert lift(stages, *cameras, SIZE)[1].std() > 0
-    depth, pixels = lift.depth(stages, *cameras, SIZE)
+    depth, pixels = lift.depth(stages, *cameras, SIZE), centres((8, 16), SIZE, None)
     slope = (pixels[-1, 1] - 15.5) / 32  # metres down for a metre ahead
     torch.testing.assert_close(depth[0, 0, -1], 1.73 / slope)
 
@@ -178,8 +178,8 @@ def test_features_are_lifted_at_the_nodes_of_the_planes():
         _say(lift)
     frustum = torch.randn(1, 1 + (1 + CHANNELS) * ENCODER.lift_bins, 32, 64)
     cameras = [matrix[None, None] for matrix in _camera()]
-    sdf, features = fine([frustum], *cameras, SIZE)
-    expected_sdf, expected = whole([frustum], *cameras, SIZE)
+    sdf, features, _ = fine([frustum], *cameras, SIZE)
+    expected_sdf, expected, _ = whole([frustum], *cameras, SIZE)
     torch.testing.assert_close(sdf, expected_sdf)
     torch.testing.assert_close(features, expected[:, ::2, ::2])
     planes = [torch.zeros(1, *shape, ENCODER.dim) for shape in ((5, 5), (5, 5), (5, 5))]
@@ -223,7 +223,7 @@ def test_backdrop_stops_what_nothing_else_stops():
 
 def test_rays_go_on_beyond_the_volume():
     settings = presets.build(
-        "synthetic", overrides(render__margin="4.4,20,1.5", render__margin_top=3)
+        "synthetic", overrides(render__margin="4.4,20,1.5", render__margin_top=3, render__bend=0)
     )
     model = SelfOcc(settings).eval()
     volume = torch.full((1, 4, *settings.volume.nodes), 50.0)
@@ -251,7 +251,9 @@ def test_where_the_field_of_an_interval_is_read():
     frames = Frames(torch.zeros(1, 1, 3, 32, 64), intrinsics[None, None], pose[None, None])
     ahead, jitter = torch.tensor([[31.5, 15.5]]).expand(64, 2), (torch.arange(64) + 0.5) / 64
     for read, behind in ((0.0, 1.0), (0.5, 0.5), (1.0, 0.0)):
-        settings = presets.build("synthetic", overrides(render__read=read, render__margin="0,0,0"))
+        settings = presets.build(
+            "synthetic", overrides(render__read=read, render__margin="0,0,0", render__bend=0)
+        )
         model = SelfOcc(settings).eval()
         model.inv_s.fill_(1e3)
         y = torch.linspace(0, 51.2, settings.volume.nodes[0])
