@@ -108,7 +108,8 @@ class Teacher:
             one = batch.each(lambda x, n=number: x[n : n + 1])
             moved = one.target.camera_to_volume - one.camera_to_volume
             if moved.abs().max() > 1e-6:
-                found.append(pixels.new_zeros(2, *one.images.shape[:2], len(pixels)))
+                unknown = pixels.new_tensor([1.0, 0.0])[:, None, None, None]
+                found.append(unknown.expand(2, *one.images.shape[:2], len(pixels)))
                 continue
             if name not in self.known:
                 self.known[name] = self._read(one, pixels).half()

@@ -80,6 +80,9 @@ def test_a_frame_is_swept_once_and_read_at_pixels_of_the_network(monkeypatch):
     assert torch.equal(teacher(batch, pixels)[0], depth)
     other = _batch(8.0, target=_pose(0.5))
     assert teacher(other, pixels)[1].max() == 0
+    said = torch.full((1, 1, 3), 5.0, requires_grad=True)
+    swept_depth_error(said, *teacher(other, pixels)).backward()
+    assert (said.grad == 0).all()
 
 
 def test_error_of_depth():
