@@ -129,7 +129,12 @@ def test_two_processes_equal_one(cache, tmp_path):
     Adam's first steps are lr * g / (|g| + 1e-8), so that rounding in a gradient of 1e-9 becomes
     a tenth of a step; with this lr a step is 20 times what is tolerated.
     """
-    common = {"optim__steps": "2", "optim__warmup": "0", "optim__lr": "2e-4"}
+    common = {
+        "optim__steps": "2",
+        "optim__warmup": "0",
+        "optim__lr": "2e-4",
+        "optim__sweep_steps": "1",
+    }
     one = run("train.py", "--out", tmp_path / "one", cache=cache, optim__batch="2", **common)
     assert one.returncode == 0, one.stderr
     two = run(*TORCHRUN, "--out", tmp_path / "two", cache=cache, optim__batch="1", **common)

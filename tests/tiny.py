@@ -30,7 +30,7 @@ SETTINGS = {
     "render.eval_rays": "8,16",
     "render.eval_samples": "16",
     "optim.steps": "6",
-    "optim.sweep_steps": "1",
+    "optim.sweep_steps": "0",
     "optim.workers": "0",
     "optim.validate_frames": "1",
     "optim.save_every": "2",
