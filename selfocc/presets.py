@@ -149,8 +149,8 @@ _preset("nuscenes_small", "nuScenes at an eighth of its resolution, for single s
     loss.photometric=mvs_combined loss.automask=true
 """)  # fmt: skip
 
-# how a network of the embedded street reads real drives
-REAL = {"kitti": "street_kitti", "kitti_raw": "street_kitti_raw", "nuscenes": "nuscenes_small"}
+# how a network of preset street reads real drives
+REAL = {"kitti": "street_kitti", "kitti_raw": "street_kitti_raw"}
 
 
 def build(preset: str, overrides: list[str] = ()) -> Config:
@@ -167,10 +167,10 @@ def build(preset: str, overrides: list[str] = ()) -> Config:
 
 
 def reading(config: Config, dataset: str | None) -> Config:
-    """The configuration of a network that is to see another data set: one of the embedded street
-    reads images, and renders depth, as the presets do with which it would learn from those.
+    """The configuration of a network that is to see another data set: one of preset street reads
+    images, and renders depth, as the presets do with which it would learn from those.
     """
-    if config.data.dataset != "synthetic" or dataset not in REAL:
+    if config.preset != "street" or dataset not in REAL:
         return config
     real = PRESETS[REAL[dataset]][1]
     render = replace(config.render, eval_rays=real.render.eval_rays)

@@ -80,3 +80,14 @@ def test_a_training_step(preset):
         if parameter.requires_grad:
             assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     assert model.encoder.camera_embedding.shape[0] == cameras == (6 if "nuscenes" in preset else 1)
+
+
+def test_street_reads_real_drives_as_it_would_learn_from_them():
+    street = presets.build("street", ["render.samples=7"])
+    read = presets.reading(street, "kitti_raw")
+    assert read.data == presets.build("street_kitti_raw").data
+    assert read.render.eval_rays == (44, 152) and read.render.samples == 7
+    assert presets.reading(street, None) is street
+    assert presets.reading(street, "nuscenes") is street
+    plain = presets.build("synthetic")
+    assert presets.reading(plain, "kitti") is plain
