@@ -294,7 +294,7 @@ def test_the_same_scores_through_files(protocol, semantic, files, cache, tmp_pat
         options = (*options, "--protocol", protocol, "--frames", 1, "--out", out, *COMMON)
         assert here(eval_script, "--ckpt", semantic, *options, cache=cache) == 0
     ours, theirs = (confusion(folder) for folder in folders)
-    assert ours[1:, 1:].sum() > 1000 and (ours - theirs).abs().sum() < 1e-4 * ours.sum()
+    assert ours[1:, 1:].sum() > 400 and (ours - theirs).abs().sum() < 1e-4 * ours.sum()
     ours, theirs = (results(folder) for folder in folders)
     tables = ["occupancy", "depth, lidar", "photometric"]
     # the published one measures metres ahead in other planes here and there
