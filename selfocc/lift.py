@@ -106,9 +106,9 @@ class FrustumLift(nn.Module):
         pixels of the network's images, which are image_size (h, w); camera_to_volume [B, N, 4, 4].
         """
         cameras, stride = intrinsics.shape[1], self.stride
-        share, frustum = self._describe(stages, intrinsics, camera_to_volume, image_size)
-        sdf = self._truncated(share, intrinsics, camera_to_volume, image_size)
-        sdf = (sdf + GAIN * frustum[:, 0])[:, None]
+        share, frustum, climb = self._describe(stages, intrinsics, camera_to_volume, image_size)
+        height = camera_to_volume[..., 2, 3].float().flatten()
+        sdf = (self._truncated(share, climb, height) + GAIN * frustum[:, 0])[:, None]
         place, seen = self._place(intrinsics, camera_to_volume, image_size)
 
         def read(maps: Tensor, y: int, x: int) -> Tensor:
@@ -121,7 +121,7 @@ class FrustumLift(nn.Module):
             count = there.unflatten(0, (-1, cameras)).sum(1).clamp_min(1)
             return values.sum(1) / count[..., None]
 
-        depth = self._metres(share.flatten(1).unflatten(0, (-1, cameras)))
+        depth = self._metres(share.unflatten(0, (-1, cameras)))
         return read(sdf, 1, 1)[..., 0], read(frustum[:, 1:], *stride), depth
 
     def depth(
@@ -131,12 +131,12 @@ class FrustumLift(nn.Module):
         camera_to_volume: Tensor,
         image_size: tuple[int, int],
     ) -> Tensor:
-        """z-depth [B, N, R] in metres that the R pixels of the finest stage say, row by row.
+        """z-depth [B, N, h, w] in metres that the pixels of the finest stage say.
 
         Arguments as in `forward`.
         """
-        share, _ = self._describe(stages, intrinsics, camera_to_volume, image_size)
-        return self._metres(share.flatten(1).unflatten(0, intrinsics.shape[:2]))
+        share = self._describe(stages, intrinsics, camera_to_volume, image_size)[0]
+        return self._metres(share.unflatten(0, intrinsics.shape[:2]))
 
     def beside(self, planes: list[Tensor]) -> list[Tensor]:
         """TPV planes with what nodes know of where they are."""
@@ -146,20 +146,24 @@ class FrustumLift(nn.Module):
         )
         return [hw + (y[:, None] + x + self.mix.bias), zh + z[:, None], wz]
 
-    def _describe(self, stages, intrinsics, camera_to_volume, image_size) -> tuple[Tensor, Tensor]:
-        """Depth of pixels [B N, h, w] as a share (see `_share`), and at the bins what is added to
-        the SDF, in units of GAIN, and features [B N, 1 + CHANNELS, bins, h, w].
+    def _describe(
+        self, stages, intrinsics, camera_to_volume, image_size
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Depth of pixels [B N, h, w] as a share (see `_share`); at the bins what is added to the
+        SDF, in units of GAIN, and features [B N, 1 + CHANNELS, bins, h, w]; and `_rays`' climb.
         """
-        rays = self._rays(stages[0].shape[2:], intrinsics, camera_to_volume, image_size)
+        shape = stages[0].shape[2:]
+        rays, climb = self._rays(shape, intrinsics, camera_to_volume, image_size)
         out = self.head(stages, rays)
         road = rays[:, 3].clamp(0, 1.15)
         share = road + GAIN / math.log(self.farthest / self.nearest) * out[:, 0]
-        return share, out[:, 1:].unflatten(1, (-1, self.bins))
+        return share, out[:, 1:].unflatten(1, (-1, self.bins)), climb
 
-    def _truncated(self, share, intrinsics, camera_to_volume, image_size) -> Tensor:
+    def _truncated(self, share: Tensor, climb: Tensor, height: Tensor) -> Tensor:
         """What makes the SDF of the start that of the pixels' depth, at the bins [B N, bins, h, w].
 
-        It falls by a metre a metre, or by one a bin where that is longer, from 1 to -1.
+        It falls by a metre a metre, or by one a bin where that is longer, from 1 to -1. height
+        [B N] of the cameras.
         """
         bins = torch.linspace(0, 1, self.bins, device=share.device)
         bins = self._metres(bins)[:, None, None]
@@ -167,29 +171,29 @@ class FrustumLift(nn.Module):
         ahead = (self._metres(share)[:, None] - bins) / width
         sdf = ahead.clamp(-1, 1)
         if self.field.ground is not None:
-            pixels = centres(share.shape[1:], image_size, share.device)
-            _, directions, stretch = pixel_rays(pixels, intrinsics, camera_to_volume)
-            rise = (directions[..., 2] * stretch).flatten(0, 1).unflatten(1, share.shape[1:])
-            z = camera_to_volume[..., 2, 3].float().flatten()[:, None, None, None]
-            sdf = sdf - ground_sdf(z + rise[:, None] * bins, self.field)
+            z = height[:, None, None, None] + climb[:, None] * bins
+            sdf = sdf - ground_sdf(z, self.field)
         return sdf * (0.5 * ahead + 2).clamp(0, 1)  # from two to four widths behind it
 
     def _metres(self, share: Tensor) -> Tensor:
         """The inverse of `_share`."""
         return self.nearest * (self.farthest / self.nearest) ** share.clamp(-0.25, 1.25)
 
-    def _rays(self, shape, intrinsics, camera_to_volume, image_size) -> Tensor:
-        """[B N, RAY, *shape]: where the pixels of a map look. Directions in the volume frame, and
-        the logarithm of the depth at which they meet a flat road, with its harmonics.
+    def _rays(self, shape, intrinsics, camera_to_volume, image_size) -> tuple[Tensor, Tensor]:
+        """Where the pixels of a map look [B N, RAY, *shape]: directions in the volume frame, and
+        the logarithm of the depth at which they meet a flat road, with its harmonics. And how far
+        they climb in a metre of depth [B N, *shape].
         """
         pixels = centres(shape, image_size, intrinsics.device)
         origins, directions, stretch = pixel_rays(pixels, intrinsics, camera_to_volume)
-        down = directions[..., 2].clamp_max(-1e-3)  # what looks up meets it far away
-        road = ((self.ground - origins[..., 2]) / (down * stretch)).clamp_min(0.1)
+        climb = directions[..., 2] * stretch
+        down = climb.clamp_max(-1e-3)  # what looks up meets it far away
+        road = ((self.ground - origins[..., 2]) / down).clamp_min(0.1)
         share = self._share(road).clamp(-0.25, 1.25)[..., None]
         waves = share * (math.pi * torch.tensor(HARMONICS, device=share.device))
         rays = torch.cat([directions, share, waves.sin(), waves.cos()], dim=-1).flatten(0, 1)
-        return rays.unflatten(1, shape).permute(0, 3, 1, 2)
+        rays = rays.unflatten(1, shape).permute(0, 3, 1, 2)
+        return rays, climb.flatten(0, 1).unflatten(1, shape)
 
     def _share(self, depth: Tensor) -> Tensor:
         """Where z-depths lie between the first bin, 0, and the last, 1."""

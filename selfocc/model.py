@@ -185,11 +185,9 @@ class SelfOcc(nn.Module):
         )
 
     def swept_error(self, batch: Batch, depth: Tensor) -> Tensor:
-        """How far the lift's depth is from what a plane sweep of the target finds, 0-d."""
-        height, width = batch.images.shape[-2:]
-        shape = -(-height // 4), -(-width // 4)  # of the finest stage
-        pixels = centres(shape, (height, width), depth.device)
-        return swept_depth_error(depth, *self.teacher(batch, pixels))
+        """How far the lift's depth [B, N, h, w] is from what a plane sweep of the target finds."""
+        pixels = centres(depth.shape[2:], tuple(batch.images.shape[-2:]), depth.device)
+        return swept_depth_error(depth.flatten(2), *self.teacher(batch, pixels))
 
     def forward(
         self, batch: Batch, noise: Noise | None = None, scene: Scene | None = None

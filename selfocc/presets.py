@@ -94,8 +94,7 @@ _preset("synthetic", "embedded street: ten minutes on two CPU cores", None, """
     field.hidden=32 field.ground=-1.73
     render.rays=16,54 render.spread=0.6 render.samples=64 render.eval_rays=48,160
     render.eval_samples=96 render.bend=0.85 render.read=1 render.alpha=volsdf
-    render.sharpen=15,20 render.backdrop=true
-    render.margin=0,25.6,1.6
+    render.sharpen=15,20 render.backdrop=true render.margin=0,25.6,1.6
     loss.automask=false loss.weight_eikonal=0.001 loss.weight_hessian=0.004
     loss.weight_sparsity=0.0005 loss.weight_sweep=1
     optim.steps=480 optim.sweep_steps=300 optim.batch=3 optim.accumulate=2 optim.lr=2.2e-3
@@ -132,7 +131,7 @@ _preset("street_kitti",
         "street", """
     data.dataset=kitti data.crop=352,1216 data.scale=0.25 data.pad=96,320 data.target_scale=0.25
     data.source=0.5,10
-    render.eval_rays=44,152 render.sharpen=20,20
+    render.eval_rays=44,152
     loss.automask=true loss.weight_sparsity=0 loss.weight_edge=0.02
     optim.steps=300 optim.sweep_steps=0 optim.lr=5e-4 optim.warmup=50
 """)  # fmt: skip

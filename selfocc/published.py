@@ -367,6 +367,7 @@ def export_published(
         "encoder.lift": settings.encoder.lift,
         "encoder.stride": settings.encoder.stride != (1, 1),
         "render.margin": any((*settings.render.margin, settings.render.margin_top)),
+        "render.bend": settings.render.bend > 0,
         "render.read": settings.render.read > 0,
         "backbone.norm=group": settings.backbone.norm == "group",
         "field.ground": settings.field.ground is not None,

@@ -93,7 +93,9 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Teacher:
-    """What a sweep says of pixels of the network's images, found once for every frame."""
+    """What a sweep says of pixels of the network's images, found once for a frame and its
+    sources.
+    """
 
     def __init__(self, nearest: float, farthest: float):
         self.reach, self.known = (nearest, farthest), {}
@@ -111,9 +113,10 @@ class Teacher:
                 unknown = pixels.new_tensor([1.0, 0.0])[:, None, None, None]
                 found.append(unknown.expand(2, *one.images.shape[:2], len(pixels)))
                 continue
-            if name not in self.known:
-                self.known[name] = self._read(one, pixels).half()
-            found.append(self.known[name].float())
+            key = name, *one.sources.camera_to_volume.flatten().tolist()  # some are drawn
+            if key not in self.known:
+                self.known[key] = self._read(one, pixels).half()
+            found.append(self.known[key].float())
         depth, sure = torch.cat(found, dim=1)
         return depth, sure
 

@@ -92,7 +92,7 @@ def test_a_depth_is_a_truncated_sdf():
     lift = FrustumLift(STAGES, ENCODER, VOLUME, FIELD)
     _say(lift)
     intrinsics, pose = (matrix[None, None] for matrix in _camera())
-    rays = lift._rays((32, 64), intrinsics, pose, SIZE)
+    rays, climb = lift._rays((32, 64), intrinsics, pose, SIZE)
     scale = GAIN / math.log(lift.farthest / lift.nearest)
     said = torch.zeros(1, 1 + (1 + CHANNELS) * ENCODER.lift_bins, 32, 64)
     wall = math.log(5 / lift.nearest) / math.log(lift.farthest / lift.nearest)
@@ -105,13 +105,11 @@ def test_a_depth_is_a_truncated_sdf():
     assert abs(sdf[5]) < 0.01
     far = dataclasses.replace(VOLUME, box=(-4.0, 0.0, -2.0, 4.0, 16.0, 2.0))
     lift = FrustumLift(STAGES, ENCODER, far, FIELD)
-    width = 1.0  # of a bin, at least
-    behind = lift._truncated(
-        torch.full((1, 32, 64), math.log(5 / 2) / math.log(lift.farthest / 2)),
-        intrinsics, pose, SIZE,
-    )  # fmt: skip
+    width = 1.0  # of the bins around 5 m
+    five = torch.full((1, 32, 64), math.log(5 / 2) / math.log(lift.farthest / 2))
+    behind = lift._truncated(five, climb, torch.zeros(1))
     bins = lift._metres(torch.linspace(0, 1, lift.bins))
-    assert (behind[:, bins > 5 + 4 * 2 * width] == 0).all() and behind.abs().max() > 0.5
+    assert (behind[:, bins > 5 + 4 * width] == 0).all() and behind.abs().max() > 0.5
 
 
 def test_lift_starts_as_the_road():
@@ -123,24 +121,25 @@ def test_lift_starts_as_the_road():
     assert lift(stages, *cameras, SIZE)[1].std() > 0
     depth, pixels = lift.depth(stages, *cameras, SIZE), centres((8, 16), SIZE, None)
     slope = (pixels[-1, 1] - 15.5) / 32  # metres down for a metre ahead
-    torch.testing.assert_close(depth[0, 0, -1], 1.73 / slope)
+    torch.testing.assert_close(depth[0, 0, -1, -1], 1.73 / slope)
 
 
 def test_pixels_know_where_they_look():
     lift = FrustumLift(STAGES, ENCODER, dataclasses.replace(VOLUME, ground=-1.5), FIELD)
     intrinsics, pose = _camera()
-    rays = lift._rays((32, 64), intrinsics[None, None], pose[None, None], SIZE)
+    rays, climb = lift._rays((32, 64), intrinsics[None, None], pose[None, None], SIZE)
     assert rays.shape == (1, 4 + 2 * len(HARMONICS), 32, 64) and rays.isfinite().all()
     v, u = 27, 40  # 8.5 columns right of the centre and 11.5 rows below it
     ahead = torch.tensor([8.5 / 32, 1.0, -11.5 / 32])
     torch.testing.assert_close(rays[0, :3, v, u], ahead / ahead.norm())
+    torch.testing.assert_close(climb[0, v, u], ahead[2])
     road, farthest = 1.5 / (11.5 / 32), math.dist(BOX[:2], BOX[3:5])
     share = math.log(road / 2) / math.log(farthest / 2)
     torch.testing.assert_close(rays[0, 3, v, u], torch.tensor(share))
     torch.testing.assert_close(rays[0, 4, v, u], torch.tensor(math.sin(math.pi * share)))
     torch.testing.assert_close(rays[0, -1, v, u], torch.tensor(math.cos(8 * math.pi * share)))
     assert (rays[0, 3, :16] == 1.25).all()  # above the horizon, no road
-    coarse = lift._rays((8, 16), intrinsics[None, None], pose[None, None], SIZE)
+    coarse, _ = lift._rays((8, 16), intrinsics[None, None], pose[None, None], SIZE)
     mean = rays[0, :3].unflatten(1, (8, 4)).unflatten(3, (16, 4)).mean((2, 4))
     torch.testing.assert_close(coarse[0, :3], mean, rtol=0, atol=2e-3)  # the same place
 
