@@ -97,7 +97,7 @@ _preset("synthetic", "embedded street: ten minutes on two CPU cores", None, """
     render.sharpen=15,20 render.backdrop=true render.margin=0,25.6,1.6
     loss.automask=false loss.weight_eikonal=0.001 loss.weight_hessian=0.004
     loss.weight_sparsity=0.0005 loss.weight_sweep=1
-    optim.steps=480 optim.sweep_steps=300 optim.batch=3 optim.accumulate=2 optim.lr=2.2e-3
+    optim.steps=365 optim.sweep_steps=250 optim.batch=3 optim.accumulate=2 optim.lr=2.2e-3
     optim.backbone_factor=1 optim.warmup=50 optim.workers=1 optim.clip=5 optim.validate_every=100000
     optim.validate_frames=8 optim.picture_every=200 optim.save_every=200
 """)  # fmt: skip

@@ -128,6 +128,7 @@ def test_colours_keep_their_brightness_without_the_quirk(tmp_path):
         (["encoder.lift=true"], "encoder.lift"),
         (["volume.nodes=257,257,33", "encoder.stride=2,2"], "encoder.stride"),
         (["render.margin_top=6"], "render.margin"),
+        (["render.bend=0.5"], "render.bend"),
         (["render.alpha=volsdf"], "render.alpha=volsdf"),
         (["backbone.norm=group"], "backbone.norm=group"),
     ],

@@ -7,7 +7,7 @@ from selfocc import presets
 from selfocc.batch import Batch, Frames
 from selfocc.losses import swept_depth_error
 from selfocc.model import SelfOcc
-from selfocc.sweep import Teacher, sweep
+from selfocc.sweep import SKY, Teacher, sweep
 from selfocc.training import make_optimizer, training_step
 from tests.tiny import overrides
 
@@ -16,17 +16,19 @@ FOCAL = 60.0
 
 
 def _pose(forward=0.0, right=0.0):
+    """Of a camera that looks along y, z up."""
     pose = torch.eye(4, dtype=torch.float64)
-    pose[0, 3], pose[2, 3] = right, forward
+    pose[:3, :3] = torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
+    pose[0, 3], pose[1, 3] = right, forward
     return pose
 
 
 def _view(pose, depth):
-    """A wall across the axis at z = depth with a random texture, seen from a pose."""
+    """A wall across the axis at y = depth with a random texture, seen from a pose."""
     torch.manual_seed(0)
     texture = F.interpolate(torch.rand(1, 3, 96, 192), scale_factor=2, mode="bilinear")
     v, u = torch.meshgrid(*(torch.arange(n) + 0.0 for n in SIZE), indexing="ij")
-    away = depth - pose[2, 3].item()
+    away = depth - pose[1, 3].item()
     x = (u - 47.5) / FOCAL * away + pose[0, 3].item()
     y = (v - 23.5) / FOCAL * away
     grid = torch.stack([x, y], dim=-1)[None] / (2.2 * depth)
@@ -58,12 +60,14 @@ def test_depth_of_a_wall():
         assert sure[inner].mean() > 0.8
 
 
-def test_what_has_no_texture_weighs_nothing():
+def test_what_has_no_texture_weighs_nothing_or_is_the_sky():
     batch = _batch(8.0)
-    batch.target.images[..., 20:, :] = 0.5
-    batch.sources.images[..., 20:, :] = 0.5
-    _, sure = sweep(batch.target, batch.sources, 2.0, 60.0)
-    assert sure[..., 14:22, :].max() < 0.05 < sure[..., 2:6, 8:-8].mean()
+    for images in (batch.target.images, batch.sources.images):
+        images[..., :10, :] = 0.5
+        images[..., 28:, :] = 0.5
+    depth, sure = sweep(batch.target, batch.sources, 2.0, 60.0)
+    assert sure[..., 17:22, :].max() < 0.05 and sure[..., 8:11, 8:-8].mean() > 0.5
+    assert (depth[..., :2, 8:-8] == 120).all() and (sure[..., :2, 8:-8] == SKY).all()
 
 
 def test_a_frame_is_swept_once_and_read_at_pixels_of_the_network(monkeypatch):
