@@ -137,6 +137,6 @@ class Teacher:
         place = 2 * (place + 0.5) / place.new_tensor([width, height]) - 1
         inside = (place.abs() < 1).all(-1)
         maps = torch.stack(sweep(target, one.sources, *self.reach), dim=2)[0]
-        read = F.grid_sample(maps, place[0][:, None], mode="nearest", align_corners=False)
+        read = F.grid_sample(maps, place[0][:, None], "nearest", "border", align_corners=False)
         depth, sure = read[:, :, 0].unbind(1)
         return torch.stack([depth, sure * inside[0]])[:, None]

@@ -264,6 +264,7 @@ def step(overrides=(), semantics=True):
         weights=torch.rand(*shape, samples),
         sdf=torch.randn(*shape, samples),
         eikonal=torch.rand(shape),
+        swept=torch.rand(()),
         volume=torch.randn(batch, 9, 6, 5, 4),
     )
     leaf = {name: value.requires_grad_() for name, value in leaf.items()}
@@ -297,7 +298,8 @@ def test_objective_reaches_what_its_losses_are_about(overrides, reached):
     total = sum(result.values())
     assert total.isfinite() and total.ndim == 0
     grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    assert {n for n, g in zip(leaves, grads, strict=True) if g is not None and g.any()} == reached
+    found = {n for n, g in zip(leaves, grads, strict=True) if g is not None and g.any()}
+    assert found == reached | {"swept"}
     assert all(g.isfinite().all() for g in grads if g is not None)
 
 

@@ -37,8 +37,9 @@ def test_wheel(tmp_path):
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
         (about,) = (name for name in wheel.namelist() if name.endswith("/METADATA"))
         metadata = wheel.read(about).decode()
-    sources = [path for name in ("selfocc", "kernels") for path in (ROOT / name).rglob("*.py")]
-    assert names == {path.relative_to(ROOT).as_posix() for path in sources}
+    files = [path for name in ("selfocc", "kernels") for path in (ROOT / name).rglob("*.py")]
+    files += (ROOT / "selfocc" / "weights").iterdir()
+    assert names == {path.relative_to(ROOT).as_posix() for path in files}
     needed = re.findall(r"^Requires-Dist: (\S+?)[<>=;\s]", metadata, re.MULTILINE)
     listed = (ROOT / "requirements.txt").read_text().split("\n")
     assert needed == [re.split("[<>=;]", line)[0] for line in listed if line]

@@ -87,6 +87,8 @@ def test_a_frame_is_swept_once_and_read_at_pixels_of_the_network(monkeypatch):
     said = torch.full((1, 1, 3), 5.0, requires_grad=True)
     swept_depth_error(said, *teacher(other, pixels)).backward()
     assert (said.grad == 0).all()
+    swept_depth_error(said, depth, sure).backward()
+    assert (said.grad[0, 0, :2] < 0).all() and said.grad[0, 0, 2] == 0
 
 
 def test_error_of_depth():
