@@ -83,33 +83,29 @@ _preset("nuscenes_depth", "nuScenes depth as published (24 epochs)", "nuscenes_n
 # Only the input's own frame can be swept. VolSDF learns faster: NeuS has no gradient where nothing
 # is seen from its front. A truncated SDF is free space only if it is sharp (render.sharpen), and
 # second differences would undo it. An interval is read at its end: with so few samples its start
-# leaves surfaces too near.
+# leaves surfaces too near. Nodes half a metre apart: of those a metre apart even the exact SDF
+# renders soft depth. Planes of every fourth, as what is narrow comes from the lift.
 _preset("synthetic", "embedded street: ten minutes on two CPU cores", None, """
     data.scenes_val=4 data.anchor_input=1 data.future=0.4,25 data.source=0.8,10
-    volume.nodes=49,49,25 volume.voxel=2 volume.crop_margins=false volume.threshold=0.15
+    volume.nodes=97,97,17 volume.voxel=2 volume.crop_margins=false volume.threshold=0.1
     backbone.depth=18 backbone.width=32 backbone.norm=local backbone.weights=none
     backbone.frozen_stem=false
     encoder.dim=32 encoder.heads=2 encoder.layers=1 encoder.points_cross=2,4,4
     encoder.points_self=2 encoder.dropout=0 encoder.lift=true encoder.plane_scale=0.1
+    encoder.stride=4,4
     field.hidden=32 field.ground=-1.73
     render.rays=16,54 render.spread=0.6 render.samples=64 render.eval_rays=48,160
     render.eval_samples=96 render.bend=0.85 render.read=1 render.alpha=volsdf
-    render.sharpen=15,20 render.backdrop=true render.margin=0,25.6,1.6
+    render.sharpen=20,20 render.backdrop=true render.margin=0,25.6,1.6 render.margin_top=6
     loss.automask=false loss.weight_eikonal=0.001 loss.weight_hessian=0.004
-    loss.weight_sparsity=0.0005 loss.weight_sweep=1
+    loss.weight_sparsity=0.0005 loss.sparsity_pitch=0.8 loss.weight_sweep=1
     optim.steps=365 optim.sweep_steps=250 optim.batch=3 optim.accumulate=2 optim.lr=2.2e-3
     optim.backbone_factor=1 optim.warmup=50 optim.workers=1 optim.clip=5 optim.validate_every=100000
     optim.validate_frames=8 optim.picture_every=200 optim.save_every=200
 """)  # fmt: skip
 
-# Nodes half a metre apart: of those a metre apart even the exact SDF renders soft depth. Planes of
-# every fourth, as what is narrow comes from the lift.
 _preset("street", "embedded streets of many kinds, for hours on two CPU cores", "synthetic", """
     data.looks=1 data.scenes=200 data.scenes_val=8
-    volume.nodes=97,97,17 volume.threshold=0.1
-    encoder.stride=4,4
-    render.sharpen=20,20 render.margin_top=6
-    loss.sparsity_pitch=0.8
     optim.steps=16000 optim.sweep_steps=8000 optim.accumulate=1 optim.lr=1.8e-3 optim.warmup=100
     optim.validate_every=1000 optim.picture_every=500 optim.save_every=100
 """)  # fmt: skip
@@ -118,10 +114,12 @@ _preset("synthetic_surround", "embedded street seen by six cameras", "synthetic"
     data.rig=surround data.scenes=16 data.scenes_val=4 data.anchor_input=0.5 data.crop=96,160
     data.pad=96,160
     volume.box=-40,-40,-1,40,40,5.4 volume.nodes=81,81,17 volume.voxel=1 volume.ground=0
+    volume.threshold=0.15
+    encoder.stride=1,1
     field.ground=0
     render.rays=16,26 render.samples=48 render.bend=0 render.read=0 render.sharpen=5,12
-    render.eval_rays=48,80 render.margin=0,0,0
-    loss.weight_hessian=0.01 loss.weight_sparsity=0.005 loss.weight_sweep=0
+    render.eval_rays=48,80 render.margin=0,0,0 render.margin_top=0
+    loss.weight_hessian=0.01 loss.weight_sparsity=0.005 loss.sparsity_pitch=none loss.weight_sweep=0
     optim.steps=1750 optim.sweep_steps=0 optim.batch=2 optim.accumulate=1 optim.lr=1.5e-3
 """)  # fmt: skip
 

@@ -21,7 +21,7 @@ def test_presets_survive_json():
     [
         ("optim.steps=5", "optim", "steps", 5),
         ("optim.lr=1e-5", "optim", "lr", 1e-5),
-        ("volume.nodes=3,4,5", "volume", "nodes", (3, 4, 5)),
+        ("volume.nodes=5,9,3", "volume", "nodes", (5, 9, 3)),
         ("field.ground=none", "field", "ground", None),
         ("field.ground=-1.5", "field", "ground", -1.5),
         ("render.sharpen=2,30", "render", "sharpen", (2.0, 30.0)),
@@ -101,8 +101,8 @@ def test_wrong_override_says_what_is_right(override, said):
         ("encoder.heads=5", "encoder.heads, 5, must divide encoder.dim, 32"),
         ("encoder.dropout=-0.1", "a number from 0 to 1"),
         ("encoder.kind=bev", "encoder.lift needs encoder.kind=tpv"),
-        ("encoder.stride=1,5", "encoder.stride along x, 5, must divide the 48 steps"),
-        ("encoder.stride=64,1", "encoder.stride along y, 64, must divide the 48 steps"),
+        ("encoder.stride=1,5", "encoder.stride along x, 5, must divide the 96 steps"),
+        ("encoder.stride=64,1", "encoder.stride along y, 64, must divide the 96 steps"),
     ],
 )
 def test_values_that_mean_nothing(override, said):

@@ -234,8 +234,8 @@ def test_smooth_sparsity_far_from_surfaces_has_a_gradient():
 def step(overrides=(), semantics=True):
     """`objective` of random images, volume and rendering: two samples, three cameras."""
     torch.manual_seed(0)
-    small = ["volume.nodes=6,5,4", "render.rays=3,4", "render.samples=6", "field.classes=5"]
-    settings = presets.build("synthetic", [*small, *overrides])
+    small = "volume.nodes=6,5,4 encoder.stride=1,1 render.rays=3,4 render.samples=6 field.classes=5"
+    settings = presets.build("synthetic", [*small.split(), *overrides])
     batch, cameras, rays, samples = 2, 3, 12, 6
     intrinsics = torch.tensor([[20.0, 0, 10], [0, 20, 6], [0, 0, 1]]).double()
     pose = torch.eye(4, dtype=torch.float64)[[0, 2, 1, 3]].repeat(batch, 3, cameras, 1, 1)
