@@ -1,11 +1,12 @@
 """The published presets: their values against the paper's tables, and a training step of each."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from selfocc import presets, published
+from selfocc import checkpoint, presets, published
 from selfocc.batch import Noise
 from selfocc.bench import random_batch
 from selfocc.geometry import fixed_pixels
@@ -91,3 +92,11 @@ def test_street_reads_real_drives_as_it_would_learn_from_them():
     assert presets.reading(street, "nuscenes") is street
     plain = presets.build("synthetic")
     assert presets.reading(plain, "kitti") is plain
+
+
+@pytest.mark.parametrize("name", ["street", "synthetic", "street_kitti", "street_kitti_raw"])
+def test_weights_that_ship_fit(name):
+    found = checkpoint.load(Path("street"))
+    model = SelfOcc(presets.build(name))
+    checkpoint.restore(found, model)
+    assert torch.equal(model.lift.head.last.bias, found.model["lift.head.last.bias"])
