@@ -21,8 +21,9 @@ WINDOW = 5  # pixels of the sweep, each way, that are compared
 FLAT = 1e-4  # variance of grey values below which a window has no texture
 OUTSIDE = 2.0  # cost of a plane that no source sees
 SURE = 0.1  # by how much the second best depth must be worse, for full weight
-SKY = 0.2  # weight of what looks up and might be far away
-BEYOND = 2.0  # times the farthest depth, where that is
+UNSURE = 0.1  # weight below which what looks up may be the sky
+SKY = 0.5  # weight of the sky
+BEYOND = 2.0  # times the farthest depth, where it is
 
 
 @torch.no_grad()
@@ -33,8 +34,8 @@ def sweep(
 
     A cost is 1 - the normalised cross-correlation of grey windows, and what their means differ by;
     that of the best source counts, as others may see something else there. A pixel weighs nothing
-    whose second best depth, elsewhere on its ray, is as good; but where it looks up, and the last
-    plane is as good as any, nothing says that it is not the sky.
+    whose second best depth, elsewhere on its ray, is as good; but where that goes for all from it
+    to the top of the image, they look up, and the last plane is as good as any, it is the sky.
     """
     batch, cameras = target.images.shape[:2]
     grey = F.avg_pool2d(target.images.mean(2).flatten(0, 1)[:, None], SHRINK)
@@ -81,11 +82,12 @@ def sweep(
     bend = (before - 2 * here + behind).clamp_min(1e-6)
     offset = (0.5 * (before - behind) / bend).clamp(-0.5, 0.5)  # of a parabola's lowest point
     share = (middle[:, 0] + offset) / (PLANES - 1)
-    last = best[:, 0] == PLANES - 1  # or beyond it
-    sure = sure * (least[:, 0] < OUTSIDE) * ~last
+    seen, last = least[:, 0] < OUTSIDE, best[:, 0] == PLANES - 1  # or beyond it
+    sure = sure * seen * ~last
     _, directions, _ = pixel_rays(pixels, target.intrinsics, target.camera_to_volume)
     up = directions[..., 2].reshape(sure.shape) > 0
-    sky = up & (cost[:, -1] - least[:, 0] < SURE) & (sure < SKY)
+    maybe = seen & up & (cost[:, -1] - least[:, 0] < SURE) & (sure < UNSURE)
+    sky = maybe.byte().cummin(dim=1).values.bool()
     depth = nearest * (farthest / nearest) ** share
     depth, sure = torch.where(sky, BEYOND * farthest, depth), torch.where(sky, SKY, sure)
     return depth.unflatten(0, (batch, cameras)), sure.unflatten(0, (batch, cameras))

@@ -68,6 +68,8 @@ def test_what_has_no_texture_weighs_nothing_or_is_the_sky():
     depth, sure = sweep(batch.target, batch.sources, 2.0, 60.0)
     assert sure[..., 17:22, :].max() < 0.05 and sure[..., 8:11, 8:-8].mean() > 0.5
     assert (depth[..., :2, 8:-8] == 120).all() and (sure[..., :2, 8:-8] == SKY).all()
+    batch.sources.camera_to_volume[..., 0, 3] += 1000.0  # none sees what the target does
+    assert sweep(batch.target, batch.sources, 2.0, 60.0)[1].max() == 0
 
 
 def test_a_frame_is_swept_once_and_read_at_pixels_of_the_network(monkeypatch):
