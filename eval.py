@@ -179,12 +179,13 @@ def score(
         "step": saved.step,
         "dataset": settings.data.dataset,
         "protocol": rules.protocol,
+        "frames": len(evaluation.evenly(dataset, frames)),
         "prior_frames": min(prior_frames, len(training)),
     }
     print(
-        f"{settings.preset} at step {saved.step}, {settings.data.dataset}, {len(dataset)} "
-        f"frames, protocol: {rules.protocol}; priors from {summary['prior_frames']} of "
-        f"{len(training)} training frames"
+        f"{settings.preset} at step {saved.step}, {settings.data.dataset}, {summary['frames']} of "
+        f"{len(dataset)} frames, protocol: {rules.protocol}; priors from "
+        f"{summary['prior_frames']} of {len(training)} training frames"
     )
     for name, table in tables.items():
         print(f"\n{format_table(f'{name} ({rules.protocol})', table)}")

@@ -303,7 +303,7 @@ def test_the_same_scores_through_files(protocol, semantic, files, cache, tmp_pat
         assert ours[name].keys() == theirs[name].keys()
         for method, row in ours[name].items():
             assert theirs[name][method] == pytest.approx(row, rel=1e-3), (name, method)
-    assert ours["protocol"] == theirs["protocol"] == protocol
+    assert ours["protocol"] == theirs["protocol"] == protocol and ours["frames"] == 1
 
 
 def test_training_with_label_files(semantic, files, cache, tmp_path, capsys):
