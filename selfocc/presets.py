@@ -131,7 +131,7 @@ _preset("street_kitti",
     data.source=0.5,10
     render.eval_rays=44,152
     loss.automask=true loss.weight_sparsity=0 loss.weight_edge=0.02
-    optim.steps=300 optim.sweep_steps=0 optim.lr=5e-4 optim.warmup=50
+    optim.steps=100 optim.sweep_steps=60 optim.lr=2e-4 optim.warmup=10
 """)  # fmt: skip
 
 _preset("street_kitti_raw", "the same for KITTI raw", "street_kitti", """
