@@ -227,7 +227,7 @@ def score(
     Raises InputError where the volume is not finite, which would score as if it were free.
     """
     batch = sample.batch.to(device)
-    volume = model.volume(batch)
+    volume, voxels, _ = model.see(batch)
     if not volume.isfinite().all():
         raise InputError(
             "the network's volume is not finite: its weights have diverged, or are not of these "
@@ -237,7 +237,7 @@ def score(
     size = tuple(batch.target.images.shape[-2:])
     if sample.labels is not None:
         matrix, seen, rays = sample.voxels_to_volume, sample.seen, sample.rays
-        record |= scores.occupancy(volume, sample.labels, matrix, seen, rays)
+        record |= scores.occupancy(voxels, sample.labels, matrix, seen, rays)
     if "depth" in tasks:
         grid, color = render_grid(model, volume, batch.target, size, model.config.render.eval_rays)
         depth, _ = to_images(grid, color, size)

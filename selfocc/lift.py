@@ -6,8 +6,9 @@ and what else there is to say at log-spaced depths. A node reads that frustum wh
 the first answer, to which the planes add what lies beyond a node's own pixel.
 
 A depth makes a truncated signed distance (Curless and Levoy 1996): what is before it is free, what
-is just behind it is not, and of what lies farther behind the pixel knows nothing. So surfaces are
-as sharp as the depth map is.
+is just behind it is not, and of what lies farther behind the pixel knows nothing. How far is just
+behind depends on what is asked. Rays must not slip through between two pixels at the edge of a
+thing; voxels should not be filled there, so that they are read from a thinner shell.
 
 The backbone has most to learn, and can do so before there is a volume, from the depth that a plane
 sweep finds (sweep.py).
@@ -26,9 +27,8 @@ from selfocc.encoder import fourier_features
 from selfocc.field import ground_sdf
 from selfocc.geometry import fixed_pixels, image_projection, pixel_rays
 
-CHANNELS = 8  # features at every depth of a pixel, beside the SDF
-# metres of SDF, or logarithm of depth, for one unit of the head's output: it has far to go at a low
-# rate
+CHANNELS = 8  # features at every depth of a pixel
+# logarithm of depth for one unit of the head's output: it has far to go at a low rate
 GAIN = 4.0
 HARMONICS = 1, 2, 4, 8  # of a pixel's depth on the road
 RAY = 4 + 2 * len(HARMONICS)  # what a pixel knows of its ray
@@ -77,10 +77,10 @@ class FrustumLift(nn.Module):
         self.bins, self.nearest = encoder.lift_bins, 2.0
         self.farthest = math.dist(volume.box[:2], volume.box[3:5])
         self.ground, self.field = volume.ground, field
-        self.head = FrustumHead(channels, encoder.dim, 1 + (1 + CHANNELS) * self.bins)
+        self.head = FrustumHead(channels, encoder.dim, 1 + CHANNELS * self.bins)
         with torch.no_grad():  # the road at the start
-            self.head.last.weight[: 1 + self.bins] = 0.0
-            self.head.last.bias[: 1 + self.bins] = 0.0
+            self.head.last.weight[0] = 0.0
+            self.head.last.bias[0] = 0.0
         self.mix = nn.Linear(CHANNELS, encoder.dim)
         self.position = nn.ModuleList(
             nn.Linear(2 * frequencies, encoder.dim, bias=False) for _ in volume.nodes
@@ -99,8 +99,9 @@ class FrustumLift(nn.Module):
         camera_to_volume: Tensor,
         image_size: tuple[int, int],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """SDF [B, H, W, Z] in metres, features [B, h, w, Z, CHANNELS] at the nodes of the planes,
-        and what `depth` gives.
+        """SDFs [B, H, W, Z, K] in metres that are added to the decoder's, features [B, h, w, Z,
+        CHANNELS] at the nodes of the planes, and what `depth` gives. The first SDF is for rays,
+        the second, which is not made in training, for voxels.
 
         Args: stages of the backbone [B N, c_l, h_l, w_l], finest first; intrinsics [B, N, 3, 3] in
         pixels of the network's images, which are image_size (h, w); camera_to_volume [B, N, 4, 4].
@@ -108,7 +109,7 @@ class FrustumLift(nn.Module):
         cameras, stride = intrinsics.shape[1], self.stride
         share, frustum, climb = self._describe(stages, intrinsics, camera_to_volume, image_size)
         height = camera_to_volume[..., 2, 3].float().flatten()
-        sdf = (self._truncated(share, climb, height) + GAIN * frustum[:, 0])[:, None]
+        sdfs = self._truncated(share, climb, height)[:, : 1 if self.training else 2]
         place, seen = self._place(intrinsics, camera_to_volume, image_size)
 
         def read(maps: Tensor, y: int, x: int) -> Tensor:
@@ -122,7 +123,7 @@ class FrustumLift(nn.Module):
             return values.sum(1) / count[..., None]
 
         depth = self._metres(share.unflatten(0, (-1, cameras)))
-        return read(sdf, 1, 1)[..., 0], read(frustum[:, 1:], *stride), depth
+        return read(sdfs, 1, 1), read(frustum, *stride), depth
 
     def depth(
         self,
@@ -149,8 +150,8 @@ class FrustumLift(nn.Module):
     def _describe(
         self, stages, intrinsics, camera_to_volume, image_size
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Depth of pixels [B N, h, w] as a share (see `_share`); at the bins what is added to the
-        SDF, in units of GAIN, and features [B N, 1 + CHANNELS, bins, h, w]; and `_rays`' climb.
+        """Depth of pixels [B N, h, w] as a share (see `_share`); their features at the bins [B N,
+        CHANNELS, bins, h, w]; and `_rays`' climb.
         """
         shape = stages[0].shape[2:]
         rays, climb = self._rays(shape, intrinsics, camera_to_volume, image_size)
@@ -160,7 +161,8 @@ class FrustumLift(nn.Module):
         return share, out[:, 1:].unflatten(1, (-1, self.bins)), climb
 
     def _truncated(self, share: Tensor, climb: Tensor, height: Tensor) -> Tensor:
-        """What makes the SDF of the start that of the pixels' depth, at the bins [B N, bins, h, w].
+        """What makes the SDF of the start that of the pixels' depth, for rays and for voxels, at
+        the bins [B N, 2, bins, h, w].
 
         It falls by a metre a metre, or by one a bin where that is longer, from 1 to -1. height
         [B N] of the cameras.
@@ -173,7 +175,9 @@ class FrustumLift(nn.Module):
         if self.field.ground is not None:
             z = height[:, None, None, None] + climb[:, None] * bins
             sdf = sdf - ground_sdf(z, self.field)
-        return sdf * (0.5 * ahead + 2).clamp(0, 1)  # from two to four widths behind it
+        # it ends two to four widths behind, or in the first one
+        ends = torch.stack([0.5 * ahead + 2, ahead + 1], dim=1).clamp(0, 1)
+        return sdf[:, None] * ends
 
     def _metres(self, share: Tensor) -> Tensor:
         """The inverse of `_share`."""

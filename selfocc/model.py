@@ -1,6 +1,7 @@
 """SelfOcc: images and cameras in, a signed-distance volume out, and views rendered from it."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -17,6 +18,14 @@ from selfocc.geometry import pixel_rays, ray_box
 from selfocc.lift import FrustumLift, centres
 from selfocc.losses import swept_depth_error
 from selfocc.sweep import Teacher
+
+
+class Seen(NamedTuple):
+    """What images show."""
+
+    volume: Tensor  # the field [B, 1 + colours + classes, H, W, Z], channel 0 the SDF in metres
+    voxels: Tensor  # the same to read voxels from; see lift.py. Not in training
+    depth: Tensor | None  # z-depth [B, N, h, w] in metres that the lift says, if there is one
 
 
 class SelfOcc(nn.Module):
@@ -65,15 +74,8 @@ class SelfOcc(nn.Module):
         anneal = self.anneal if self.training else 1.0
         return dict(inv_s=self.sharpness(), anneal=anneal, alpha=self.config.render.alpha)
 
-    def volume(self, batch: Batch) -> Tensor:
-        """The field of a batch [B, 1 + colours + classes, H, W, Z], channel 0 the SDF in metres.
-
-        Raises InputError for another number of cameras than the network has embeddings for.
-        """
-        return self.see(batch)[0]
-
-    def see(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """`volume`, and the depth that the lift says, if there is one.
+    def see(self, batch: Batch) -> Seen:
+        """What a batch's images show.
 
         Raises InputError for another number of cameras than the network has embeddings for.
         """
@@ -99,10 +101,19 @@ class SelfOcc(nn.Module):
             )
         planes = [plane.float() for plane in planes]
         if self.lift is None:
-            return self.decoder(planes), None
+            volume = self.decoder(planes)
+            return Seen(volume, volume, None)
         stages = [stage.float() for stage in stages]
-        *lifted, depth = self.lift(stages, batch.intrinsics, batch.camera_to_volume, image_size)
-        return self.decoder(self.lift.beside(planes), lifted, self.lift.mix.weight), depth
+        sdfs, features, depth = self.lift(
+            stages, batch.intrinsics, batch.camera_to_volume, image_size
+        )
+        lifted = sdfs[..., 0], features
+        volume = self.decoder(self.lift.beside(planes), lifted, self.lift.mix.weight)
+        voxels = volume
+        if not self.training:
+            voxels = volume.clone()
+            voxels[:, 0] += sdfs[..., 1] - sdfs[..., 0]
+        return Seen(volume, voxels, depth)
 
     def render(
         self,
@@ -200,7 +211,7 @@ class SelfOcc(nn.Module):
             stages = self.backbone(rearrange(batch.images, "b n c h w -> (b n) c h w"))
             cameras = batch.intrinsics, batch.camera_to_volume, tuple(batch.images.shape[-2:])
             return self.swept_error(batch, self.lift.depth(stages, *cameras))
-        volume, depth = self.see(batch)
+        volume, _, depth = self.see(batch)
         background = noise.background if self.config.render.background == "random" else None
         view = self.render(
             volume,

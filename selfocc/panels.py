@@ -25,7 +25,7 @@ def panel(model: SelfOcc, dataset: VideoDataset, index: int, device: torch.devic
     training = model.training
     model.eval()
     batch = collate([dataset[index]]).to(device)
-    volume = model.volume(batch)
+    volume, voxels, _ = model.see(batch)
     depth, color = rendered_maps(model, volume, batch.target)
     images = batch.target.images[0]
     width = int(np.clip(len(images[:3]) * images.shape[-1], *COLUMN))
@@ -48,13 +48,13 @@ def panel(model: SelfOcc, dataset: VideoDataset, index: int, device: torch.devic
         errors = [pictures.error_picture(*pair) for pair in zip(depth[0], truth[0], strict=True)]
         text = f"relative error against {name}; dark: unknown"
         rows[1].append(cell(errors, text, pictures.ERROR_TICKS))
-    rows += _occupancy_rows(model, volume, batch, sequence.voxels_to_volume(frame), width, size)
+    rows += _occupancy_rows(model, voxels, batch, sequence.voxels_to_volume(frame), width, size)
     model.train(training)
     return pictures.tile(rows, 2 * width + pictures.GAP)
 
 
 def _occupancy_rows(
-    model: SelfOcc, volume: Tensor, batch: Batch, matrix: np.ndarray | None, width: int, size: int
+    model: SelfOcc, voxels: Tensor, batch: Batch, matrix: np.ndarray | None, width: int, size: int
 ) -> list[list[np.ndarray]]:
     """`matrix`: from the voxels' frame, which is drawn, to the volume's; None if it is the same."""
     settings = model.config.volume
@@ -65,7 +65,7 @@ def _occupancy_rows(
     if batch.voxels is not None:
         labels = metrics.pool_voxels(batch.voxels[0].cpu(), settings.voxel)
         shape = tuple(labels.shape)
-    sdf, _ = protocols.read_voxels(volume, 0, rules, settings.box, shape, matrix)
+    sdf, _ = protocols.read_voxels(voxels, 0, rules, settings.box, shape, matrix)
     occupied = sdf.cpu() <= settings.threshold
     columns = [("predicted", occupied)]
     if labels is not None:

@@ -119,7 +119,7 @@ def compare(record: Record) -> Errors:
     seen = _watch(model)
     features: list[Tensor] = []
     model.fpn.register_forward_hook(lambda _m, _i, maps: features.extend(_keep(maps)))
-    volume = model.volume(batch)
+    volume = model.see(batch).volume
     volume.retain_grad()
     planes = _keep(seen["planes"])
     count = len(planes)

@@ -29,7 +29,7 @@ from selfocc.datasets.video import VideoDataset
 from selfocc.evaluation import Samples, evaluate
 from selfocc.journal import Journal
 from selfocc.labels import SEMANTICKITTI, label_map
-from selfocc.model import SelfOcc
+from selfocc.model import Seen, SelfOcc
 from selfocc.presets import build
 from selfocc.render import render_grid
 from selfocc.scores import SEEN, Scores, photometric_record
@@ -193,7 +193,7 @@ def test_rays_in_chunks_are_the_same(model, monkeypatch):
     rules = protocols.choose(model.config)
     sample = Samples(dataset, rules, ("depth",), model.config.volume)[0]
     with torch.no_grad():
-        volume = model.volume(sample.batch)
+        volume = model.see(sample.batch).volume
         whole = render_grid(model, volume, sample.batch.target, (32, 64), (8, 16))
         monkeypatch.setattr("selfocc.render._rays_at_once", lambda _: 13)
         parts = render_grid(model, volume, sample.batch.target, (32, 64), (8, 16))
@@ -215,7 +215,7 @@ def test_the_true_volume_scores_perfectly(model, monkeypatch):
     Twice as many nodes as voxels: every second node is the centre of one, all others are free.
     """
 
-    def volume_of(batch, flip):
+    def see(batch, flip):
         labels = metrics.pool_voxels(batch.voxels[0], model.config.volume.voxel)
         known = torch.where(labels == 255, 0, labels).long()
         logits = torch.nn.functional.one_hot(known, 20).movedim(-1, 0).float()
@@ -225,11 +225,11 @@ def test_the_true_volume_scores_perfectly(model, monkeypatch):
             coarse = coarse.flip(3)
         nodes = torch.full((*coarse.shape[:2], *(2 * n + 1 for n in coarse.shape[2:])), 9.0)
         nodes[:, :, 1::2, 1::2, 1::2] = coarse
-        return nodes
+        return Seen(torch.zeros_like(nodes), nodes, None)
 
     dataset = open_dataset(model.config, "val", Folders())
     for flip in (False, True):
-        monkeypatch.setattr(model, "volume", lambda batch, flip=flip: volume_of(batch, flip))
+        monkeypatch.setattr(model, "see", lambda batch, flip=flip: see(batch, flip))
         tables = evaluate(
             model, dataset, torch.device("cpu"), ("occupancy",), frames=1, progress=False
         )

@@ -206,7 +206,7 @@ def test_on_a_gpu_triton_is_timed_first_and_the_file_is_whole_after_every_line(
 def test_the_volume_is_laid_out_as_in_training():
     settings = presets.build("synthetic", overrides(optim__batch="1"))
     model = SelfOcc(settings)
-    volume = model.volume(steps.random_batch(settings, 0))
+    volume = model.see(steps.random_batch(settings, 0)).volume
     named = {case.name: case for case in cases.cases(["small"])}
     for name in ("render_rays, small", "render_photometric combined, small"):
         assert named[name].inputs(scenes.Draw("cpu"))["volume"].stride(1) == volume.stride(1) == 1

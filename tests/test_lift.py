@@ -2,7 +2,6 @@ import dataclasses
 import math
 
 import torch
-import torch.nn.functional as F
 
 import kernels
 from selfocc import presets
@@ -29,18 +28,15 @@ def _camera(behind: bool = False):
     return intrinsics, pose
 
 
-def _lift(cameras, frustum):
-    """SDF and features lifted from frustums [1, N, 1 + CHANNELS, bins, h, w], one a camera, whose
-    pixels say no depth.
-    """
+def _lift(cameras, maps):
+    """SDF of the nodes [1, 9, 9, 5] lifted from maps of it [N, bins, h, w], one a camera."""
     lift = FrustumLift(STAGES, ENCODER, VOLUME, FIELD)
-    lift._truncated = lambda share, *_: torch.zeros(1)
+    lift._truncated = lambda *_: maps[:, None]
     _say(lift)
     intrinsics, poses = (torch.stack(m)[None] for m in zip(*cameras, strict=True))
-    said = F.pad(frustum.flatten(2, 3).flatten(0, 1), (0, 0, 0, 0, 1, 0))
-    sdf, features, _ = lift([said], intrinsics, poses, SIZE)
+    sdfs, features, _ = lift([_said(len(cameras))], intrinsics, poses, SIZE)
     assert features.shape == (1, 9, 9, 5, CHANNELS)
-    return sdf / GAIN
+    return sdfs[..., 0]
 
 
 def _say(lift):
@@ -49,15 +45,17 @@ def _say(lift):
     lift.head.forward = lambda stages, rays: stages[0]
 
 
-def _frustum(cameras=1):
-    return torch.zeros(1, cameras, 1 + CHANNELS, ENCODER.lift_bins, 32, 64)
+def _said(cameras=1):
+    return torch.zeros(cameras, 1 + CHANNELS * ENCODER.lift_bins, 32, 64)
+
+
+def _maps(cameras=1):
+    return torch.zeros(cameras, ENCODER.lift_bins, 32, 64)
 
 
 def test_nodes_read_the_pixel_they_project_to():
     """An SDF that is the pixel's own column tells at every node where it was read."""
-    frustum = _frustum()
-    frustum[:, :, 0] = torch.arange(64.0)
-    sdf = _lift([_camera()], frustum)
+    sdf = _lift([_camera()], _maps() + torch.arange(64.0))
     assert sdf.shape == (1, 9, 9, 5)
     y, x, z = 4, 5, 2  # at (1, 4, 0): pixel 32 * 1 / 4 + 31.5
     torch.testing.assert_close(sdf[0, y, x, z], torch.tensor(39.5))
@@ -66,50 +64,50 @@ def test_nodes_read_the_pixel_they_project_to():
 def test_nodes_read_the_depth_they_have():
     """An SDF that is the logarithm of its bin's depth is that of the node's depth."""
     near, far = 2.0, math.dist(BOX[:2], BOX[3:5])
-    frustum = _frustum()
     depths = torch.linspace(math.log(near), math.log(far), ENCODER.lift_bins)
-    frustum[:, :, 0] = depths[:, None, None]
-    sdf = _lift([_camera()], frustum)
+    sdf = _lift([_camera()], _maps() + depths[:, None, None])
     for y in (3, 4, 6, 8):
         torch.testing.assert_close(sdf[0, y, 4, 2], torch.tensor(math.log(y)))
     torch.testing.assert_close(sdf[0, 1, 4, 2], torch.tensor(math.log(near)))  # the first bin
 
 
 def test_unseen_nodes_read_nothing_and_cameras_are_averaged():
-    frustum = _frustum(2) + 1
-    frustum[:, 1] = 3.0
-    both = _lift([_camera(), _camera(behind=True)], frustum)
+    maps = _maps(2) + torch.tensor([1.0, 3.0])[:, None, None, None]
+    both = _lift([_camera(), _camera(behind=True)], maps)
     assert (both[0, 4, 4, 2] == 1).all()  # in front of the first camera only
     assert (both[0, 0] == 0).all()  # in the plane of both
-    same = _lift([_camera(), _camera()], frustum)
+    same = _lift([_camera(), _camera()], maps)
     assert (same[0, 4, 4, 2] == 2).all()
 
 
 def test_a_depth_is_a_truncated_sdf():
     """A wall at 5 m, as pixels say it: with the ground, the SDF of that wall around it, and of
-    nothing but the ground far behind.
+    nothing but the ground far behind, for voxels already a metre behind.
     """
     lift = FrustumLift(STAGES, ENCODER, VOLUME, FIELD)
     _say(lift)
     intrinsics, pose = (matrix[None, None] for matrix in _camera())
     rays, climb = lift._rays((32, 64), intrinsics, pose, SIZE)
     scale = GAIN / math.log(lift.farthest / lift.nearest)
-    said = torch.zeros(1, 1 + (1 + CHANNELS) * ENCODER.lift_bins, 32, 64)
+    said = _said()
     wall = math.log(5 / lift.nearest) / math.log(lift.farthest / lift.nearest)
     said[:, 0] = (wall - rays[:, 3].clamp(0, 1.15)) / scale
     depth = lift.depth([said], intrinsics, pose, SIZE)
     torch.testing.assert_close(depth, torch.full_like(depth, 5.0))
-    sdf = lift([said], intrinsics, pose, SIZE)[0][0, :, 4, 2]  # at x = 0, z = 0, y = 0 .. 8
-    sdf = sdf + ground_sdf(torch.tensor(0.0), FIELD)
+    lift.eval()
+    sdfs = lift([said], intrinsics, pose, SIZE)[0][0, :, 4, 2]  # at x = 0, z = 0, y = 0 .. 8
+    sdf, voxels = (sdfs + ground_sdf(torch.tensor(0.0), FIELD)).mT
     torch.testing.assert_close(sdf[3:7], torch.tensor([1.0, 1, 0, -1]), atol=0.12, rtol=0)
-    assert abs(sdf[5]) < 0.01
+    torch.testing.assert_close(voxels[:6], sdf[:6], atol=0.1, rtol=0)
+    assert abs(sdf[5]) < 0.01 and abs(voxels[5]) < 0.1 and voxels[6] > 0.7
     far = dataclasses.replace(VOLUME, box=(-4.0, 0.0, -2.0, 4.0, 16.0, 2.0))
     lift = FrustumLift(STAGES, ENCODER, far, FIELD)
     width = 1.0  # of the bins around 5 m
     five = torch.full((1, 32, 64), math.log(5 / 2) / math.log(lift.farthest / 2))
-    behind = lift._truncated(five, climb, torch.zeros(1))
+    rays, voxels = lift._truncated(five, climb, torch.zeros(1))[0]
     bins = lift._metres(torch.linspace(0, 1, lift.bins))
-    assert (behind[:, bins > 5 + 4 * width] == 0).all() and behind.abs().max() > 0.5
+    assert (rays[bins > 5 + 4 * width] == 0).all() and rays.abs().max() > 0.5
+    assert (voxels[bins > 5 + width] == 0).all() and voxels.abs().max() > 0.5
 
 
 def test_lift_starts_as_the_road():
@@ -150,7 +148,7 @@ def test_what_is_around_a_pixel_and_its_ray_reach_the_head():
     stages = [torch.randn(1, c, 8 >> k, 16 >> k, requires_grad=True) for k, c in enumerate(STAGES)]
     rays = torch.randn(1, 4 + 2 * len(HARMONICS), 8, 16, requires_grad=True)
     out = lift.head(stages, rays)
-    assert out.shape == (1, 1 + (1 + CHANNELS) * ENCODER.lift_bins, 8, 16)
+    assert out.shape == (1, 1 + CHANNELS * ENCODER.lift_bins, 8, 16)
     out[0, -1, 0, 0].backward()
     assert all(stage.grad.abs().sum() > 0 for stage in stages)
     assert stages[0].grad[..., 4:, :].abs().sum() == 0  # far away, it sees coarse stages only
@@ -175,7 +173,7 @@ def test_features_are_lifted_at_the_nodes_of_the_planes():
     whole = FrustumLift(STAGES, ENCODER, VOLUME, FIELD)
     for lift in (fine, whole):
         _say(lift)
-    frustum = torch.randn(1, 1 + (1 + CHANNELS) * ENCODER.lift_bins, 32, 64)
+    frustum = torch.randn(1, 1 + CHANNELS * ENCODER.lift_bins, 32, 64)
     cameras = [matrix[None, None] for matrix in _camera()]
     sdf, features, _ = fine([frustum], *cameras, SIZE)
     expected_sdf, expected, _ = whole([frustum], *cameras, SIZE)
