@@ -175,8 +175,8 @@ class FrustumLift(nn.Module):
         if self.field.ground is not None:
             z = height[:, None, None, None] + climb[:, None] * bins
             sdf = sdf - ground_sdf(z, self.field)
-        # it ends two to four widths behind, or in the first one
-        ends = torch.stack([0.5 * ahead + 2, ahead + 1], dim=1).clamp(0, 1)
+        # it ends two to four widths behind, or in the second half of the first one
+        ends = torch.stack([0.5 * ahead + 2, 2 * ahead + 2], dim=1).clamp(0, 1)
         return sdf[:, None] * ends
 
     def _metres(self, share: Tensor) -> Tensor:

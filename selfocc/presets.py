@@ -87,7 +87,7 @@ _preset("nuscenes_depth", "nuScenes depth as published (24 epochs)", "nuscenes_n
 # renders soft depth. Planes of every fourth, as what is narrow comes from the lift.
 _preset("synthetic", "embedded street: ten minutes on two CPU cores", None, """
     data.scenes_val=4 data.anchor_input=1 data.future=0.4,25 data.source=0.8,10
-    volume.nodes=97,97,17 volume.voxel=2 volume.crop_margins=false volume.threshold=0.25
+    volume.nodes=97,97,17 volume.voxel=2 volume.crop_margins=false volume.threshold=0.15
     backbone.depth=18 backbone.width=32 backbone.norm=local backbone.weights=none
     backbone.frozen_stem=false
     encoder.dim=32 encoder.heads=2 encoder.layers=1 encoder.points_cross=2,4,4
