@@ -6,6 +6,7 @@ import torch
 import kernels
 from selfocc import presets
 from selfocc.batch import Frames
+from selfocc.bench import random_batch
 from selfocc.config import EncoderConfig, FieldConfig, VolumeConfig
 from selfocc.field import FieldDecoder, ground_sdf
 from selfocc.lift import CHANNELS, GAIN, HARMONICS, FrustumLift, centres
@@ -185,6 +186,19 @@ def test_features_are_lifted_at_the_nodes_of_the_planes():
         here = linear(getattr(fine, f"features_{dim}"))[2]
         planes[0] = planes[0] + here
     torch.testing.assert_close(hw[0, 2, 2] + zh[0, 2, 2], planes[0][0, 2, 2] + fine.mix.bias)
+
+
+def test_voxels_are_read_from_the_thinner_of_two_sdfs():
+    settings = presets.build("synthetic", overrides())
+    model, batch = SelfOcc(settings), random_batch(settings, 0)
+    with torch.no_grad():
+        volume, voxels, _ = model.see(batch)
+        assert voxels is volume  # which training does not need
+        model.eval()
+        volume, voxels, _ = model.see(batch)
+    assert torch.equal(voxels[:, 1:], volume[:, 1:])
+    added = voxels[:, 0] - volume[:, 0]
+    assert added.max() > 0.3 and added.min() > -1e-3  # free behind what it sees
 
 
 def test_ground_start_is_a_limited_plane():
