@@ -24,7 +24,7 @@ class Seen(NamedTuple):
     """What images show."""
 
     volume: Tensor  # the field [B, 1 + colours + classes, H, W, Z], channel 0 the SDF in metres
-    voxels: Tensor  # the same to read voxels from; see lift.py. Not in training
+    voxels: Tensor  # the same with a lift's SDF for voxels (lift.py); in training, `volume`
     depth: Tensor | None  # z-depth [B, N, h, w] in metres that the lift says, if there is one
 
 
