@@ -7,7 +7,7 @@ SELFOCC_KERNELS=... does.
 from kernels.alpha import ALPHAS
 from kernels.composite import composite
 from kernels.decode import decode
-from kernels.deformable import deformable_sampling
+from kernels.deformable import deformable_attention, deformable_sampling
 from kernels.dispatch import backend
 from kernels.node_losses import node_losses
 from kernels.proposals import epipolar_photometric, sample_image
@@ -21,6 +21,7 @@ __all__ = [
     "backend",
     "composite",
     "decode",
+    "deformable_attention",
     "deformable_sampling",
     "epipolar_photometric",
     "least_photometric",

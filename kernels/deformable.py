@@ -4,8 +4,8 @@
     (x, y)    = reference * (w_l, h_l) + displacement(offset) - 1/2         pixels of level l
     out[q, k] = sum_lp a * bilinear(value_l[k], x, y)    head k; zero outside the level
 
-With pairs, a query is sampled once in every value map it is paired with, and its result is the mean
-over those pairs.
+With cameras, a query is sampled once in the maps of each that sees it, and its result is the mean
+over those. Which do is for the kernels to read, so that nobody has to count them before.
 
 The kernels read the two linear layers' raw outputs, and neither locations nor weights reach memory.
 A program holds a few queries of one head and walks over their levels and points, BLOCK_P points at
@@ -20,11 +20,13 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.checks import check
 from kernels.deformable_cpu import Sampling
-from kernels.dispatch import launch, tl, triton, use_triton
+from kernels.dispatch import autocast_type, launch, tl, triton, use_triton
 
 # Chosen from the binaries for sm_80 to sm_120, then found among the fastest on an H200. One warp a
 # program needs no barriers, and 32 of them fit on a processor of sm_90; with two or four ptxas
@@ -72,7 +74,7 @@ class Shape(NamedTuple):
     width: int
     levels: int
     points: int
-    pairs: bool
+    cameras: int  # 0 where a query reads the maps of its own item
     block_q: int
     block_p: int
     block_c: int
@@ -138,7 +140,7 @@ def _begin(counts, S: tl.constexpr):
     row = query.to(tl.int64) * S.heads + head
     channel = tl.arange(0, S.block_c)
     values, points = head * S.width + channel[None, None, :], tl.zeros_like(row)[:, None]
-    if not S.pairs:
+    if S.cameras == 0:
         image = (query // queries).to(tl.int64) * tokens * (S.heads * S.width)
         values += image[:, None, None]
         points = (query % references).to(tl.int64)[:, None] * (2 * S.levels * S.points)
@@ -146,14 +148,22 @@ def _begin(counts, S: tl.constexpr):
 
 
 @triton.jit
-def _turns(paired, query, S: tl.constexpr):
-    """Of queries [BLOCK_Q]: their first pair in by_query, how many, the most, whether any."""
-    if S.pairs:
-        begin = tl.load(paired[2] + query)
-        count = tl.load(paired[2] + query + 1) - begin
-        out = (begin, count, tl.max(count, axis=0), count > 0)
+def _turns(sees, query, queries, S: tl.constexpr):
+    """Of queries [BLOCK_Q]: which cameras see them, a bit each; how many, the most, whether any;
+    their first camera, and their first row of reference points.
+    """
+    CAMERAS: tl.constexpr = S.cameras
+    if CAMERAS > 0:
+        bits, count = tl.zeros_like(query), tl.zeros_like(query)
+        first = query // queries * CAMERAS
+        row = first * queries + query % queries
+        for camera in tl.static_range(CAMERAS):
+            seen = tl.load(sees + row + camera * queries).to(tl.int32)
+            bits += seen << camera
+            count += seen
+        out = (bits, count, tl.max(count, axis=0), count > 0, first, row)
     else:
-        out = (query, query, 1, query >= 0)
+        out = (query, query, 1, query >= 0, query, query)
     return out
 
 
@@ -172,16 +182,17 @@ def _samples(logits, offsets, norm, seen, level, start, S: tl.constexpr):
 
 
 @triton.jit
-def _located(reference_points, paired, turns, turn, samples, h, w, tokens, S: tl.constexpr):
+def _located(reference_points, turns, left, samples, h, w, counts, S: tl.constexpr):
     """Samples in a turn: pixels x, y to their upper left, how far from there, offsets of that pixel
-    in value and of the reference point, and which exist.
+    in value and of the reference point, and which exist. left: bits of the cameras to come.
     """
     point, sample, exists, _attention, offset_x, offset_y = samples
-    if S.pairs:
-        there = turn < turns[1]
-        pair = tl.load(paired[1] + turns[0] + turn, there, other=0)
-        image = tl.load(paired[0] + 2 * pair, there, other=0) * tokens * (S.heads * S.width)
-        at = pair[:, None].to(tl.int32) * (2 * S.points) + 2 * point
+    if S.cameras > 0:
+        there = left > 0
+        lowest = (left & -left).to(tl.float32)  # exact, and its exponent says which bit it is
+        camera = (lowest.to(tl.int32, bitcast=True) >> 23) - 127
+        image = (turns[4] + camera).to(tl.int64) * counts[3] * (S.heads * S.width)
+        at = (turns[5] + camera * counts[0])[:, None] * (2 * S.points) + 2 * point
         exists = there[:, None] & exists
     else:
         at = 2 * sample
@@ -190,7 +201,7 @@ def _located(reference_points, paired, turns, turn, samples, h, w, tokens, S: tl
     x, fx = _locate(reference_x, w, offset_x, exists)
     y, fy = _locate(reference_y, h, offset_y, exists)
     pixel = ((y * w + x) * (S.heads * S.width))[:, :, None]
-    if S.pairs:
+    if S.cameras > 0:
         pixel = image[:, None, None] + pixel
     return x, y, fx, fy, pixel, at, exists
 
@@ -230,7 +241,7 @@ def deformable_forward(
     reference_points,
     offsets,
     logits,
-    paired,
+    sees,
     out,
     norms,
     sizes,
@@ -239,8 +250,8 @@ def deformable_forward(
 ):
     """out [total, heads, width], norms [total, heads]: log sum exp of the logits.
 
-    paired: pairs, by_query, first; sizes: h, w of every level; counts: queries, total = B queries,
-    rows of reference points, tokens; S: a `Shape`.
+    sees: by which cameras a query is seen; sizes: h, w of every level; counts: queries, total = B
+    queries, rows of reference points, tokens; S: a `Shape`.
     """
     LEVELS: tl.constexpr = S.levels
     ROW: tl.constexpr = S.heads * S.width
@@ -251,7 +262,7 @@ def deformable_forward(
     logits += row[:, None] * SAMPLES
     value += values
     reference_points += points
-    turns = _turns(paired, query, S)
+    turns = _turns(sees, query, counts[0], S)
     count, rounds, seen = turns[1], turns[2], turns[3]
 
     norm = _log_norm(logits, seen, channel, S)
@@ -261,10 +272,12 @@ def deformable_forward(
         h, w = sizes[2 * level], sizes[2 * level + 1]
         for start in range(0, S.points, S.block_p):
             samples = _samples(logits, offsets, norm, seen, level, start, S)
-            for turn in range(rounds):
+            left = turns[0]
+            for _turn in range(rounds):
                 x, y, fx, fy, pixel, _at, _exists = _located(
-                    reference_points, paired, turns, turn, samples, h, w, counts[3], S
+                    reference_points, turns, left, samples, h, w, counts, S
                 )
+                left &= left - 1
                 pixels = _corners(value + pixel, w * ROW, ROW)
                 exist = _corners_exist(x, y, h, w, inside)
                 weights = _corner_weights(fx, fy, samples[3])
@@ -275,7 +288,7 @@ def deformable_forward(
                     result += corners[i].to(tl.float32) * weights[i][:, :, None]
         value += h * w * ROW
     result = tl.sum(result, axis=1)
-    if S.pairs:
+    if S.cameras > 0:
         result = tl.where(seen[:, None], result / tl.maximum(count, 1)[:, None], 0.0)
     mask = mine[:, None] & (channel < S.width)[None, :]
     tl.store(out + row[:, None] * S.width + channel[None, :], result, mask)
@@ -304,7 +317,7 @@ def deformable_backward(
     reference_points,
     offsets,
     logits,
-    paired,
+    sees,
     out,
     norms,
     grads,
@@ -345,9 +358,9 @@ def deformable_backward(
     upstream = tl.load(grad + of_row, there, other=0.0).to(tl.float32)  # [BLOCK_Q, 1, BLOCK_C]
     mean = tl.sum(upstream * tl.load(out + of_row, there, other=0.0).to(tl.float32), axis=2)
     norm = tl.load(norms + row)
-    turns = _turns(paired, query, S)
+    turns = _turns(sees, query, counts[0], S)
     count, rounds, seen = turns[1], turns[2], turns[3]
-    if S.pairs:
+    if S.cameras > 0:
         upstream = upstream / tl.maximum(count, 1)[:, None, None]
 
     for level in tl.static_range(LEVELS):
@@ -357,10 +370,12 @@ def deformable_backward(
             point, sample, _valid, attention, offset_x, offset_y = samples
             zero = tl.full([S.block_q, S.block_p], 0.0, tl.float32)
             by_attention, by_x, by_y = zero, zero, zero
-            for turn in range(rounds):
+            left = turns[0]
+            for _turn in range(rounds):
                 x, y, fx, fy, pixel, at, exists = _located(
-                    reference_points, paired, turns, turn, samples, h, w, counts[3], S
+                    reference_points, turns, left, samples, h, w, counts, S
                 )
+                left &= left - 1
                 pixels = _corners(value + pixel, w * ROW, ROW)
                 exist = _corners_exist(x, y, h, w, inside)
                 dots = ()
@@ -398,13 +413,6 @@ def deformable_backward(
 # Launches
 
 
-def _pairs_by_query(pairs: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """The pairs of query i are by_query[first[i] : first[i + 1]]. Nothing waits for the GPU."""
-    query, by_query = pairs[:, 1].int().sort(stable=True)
-    numbers = torch.arange(total + 1, dtype=torch.int32, device=pairs.device)
-    return by_query, torch.searchsorted(query, numbers, out_int32=True)
-
-
 def _problem(
     lane_bytes: int,
     value: Tensor,
@@ -412,27 +420,27 @@ def _problem(
     reference_points: Tensor,
     offsets: Tensor,
     logits: Tensor,
-    paired: list[Tensor],
+    sees: Tensor | None,
 ) -> dict[str, object]:
     """What both launches share. Lanes read lane_bytes of value."""
     batch, queries, heads, levels, points, _ = offsets.shape
     tokens, _, width = value.shape[1:]
+    cameras = 0 if sees is None else sees.shape[1]
     block_c = triton.next_power_of_2(width)
     block_p = min(BLOCK_P, triton.next_power_of_2(points))
     lanes = max(2, block_c * value.element_size() // lane_bytes)
     block_q = max(1, 32 * WARPS // (lanes * block_p))
-    # with pairs nobody asks, and a number that changes from batch to batch would be compiled anew
-    references = 1 if paired else reference_points.shape[0] * queries
+    references = reference_points.shape[0] * queries  # with cameras nobody asks
     return dict(
         grid=(triton.cdiv(batch * queries, block_q) * heads,),
         value=value.contiguous(),
         reference_points=reference_points.contiguous(),
         offsets=offsets.contiguous(),
         logits=logits.contiguous(),
-        paired=tuple(x.contiguous() for x in paired or [logits] * 3),
+        sees=None if sees is None else sees.contiguous(),
         sizes=tuple(sizes),
         counts=(queries, batch * queries, references, tokens),
-        S=Shape(heads, width, levels, points, bool(paired), block_q, block_p, block_c),
+        S=Shape(heads, width, levels, points, cameras, block_q, block_p, block_c),
         warps=WARPS,
     )
 
@@ -451,16 +459,16 @@ def _deformable_op(
     reference_points: Tensor,
     offsets: Tensor,
     logits: Tensor,
-    paired: list[Tensor],
+    sees: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     out, norms = _results(value, offsets)
-    told = _problem(FORWARD_BYTES, value, sizes, reference_points, offsets, logits, paired)
+    told = _problem(FORWARD_BYTES, value, sizes, reference_points, offsets, logits, sees)
     launch(deformable_forward, out=out, norms=norms, **told)
     return out, norms
 
 
 @_deformable_op.register_fake
-def _(value, sizes, reference_points, offsets, logits, paired):
+def _(value, sizes, reference_points, offsets, logits, sees):
     return _results(value, offsets)
 
 
@@ -474,7 +482,7 @@ def _deformable_gradient_op(
     reference_points: Tensor,
     offsets: Tensor,
     logits: Tensor,
-    paired: list[Tensor],
+    sees: Tensor | None,
     wanted_value: bool,
     wanted_reference: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -497,7 +505,7 @@ def _deformable_gradient_op(
         VALUE=wanted_value,
         REFERENCE=wanted_reference,
         FIXED=fixed,
-        **_problem(lane_bytes, value, sizes, reference_points, offsets, logits, paired),
+        **_problem(lane_bytes, value, sizes, reference_points, offsets, logits, sees),
     )
     if fixed:
         by_value, by_reference = by_value.float() / scales[0], by_reference.float() / scales[1]
@@ -506,7 +514,7 @@ def _deformable_gradient_op(
 
 
 @_deformable_gradient_op.register_fake
-def _(grad, out, norms, value, sizes, reference_points, offsets, logits, paired, *wanted):
+def _(grad, out, norms, value, sizes, reference_points, offsets, logits, sees, *wanted):
     return (
         value.new_empty(value.shape if wanted[0] else 0),
         reference_points.new_empty(reference_points.shape if wanted[1] else 0),
@@ -532,20 +540,19 @@ def _scales(grad: Tensor, value: Tensor, norms: Tensor, longest: int, batch: int
 
 
 def _deformable_setup(ctx, inputs, output):
-    value, ctx.sizes, *tensors, paired = inputs
-    ctx.save_for_backward(*output, value, *tensors, *paired)
+    value, ctx.sizes, *tensors = inputs
+    ctx.save_for_backward(*output, value, *tensors)
     ctx.mark_non_differentiable(output[1])
 
 
 def _deformable_autograd(ctx, grad, _):
     out, norms, value, *tensors = ctx.saved_tensors
-    tensors, paired = tensors[:3], tensors[3:]
     wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[2])
     by_value, by_reference, *others = _deformable_gradient_op(
-        grad, out, norms, value, ctx.sizes, *tensors, paired, *wanted
+        grad, out, norms, value, ctx.sizes, *tensors, *wanted
     )
     by_value, by_reference = by_value if wanted[0] else None, by_reference if wanted[1] else None
-    return by_value, None, by_reference, *others, [None] * len(paired)
+    return by_value, None, by_reference, *others, None
 
 
 _deformable_op.register_autograd(_deformable_autograd, setup_context=_deformable_setup)
@@ -560,48 +567,123 @@ def deformable_sampling(
     reference_points: Tensor,
     offsets: Tensor,
     logits: Tensor,
-    pairs: Tensor | None = None,
+    seen: Tensor | None = None,
 ) -> Tensor:
     """Attention-weighted bilinear samples of multi-level feature maps.
 
     Args:
-        value: [M, V, heads, dh] tokens of M stacks of maps, one level after another, each row by
-            row. M is B without pairs.
+        value: [B, V, heads, dh] tokens of maps, one level after another, each row by row; with
+            cameras [B * N, V, heads, dh].
         level_shapes: (h, w) of every level; V is the sum of their areas.
-        reference_points: (x, y) as fractions of the map, 0 and 1 at its outer edges. Without pairs
-            [1 or B, Q, L, P, 2], with pairs [K, P, 2], shared by the levels.
+        reference_points: (x, y) as fractions of the map, 0 and 1 at its outer edges,
+            [1 or B, Q, L, P, 2]; with cameras [B, N, Q, P, 2], shared by the levels.
         offsets: [B, Q, heads, L, P, 2] in pixels of the level.
         logits: [B, Q, heads, L * P] before the softmax over levels and points.
-        pairs: int64 [K, 2] (row of value, flat query b * Q + q), sorted by the first column. A
-            query's result is the mean over its pairs; one without pairs gets zero at no cost.
+        seen: bool [B, N, Q], which of up to 31 cameras see which queries. A query's result is the
+            mean over those; one that is not seen gets zero at no cost.
 
     Returns [B, Q, heads * dh] in value's dtype, differentiable in all four; sums are in float32, or
     float64 for float64 values. On a GPU, what is not contiguous is copied. Under
     `torch.use_deterministic_algorithms(True)` gradients are the same bit for bit in every run.
     Raises ValueError that names the argument.
     """
-    _check(value, level_shapes, reference_points, offsets, logits, pairs)
+    _check(value, level_shapes, reference_points, offsets, logits, seen)
     shapes = [(int(h), int(w)) for h, w in level_shapes]
     if not use_triton(value):
+        pairs = None
+        if seen is not None:
+            item, camera, query = seen.nonzero(as_tuple=True)  # sorted by camera
+            _, cameras, queries = seen.shape
+            pairs = torch.stack([item * cameras + camera, item * queries + query], dim=1)
+            reference_points = reference_points[item, camera, query]
         moves = displacement(offsets)
         return Sampling.apply(value, shapes, reference_points, moves, logits, pairs)
-    paired = []
-    if pairs is not None:
-        paired = [pairs, *_pairs_by_query(pairs, offsets.shape[0] * offsets.shape[1])]
     sizes = [side for shape in shapes for side in shape]
-    out, _ = _deformable_op(value, sizes, reference_points, offsets, logits, paired)
+    out, _ = _deformable_op(value, sizes, reference_points, offsets, logits, seen)
     return out.to(value.dtype)
 
 
-def _check(value, level_shapes, reference_points, offsets, logits, pairs) -> None:
-    references = "1" if reference_points.shape[:1] == (1,) else "B"
+class _Attention(torch.autograd.Function):
+    """Sampling in Triton, of which backward makes offsets and logits again: they are linear in the
+    queries, and many times larger.
+    """
+
+    @staticmethod
+    def forward(ctx, value, levels, reference_points, queries, moves, weighs, seen, *parameters):
+        ctx.sizes, ctx.shapes = [int(side) for shape in levels for side in shape], (moves, weighs)
+        raw = _projected(queries, parameters, ctx.shapes)
+        _check(value, levels, reference_points, *raw, seen)
+        out, norms = _deformable_op(value, ctx.sizes, reference_points, *raw, seen)
+        ctx.save_for_backward(out, norms, value, reference_points, queries, seen, *parameters)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        out, norms, value, reference_points, queries, seen, *parameters = ctx.saved_tensors
+        raw = _projected(queries, parameters, ctx.shapes)
+        by_value, _, *by_raw = _deformable_gradient_op(
+            grad, out, norms, value, ctx.sizes, reference_points, *raw, seen, True, False
+        )
+        # a column of ones sums over the queries as well, for the biases; eight keep rows aligned
+        rows = F.pad(queries.flatten(0, 1), (0, 8), value=1.0)
+        dim, by_queries, by_parameters = queries.shape[2], 0, []
+        for by, weight in zip(by_raw, parameters[::2], strict=True):
+            by = by.flatten(2)
+            by_queries = by_queries + by @ weight
+            sums = by.flatten(0, 1).mT @ rows
+            by_parameters += [sums[:, :dim], sums[:, dim]]
+        return by_value, None, None, by_queries, None, None, None, *by_parameters
+
+
+def _projected(queries: Tensor, parameters: tuple[Tensor, ...], shapes) -> list[Tensor]:
+    """Offsets and logits, of these shapes behind [B, Q]."""
+    pairs = zip(parameters[::2], parameters[1::2], shapes, strict=True)
+    return [F.linear(queries, weight, bias).unflatten(-1, shape) for weight, bias, shape in pairs]
+
+
+def deformable_attention(
+    value: Tensor,
+    level_shapes: list[tuple[int, int]],
+    reference_points: Tensor,
+    queries: Tensor,
+    offsets: tuple[Tensor, Tensor],
+    logits: tuple[Tensor, Tensor],
+    seen: Tensor | None = None,
+) -> Tensor:
+    """`deformable_sampling` with offsets and logits that are linear in the queries [B, Q, D].
+
+    offsets: weight [heads L P 2, D] and bias; logits: weight [heads L P, D] and bias. Triton's
+    backward makes both again instead of keeping them, and has no gradient of the reference points.
+    Under autocast all but these are cast as `F.linear` casts. Other arguments, results and errors
+    as there.
+    """
+    heads, levels = value.shape[2], len(level_shapes)
+    shapes = (heads, levels, -1, 2), (heads, -1)
+    parameters = *offsets, *logits
+    if not use_triton(value) or reference_points.requires_grad:
+        raw = _projected(queries, parameters, shapes)
+        return deformable_sampling(value, level_shapes, reference_points, *raw, seen)
+    if (dtype := autocast_type(value)) is not None:
+        queries, *parameters = (x.to(dtype) for x in (queries, *parameters))
+    arguments = value, level_shapes, reference_points, queries, *shapes, seen
+    return _Attention.apply(*arguments, *parameters).to(value.dtype)
+
+
+def _check(value, level_shapes, reference_points, offsets, logits, seen) -> None:
+    known = {"LP": math.prod(offsets.shape[3:5])}
+    references = ("1" if reference_points.shape[:1] == (1,) else "B") + " Q L P 2"
+    if seen is not None:
+        references, known["BN"] = "B N Q P 2", math.prod(seen.shape[:2])
+        if seen.shape[1] > 31:
+            raise ValueError(f"seen is of {seen.shape[1]} cameras, the kernels take up to 31")
     check(
-        {"LP": math.prod(offsets.shape[3:5])},
-        value=(value, "B V heads dh>=1" if pairs is None else "M V heads dh>=1"),
+        known,
+        value=(value, f"{'B' if seen is None else 'BN'} V heads dh>=1"),
         offsets=(offsets, "B Q heads L>=1 P>=1 2"),
         logits=(logits, "B Q heads LP"),
-        pairs=(pairs, "K 2", torch.int64),
-        reference_points=(reference_points, f"{references} Q L P 2" if pairs is None else "K P 2"),
+        seen=(seen, "B N Q", torch.bool),
+        reference_points=(reference_points, references),
     )
     levels = offsets.shape[3]
     if len(level_shapes) != levels:

@@ -100,6 +100,13 @@ def use_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda and hasattr(triton, "compile")
 
 
+def autocast_type(tensor: Tensor) -> torch.dtype | None:
+    """What autocast takes for products on the tensor's device; None where it is off."""
+    kind = tensor.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
 def launch(
     kernel,
     grid: tuple[int, ...],

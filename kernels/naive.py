@@ -10,39 +10,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.alpha import ALPHAS, Knobs
+from kernels.decode import activation
 from kernels.deformable import displacement
 from kernels.ssim import robust
 
 
-def deformable_sampling(value, level_shapes, reference_points, offsets, logits, pairs=None):
+def deformable_sampling(value, level_shapes, reference_points, offsets, logits, seen=None):
     """out[q] = sum_lp softmax(logits)_lp bilinear(value_l, (w, h) reference + offset - 1/2)
 
-    of every head, zero outside a level; with pairs the mean over those of a query, zero if it has
-    none (Zhu et al. 2021, eq. 3). value [M, V, heads, dh], offsets [B, Q, heads, L, P, 2] in
-    pixels, logits [B, Q, heads, L P] -> [B, Q, heads dh].
+    of every head, zero outside a level; with `seen` [B, N, Q] the mean over the cameras that see a
+    query, zero if there is none (Zhu et al. 2021, eq. 3). value [B N, V, heads, dh], offsets [B, Q,
+    heads, L, P, 2] in pixels, logits [B, Q, heads, L P] -> [B, Q, heads dh].
     """
     batch, queries, heads, levels, points, _ = offsets.shape
-    if pairs is None:  # a query reads the maps of its own item, from a reference for every level
-        query = torch.arange(batch * queries, device=value.device)
-        image = query // max(1, queries)
-        reference = reference_points.expand(batch, -1, -1, -1, -1).flatten(0, 1)
+    if seen is None:  # a query reads the maps of its own item, from a reference for every level
+        seen = torch.ones(batch, 1, queries, dtype=torch.bool, device=value.device)
+        reference = reference_points.expand(batch, -1, -1, -1, -1)[:, None]
     else:
-        image, query = pairs.unbind(1)
-        reference = reference_points[:, None].expand(-1, levels, -1, -1)  # [K, L, P, 2]
-    offsets = offsets.flatten(0, 1)[query]  # [K, heads, L, P, 2]
-    weights = logits.softmax(-1).view(-1, heads, levels, points)[query]
+        reference = reference_points[:, :, :, None].expand(-1, -1, -1, levels, -1, -1)
+    cameras = seen.shape[1]
+    weights = logits.softmax(-1).unflatten(-1, (levels, points))
     total = 0.0
     maps = value.split([h * w for h, w in level_shapes], dim=1)
     for level, (h, w) in enumerate(level_shapes):
-        pixels = maps[level].unflatten(1, (h, w)).permute(0, 3, 4, 1, 2)  # [M, heads, dh, h, w]
-        moved = displacement(offsets[:, :, level]) / offsets.new_tensor([w, h])
-        place = reference[:, None, level] + moved
-        grid = 2 * place.flatten(0, 1)[:, None] - 1  # [K heads, 1, P, 2]
-        seen = F.grid_sample(pixels[image].flatten(0, 1), grid, align_corners=False)[:, :, 0]
-        total = total + (weights[:, :, level].flatten(0, 1)[:, None] * seen).sum(-1)
-    total = total.view(len(query), -1) / query.bincount()[query][:, None]
-    out = total.new_zeros(batch * queries, total.shape[1])
-    return out.index_add(0, query, total).view(batch, queries, -1)
+        pixels = maps[level].unflatten(1, (h, w)).permute(0, 3, 4, 1, 2)  # [B N, heads, dh, h, w]
+        moved = displacement(offsets[:, :, :, level]) / offsets.new_tensor([w, h])
+        place = reference[:, :, :, None, level] + moved[:, None]  # [B, N, Q, heads, P, 2]
+        grid = (2 * place - 1).transpose(2, 3).flatten(0, 2)  # [B N heads, Q, P, 2]
+        read = F.grid_sample(pixels.flatten(0, 1), grid, align_corners=False)
+        read = read.unflatten(0, (batch, cameras, heads)).movedim(3, -1)  # [B, N, heads, Q, P, dh]
+        total = total + (weights[:, None, :, :, level, :, None] * read.transpose(2, 3)).sum(-2)
+    mean = (total * seen[..., None, None]).sum(1) / seen.sum(1).clamp_min(1)[..., None, None]
+    return mean.flatten(2)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -156,7 +155,7 @@ def render(
 
 
 def decode(hw, zh, wz, network, lifted=None, mix=None):
-    """W2 softplus(W1 softplus(x) + b1) + b2 of x = hw + zh + wz + mix lifted at every node
+    """W2 act(W1 act(x) + b1) + b2, act the softplus, of x = hw + zh + wz + mix lifted at every node
     (SelfOcc, the MLP from TPV features to the field).
 
     hw [B, H, W, D], zh [B, Z, H, D], wz [B, W, Z, D], network W1 [E, D], b1, W2 [C, E], b2, lifted
@@ -166,7 +165,7 @@ def decode(hw, zh, wz, network, lifted=None, mix=None):
     x = hw[:, :, :, None] + zh.transpose(1, 2)[:, :, None] + wz[:, None]
     if lifted is not None:
         x = x + lifted @ mix.T
-    return F.softplus(F.softplus(x) @ w1.T + b1) @ w2.T + b2
+    return activation(activation(x) @ w1.T + b1) @ w2.T + b2
 
 
 def sample_maps(maps, place, seen):

@@ -82,14 +82,16 @@ class Encoder(nn.Module):
         image_shapes = [tuple(level.shape[3:]) for level in features]
         image_tokens = self._image_tokens(features)
         projection = image_projection(intrinsics, camera_to_volume)
-        visible = [
-            visible_pairs(getattr(self, f"pillars_{plane}"), projection, image_size, valid_size)
-            for plane in self.planes
-        ]
+        seen = []
+        for plane in self.planes:
+            pillars = getattr(self, f"pillars_{plane}")
+            fractions, visible = project_points(pillars, projection, image_size, valid_size)
+            # a query takes part if any of its points is visible; its invisible ones come along
+            seen.append((fractions, visible.any(dim=-1)))
         shared = (self.positional_encoding(), self.plane_shapes, self.self_reference)
         x = torch.cat([self.queries[plane] for plane in self.planes])[None]
         for layer in self.layers:
-            x = layer(x, batch, *shared, image_tokens, image_shapes, visible)
+            x = layer(x, batch, *shared, image_tokens, image_shapes, seen)
         planes = x.split([rows * cols for rows, cols in self.plane_shapes], dim=1)
         shapes = self.plane_shapes
         return [plane.unflatten(1, shape) for plane, shape in zip(planes, shapes, strict=True)]
@@ -188,7 +190,7 @@ class EncoderLayer(nn.Module):
         self_reference: Tensor,
         image_tokens: Tensor,
         image_shapes: list[tuple[int, int]],
-        visible: list[tuple[Tensor, Tensor]],
+        seen: list[tuple[Tensor, Tensor]],
     ) -> Tensor:
         """x [B, T, dim], of the first layer [1, T, dim] for all items -> [B, T, dim].
 
@@ -198,16 +200,15 @@ class EncoderLayer(nn.Module):
             plane_shapes, image_shapes: (rows, cols) of the planes and of the image levels.
             self_reference: [1, T, planes, P, 2].
             image_tokens: [B * N, V, dim].
-            visible: what `visible_pairs` gives for each plane.
+            seen: fractions [B, N, Q, P, 2] of the images where the points of each plane's queries
+                are, and which cameras see a query [B, N, Q].
         """
         attended = self.self_attention(x + position, x, plane_shapes, self_reference)
         x = self.norms[0](x + self.dropout(attended.expand(batch, -1, -1)))
         planes = x.split([rows * cols for rows, cols in plane_shapes], dim=1)
         attended = [
-            attention(plane, image_tokens, image_shapes, reference, pairs)
-            for attention, plane, (pairs, reference) in zip(
-                self.cross.values(), planes, visible, strict=True
-            )
+            attention(plane, image_tokens, image_shapes, *there)
+            for attention, plane, there in zip(self.cross.values(), planes, seen, strict=True)
         ]
         x = self.norms[1](x + self.dropout(torch.cat(attended, dim=1)))
         return self.norms[2](x + self.dropout(self.ffn(x)))
@@ -251,20 +252,20 @@ class DeformableAttention(nn.Module):
         tokens: Tensor,
         level_shapes: list[tuple[int, int]],
         reference_points: Tensor,
-        pairs: Tensor | None = None,
+        seen: Tensor | None = None,
     ) -> Tensor:
         """Queries [B, Q, dim], tokens [M, V, dim] -> [B, Q, dim].
 
         The rest as in `kernels.deformable_sampling`.
         """
-        shape = (self.heads, self.levels, self.points)
-        sampled = kernels.deformable_sampling(
+        sampled = kernels.deformable_attention(
             self.value(tokens).unflatten(-1, (self.heads, -1)),
             level_shapes,
             reference_points,
-            self.offsets(queries).unflatten(-1, (*shape, 2)),
-            self.weights(queries).unflatten(-1, (self.heads, -1)),
-            pairs,
+            queries,
+            (self.offsets.weight, self.offsets.bias),
+            (self.weights.weight, self.weights.bias),
+            seen,
         )
         return self.output(sampled)
 
@@ -295,17 +296,3 @@ def project_points(
     fractions = pixel / constant(image_size[::-1], pixel)
     shape = (*projection.shape[:-2], *points.shape[:-1])
     return fractions.view(*shape, 2), visible.view(shape)
-
-
-def visible_pairs(
-    pillars: Tensor, projection: Tensor, image_size: tuple[int, int], valid_size: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """Pairs [K, 2] of camera b * N + n and query b * Q + q in view, and fractions [K, P, 2] there.
-
-    A query takes part if any of its points [Q, P, 3] is visible; its invisible points come along.
-    """
-    fractions, visible = project_points(pillars, projection, image_size, valid_size)
-    item, camera, query = visible.any(dim=-1).nonzero(as_tuple=True)  # sorted by camera
-    _, cameras, queries = visible.shape[:3]
-    pairs = torch.stack([item * cameras + camera, item * queries + query], dim=-1)
-    return pairs, fractions[item, camera, query]

@@ -142,8 +142,18 @@ def image_to_image(
 
 
 def inverse(matrix: Tensor) -> Tensor:
-    """torch.linalg.inv, but the host does not wait for a GPU to say whether there is one."""
-    return torch.linalg.inv_ex(matrix).inverse
+    """Of matrices [..., 3, 3], or of affine ones [..., 4, 4], whose last row is 0 0 0 1.
+
+    By cofactors: what LAPACK does on a GPU takes many launches, and its graphs cannot hold it.
+    """
+    if matrix.shape[-1] == 4:
+        out = matrix.clone()
+        linear = out[..., :3, :3] = inverse(matrix[..., :3, :3])
+        out[..., :3, 3:] = linear @ -matrix[..., :3, 3:]
+        return out
+    a, b, c = matrix.unbind(-2)
+    columns = [torch.linalg.cross(*rows) for rows in ((b, c), (c, a), (a, b))]
+    return torch.stack(columns, dim=-1) / torch.linalg.vecdot(a, columns[0])[..., None, None]
 
 
 def _homogeneous(intrinsics: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ Every kernel for every target, its other launches for the H200 alone.
 import json
 import os
 
+import torch
+
 from kernels.bench import cases, compile, measure
 
 
@@ -24,14 +26,18 @@ def without_jitter_and_with_one_source() -> list[tuple[str, compile.Launch]]:
 
 
 def main() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True  # as training has it
     launches = compile.different_launches(cases.cases(["kitti", "nuscenes"]))
     kernels = {launch.kernel: (label, launch) for label, launch in reversed(launches)}
     others = [
         (label, launch)
         for label, launch in launches
         if (label, launch) not in kernels.values()
-        and ("bf16" not in label or "deformable" in label)  # autocast reaches no other kernel
+        # autocast reaches no other kernel
+        and ("bf16" not in label or label.startswith(("deformable", "decode")))
     ]
+    torch.backends.cuda.matmul.allow_tf32 = False
+    others += compile.different_launches(cases.cases(["kitti", "nuscenes"], "decode"))
     others += without_jitter_and_with_one_source()
     processes = os.cpu_count()
     rows = compile.compiled(list(kernels.values()), list(compile.TARGETS), processes)

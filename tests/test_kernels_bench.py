@@ -76,6 +76,7 @@ def test_no_spills_from_ampere_on(compiled):
         ("render_triton.render_backward", 16),
         ("deformable.deformable_forward", 13),
         ("deformable.deformable_backward", 12),
+        ("decode.decode_forward", 12),
     ],
 )
 def test_lanes_read_16_bytes_at_once(compiled, kernel, loads):
@@ -85,6 +86,21 @@ def test_lanes_read_16_bytes_at_once(compiled, kernel, loads):
         if row["kernel"] == kernel and row["case"].endswith("kitti")
     ]
     assert float32 and min(float32) >= loads
+
+
+@ON_LINUX
+def test_the_decoder_multiplies_on_tensor_cores(compiled):
+    """And its tiles fit the shared memory of the GPUs."""
+    rows = [row for row in compiled if row["kernel"].startswith("decode.")]
+    limits = {"cuda 75": 64, "cuda 80": 163, "cuda 90": 227, "cuda 100": 227}  # KB a program
+    assert {row["constants"]["S"].rpartition("precision=")[2] for row in rows} == {
+        "'tf32')", "'tf32x3')", "'bf16')"
+    }  # fmt: skip
+    for row in rows:
+        for target, report in row["targets"].items():
+            assert report["products"] > 0 or target in ("cuda 75", "hip gfx1100"), (row, target)
+            limit = limits.get(target, 99 if target.startswith("cuda") else 64)
+            assert report["shared"] <= limit << 10, (row, target)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +115,7 @@ def test_lanes_read_16_bytes_at_once(compiled, kernel, loads):
         (lambda: cases.least_bytes(2, 1, 10), (10 * (34 + 24 + 4), 620 + 320)),
         (lambda: cases.proposal_bytes(2, 100, 5, 8), (2740, 2900)),
         (lambda: cases.node_bytes(100), (400, 800)),
+        (lambda: cases.decoding_bytes(50, 100, 5, e=2), (100 + 2000, 2100 + 200)),
     ],
     ids=[
         "deformable",
@@ -109,6 +126,7 @@ def test_lanes_read_16_bytes_at_once(compiled, kernel, loads):
         "least",
         "proposals",
         "nodes",
+        "decode",
     ],
 )
 def test_bytes_that_must_move(count, expected):
@@ -124,7 +142,9 @@ def test_published_sizes():
     rays = named["render_rays, nuscenes"].inputs(scenes.Draw("meta"))
     assert rays["volume"].shape == (1, 25, 257, 257, 25) and rays["near"].shape == (1, 28_800)
     seen = named["deformable_sampling images to hw, kitti"].inputs(scenes.Draw("meta"))
-    assert 0.5 < len(seen["pairs"]) / 66_049 < 0.8  # what a 80 degree camera sees of the square
+    share = scenes.seen_queries(scenes.SIZES["kitti"], 0)[1].float().mean()
+    assert 0.5 < share < 0.8  # what a 80 degree camera sees of the square
+    assert seen["seen"].shape == (1, 1, 66_049)
 
 
 def test_geometry_of_the_cases():
@@ -134,9 +154,9 @@ def test_geometry_of_the_cases():
     assert (rays["far"] > rays["near"]).all()
     front, back = rays["directions"][0].view(6, -1, 3).mean(1)[[0, 3]]
     assert front[0] > 0.5 and back[0] < -0.5
-    pairs, references = scenes.visible_pairs(size, 0)
-    assert (pairs[:, 0].diff() >= 0).all() and pairs[:, 1].max() < 257 * 257
-    assert ((references > 0) & (references < 1)).all(-1).any(-1).all()
+    references, seen = scenes.seen_queries(size, 0)
+    inside = ((references > 0) & (references < 1)).all(-1).any(-1)
+    assert seen.shape == (1, 6, 257 * 257) and inside[seen].all()
 
 
 def test_tables_and_json_on_a_cpu(tmp_path, capsys):
@@ -329,19 +349,3 @@ def test_training_steps_on_a_cpu(tmp_path, capsys):
     ]
     assert row["depth_rays"] == 32 * 64 and row["peak_bytes"] > 0
     assert "million rays/s" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("size", ["kitti", "nuscenes"])
-def test_nothing_is_compiled_anew_when_another_number_of_queries_is_seen(size):
-    """16 pairs or 17: types, constants and what is a multiple of 16 stay."""
-    case = next(c for c in cases.cases([size]) if "images to hw" in c.name)
-
-    def launches(count):
-        inputs = case.inputs(scenes.Draw("meta"))
-        for name in ("pairs", "reference_points"):
-            inputs[name] = inputs[name][:1].expand(count, *inputs[name].shape[1:])
-        leaves = {name: inputs[name].requires_grad_() for name in case.wanted}
-        return compile.launches_of(lambda: case.call(**inputs | leaves)[0].sum().backward())
-
-    some, others = launches(16), launches(17)
-    assert len(some) == 2 and some == others

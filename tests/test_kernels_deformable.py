@@ -17,8 +17,7 @@ def problem(
     heads=3,
     points=4,
     dh=4,
-    pairs=None,
-    maps=None,
+    seen=None,
     dtype=torch.float64,
     shapes=SHAPES,
 ):
@@ -28,10 +27,11 @@ def problem(
         return torch.randn(*size, generator=generator, dtype=dtype)
 
     levels = len(shapes)
-    value = normal(maps or batch, sum(h * w for h, w in shapes), heads, dh)
-    count = (len(pairs), points, 2) if pairs is not None else (1, queries, levels, points, 2)
+    maps = batch if seen is None else seen[..., 0].numel()
+    value = normal(maps, sum(h * w for h, w in shapes), heads, dh)
+    count = (1, queries, levels) if seen is None else seen.shape
     reference = (
-        torch.rand(*count, generator=generator, dtype=dtype) * 1.6 - 0.3
+        torch.rand(*count, points, 2, generator=generator, dtype=dtype) * 1.6 - 0.3
     )  # some lie outside the maps
     offsets = normal(batch, queries, heads, levels, points, 2) * 2
     return (
@@ -40,21 +40,24 @@ def problem(
         reference,
         offsets,
         normal(batch, queries, heads, levels * points) * 2,
-        pairs,
+        seen,
     )
 
 
-PAIRS = torch.tensor(
-    [(0, 0), (0, 3), (1, 3), (1, 4), (2, 3), (3, 9), (3, 5), (5, 5)]
-)  # query 3 has three, 1 none
+SEEN = torch.tensor(  # three cameras; query 3 of the first item by all, 1 by none
+    [
+        [[1, 0, 0, 1, 0], [0, 0, 0, 1, 1], [0, 0, 0, 1, 0]],
+        [[1, 0, 0, 0, 1], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0]],
+    ]
+).bool()
 
 
-@pytest.mark.parametrize("pairs, maps", [(None, None), (PAIRS, 6)], ids=["self", "pairs"])
-def test_values_and_gradients_are_those_of_the_meaning(pairs, maps):
-    value, shapes, reference, offsets, logits, pairs = problem(pairs=pairs, maps=maps)
+@pytest.mark.parametrize("seen", [None, SEEN], ids=["self", "cameras"])
+def test_values_and_gradients_are_those_of_the_meaning(seen):
+    value, shapes, reference, offsets, logits, seen = problem(seen=seen)
     leaves = [t.requires_grad_() for t in (value, reference, offsets, logits)]
-    ours = deformable_sampling(value, shapes, reference, offsets, logits, pairs)
-    theirs = naive.deformable_sampling(value, shapes, reference, offsets, logits, pairs)
+    ours = deformable_sampling(value, shapes, reference, offsets, logits, seen)
+    theirs = naive.deformable_sampling(value, shapes, reference, offsets, logits, seen)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     upstream = torch.randn(ours.shape, dtype=ours.dtype, generator=torch.Generator().manual_seed(1))
     gradients = [torch.autograd.grad(out, leaves, upstream) for out in (ours, theirs)]
@@ -66,17 +69,17 @@ def test_values_and_gradients_are_those_of_the_meaning(pairs, maps):
 
 
 @pytest.mark.parametrize(
-    "batch, pairs, maps",
-    [(1, None, None), (2, None, None), (1, PAIRS[:5], 3)],
-    ids=["self", "shared references", "pairs"],
+    "batch, seen",
+    [(1, None), (2, None), (1, SEEN[:1])],
+    ids=["self", "shared references", "cameras"],
 )
-def test_gradcheck(batch, pairs, maps):
-    value, shapes, reference, offsets, logits, pairs = problem(
-        batch, 5, 2, 2, 2, pairs, maps, shapes=SHAPES[:2]
+def test_gradcheck(batch, seen):
+    value, shapes, reference, offsets, logits, seen = problem(
+        batch, 5, 2, 2, 2, seen, shapes=SHAPES[:2]
     )
     leaves = [t.requires_grad_() for t in (value, reference, offsets, logits)]
     assert torch.autograd.gradcheck(
-        lambda v, r, o, a: deformable_sampling(v, shapes, r, o, a, pairs),
+        lambda v, r, o, a: deformable_sampling(v, shapes, r, o, a, seen),
         leaves,
         eps=1e-7,
         atol=1e-6,
@@ -84,8 +87,8 @@ def test_gradcheck(batch, pairs, maps):
 
 
 def test_chunks_of_queries_change_nothing(monkeypatch):
-    arguments = problem(pairs=PAIRS, maps=6)
-    leaves = [arguments[i].requires_grad_() for i in (0, 2, 3, 4)]  # all but shapes and pairs
+    arguments = problem(seen=SEEN)
+    leaves = [arguments[i].requires_grad_() for i in (0, 2, 3, 4)]  # all but shapes and seen
     whole = deformable_sampling(*arguments)
     gradients = torch.autograd.grad(whole.square().sum(), leaves)
     monkeypatch.setattr("kernels.deformable_cpu._CHUNK", 30)  # two or three pairs at a time
@@ -107,7 +110,7 @@ def test_far_and_undefined_locations_read_zero():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_low_precision_inputs_are_summed_in_float32(dtype):
-    exact = problem(pairs=PAIRS, maps=6)
+    exact = problem(seen=SEEN)
     low = [t.to(dtype) if torch.is_tensor(t) and t.is_floating_point() else t for t in exact]
     leaves = [low[i].requires_grad_() for i in (0, 3, 4)]
     out = deformable_sampling(*low)
@@ -123,12 +126,12 @@ def test_low_precision_inputs_are_summed_in_float32(dtype):
 
 
 @pytest.mark.parametrize(
-    "batch, queries, pairs", [(2, 0, None), (1, 3, torch.empty(0, 2, dtype=torch.int64))]
+    "batch, queries, seen", [(2, 0, None), (1, 3, torch.zeros(1, 2, 3, dtype=torch.bool))]
 )
-def test_empty(batch, queries, pairs):
-    value, shapes, reference, offsets, logits, pairs = problem(batch, queries, pairs=pairs)
+def test_empty(batch, queries, seen):
+    value, shapes, reference, offsets, logits, seen = problem(batch, queries, seen=seen)
     leaves = [t.requires_grad_() for t in (value, reference, offsets, logits)]
-    out = deformable_sampling(value, shapes, reference, offsets, logits, pairs)
+    out = deformable_sampling(value, shapes, reference, offsets, logits, seen)
     assert out.shape == (batch, queries, 12)
     assert torch.equal(out, torch.zeros_like(out))
     for gradient in torch.autograd.grad(out.sum(), leaves):
@@ -143,12 +146,14 @@ def test_empty(batch, queries, pairs):
         ("reference_points", lambda t: t[1:]),
         ("offsets", lambda t: t[..., :1]),
         ("logits", lambda t: t[..., 1:]),
-        ("pairs", lambda t: t.int()),
+        ("seen", lambda t: t.int()),
+        ("seen", lambda t: t[:, :, 1:]),
+        ("seen", lambda t: t.repeat(1, 11, 1)),
     ],
 )
 def test_errors_name_the_argument(name, spoil):
-    names = ("value", "level_shapes", "reference_points", "offsets", "logits", "pairs")
-    arguments = dict(zip(names, problem(pairs=PAIRS, maps=6), strict=True))
+    names = ("value", "level_shapes", "reference_points", "offsets", "logits", "seen")
+    arguments = dict(zip(names, problem(seen=SEEN), strict=True))
     arguments[name] = spoil(arguments[name])
     with pytest.raises((ValueError, TypeError), match=f"^{name} "):
         deformable_sampling(**arguments)

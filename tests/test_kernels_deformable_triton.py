@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import kernels
 from kernels import deformable
@@ -24,7 +25,7 @@ GRADIENT = dict(rtol=1e-5, atol=2e-6)  # measured: 1.2e-5 of values up to 52, 4e
 # by rounding the results; the interpreter truncates to bfloat16
 HALF = {torch.bfloat16: 2**-7, torch.float16: 2**-11}
 SHAPES = [(5, 7), (3, 4), (2, 9), (1, 1)]
-PAIRS = [(0, 0), (0, 3), (1, 3), (1, 4), (2, 3), (3, 9), (3, 5), (5, 5)]
+PAIRS = [(0, 0), (0, 3), (1, 3), (1, 4), (2, 3), (3, 9), (3, 5), (5, 5)]  # maps, queries of all
 
 
 @pytest.fixture(autouse=True)
@@ -64,11 +65,16 @@ def problem(
     """Arguments of `deformable_sampling`; some references lie outside the maps."""
     generator = torch.Generator().manual_seed(seed)
     shapes = SHAPES[:levels]
-    maps = batch if pairs is None else 6
+    maps, seen = batch if pairs is None else 6, None
     count = (batch if own_references else 1, queries, levels, points, 2)
     if pairs is not None:
-        pairs = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).to(DEVICE)
-        count = (len(pairs), points, 2)
+        seen = torch.zeros(maps, batch * queries, dtype=torch.bool)
+        for image, query in pairs:
+            seen[image, query] = True
+        # of each item's own maps and queries
+        seen = seen.view(batch, maps // batch, batch, queries)
+        seen = seen[range(batch), :, range(batch)].to(DEVICE)
+        count = (*seen.shape, points, 2)
     sizes = (
         (maps, sum(h * w for h, w in shapes), heads, width),
         count,
@@ -78,7 +84,7 @@ def problem(
     value, reference, offsets, logits = (torch.randn(s, generator=generator) for s in sizes)
     tensors = (value, reference / 2 + 0.5, 2 * offsets, 2 * logits)
     tensors = [poisoned(x.to(DEVICE, dtype), strided) for x in tensors]
-    return [tensors[0], shapes, *tensors[1:], pairs]
+    return [tensors[0], shapes, *tensors[1:], seen]
 
 
 def evaluated(arguments, wanted=LEAVES, dtype=None):
@@ -208,13 +214,12 @@ def test_deterministic_sums_do_not_depend_on_order(pairs):
     for a, e in zip(first, exact, strict=True):
         torch.testing.assert_close(a.double(), e, **GRADIENT)
     order = torch.tensor([3, 0, 4, 2, 1], device=DEVICE)
-    value, shapes, reference, offsets, logits, pairs = arguments
-    if pairs is None:
+    value, shapes, reference, offsets, logits, seen = arguments
+    if seen is None:
         reference = reference[:, order]
     else:
-        item, query = pairs[:, 1] // 5, pairs[:, 1] % 5
-        pairs = torch.stack([pairs[:, 0], item * 5 + order.argsort()[query]], 1)
-    other = [value, shapes, reference, offsets[:, order], logits[:, order], pairs]
+        reference, seen = reference[:, :, order], seen[:, :, order]
+    other = [value, shapes, reference, offsets[:, order], logits[:, order], seen]
     out = deformable_sampling(*other)
     assert torch.equal(out, first[0][:, order])
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
@@ -270,18 +275,45 @@ def test_nothing_a_sample_is_kept():
         out = deformable_sampling(*arguments)
     given = {x.data_ptr() for x in arguments if torch.is_tensor(x)}
     own = sum(x.numel() for x in kept if x.data_ptr() not in given)
-    pairs, queries, heads = len(PAIRS), 10, 2
-    assert own == out.numel() + queries * heads + pairs + queries + 1  # norms, by_query, first
+    assert own == out.numel() + 10 * 2  # norms, of queries and heads
+
+
+@pytest.mark.parametrize("pairs", [None, PAIRS], ids=["self", "pairs"])
+def test_attention_makes_offsets_and_logits_again(pairs):
+    value, shapes, reference, _, _, seen = problem(batch=2, pairs=pairs)
+    generator = torch.Generator().manual_seed(2)
+    sizes = [(2, 5, 6), (32, 6), (32,), (16, 6), (16,)]  # queries, and layers to 2 x 2 x 4 samples
+    leaves = [value, *(torch.randn(s, generator=generator).to(DEVICE) for s in sizes)]
+    upstream = torch.randn(2, 5, 8, generator=generator).to(DEVICE)
+
+    def run(attention, leaves, keep):
+        value, queries, *parameters = (x.requires_grad_() for x in leaves)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: keep.append(x) or x, lambda x: x):
+            layers = parameters[:2], parameters[2:]
+            out = attention(value, shapes, reference, queries, *layers, seen)
+        return [out, *torch.autograd.grad(out, [value, queries, *parameters], upstream)]
+
+    def sampled(value, shapes, reference, queries, offsets, logits, seen):
+        offsets = F.linear(queries, *offsets).unflatten(2, (2, 2, 4, 2))
+        logits = F.linear(queries, *logits).unflatten(2, (2, 8))
+        return deformable_sampling(value, shapes, reference, offsets, logits, seen)
+
+    kept = []
+    for a, b in zip(
+        run(kernels.deformable_attention, leaves, kept), run(sampled, leaves, []), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    given = {x.data_ptr() for x in (*leaves, reference) if torch.is_tensor(x)}
+    assert sum(x.numel() for x in kept if x.data_ptr() not in given) <= 2 * 5 * (8 + 2) + 30
 
 
 @pytest.mark.parametrize("pairs", [None, PAIRS], ids=["self", "pairs"])
 def test_operators_are_registered_soundly(pairs):
     arguments = problem(batch=2, heads=1, points=2, levels=1, pairs=pairs)
-    value, shapes, reference, offsets, logits, pairs = arguments
-    paired = [] if pairs is None else [pairs, *deformable._pairs_by_query(pairs, 10)]
+    value, shapes, reference, offsets, logits, seen = arguments
     sizes = [side for shape in shapes for side in shape]
     tensors = [x.requires_grad_() for x in (value, reference, offsets, logits)]
-    inputs = (tensors[0], sizes, *tensors[1:], paired)
+    inputs = (tensors[0], sizes, *tensors[1:], seen)
     torch.library.opcheck(deformable._deformable_op, inputs)
     inputs = [x.detach() if torch.is_tensor(x) else x for x in inputs]
     out, norms = deformable._deformable_op(*inputs)
@@ -307,7 +339,7 @@ def test_compiles_without_graph_break(pairs):
         torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-6)
 
 
-def far_from_edges(level_shapes, reference_points, offsets, pairs=None, least=1e-3, **_):
+def far_from_edges(level_shapes, reference_points, offsets, seen=None, least=1e-3, **_):
     """Where the samples of an offset lie `least` pixels or more from the edges of their cells.
 
     Nearer ones may round to the other side in float32, where another slope is right.
@@ -318,12 +350,10 @@ def far_from_edges(level_shapes, reference_points, offsets, pairs=None, least=1e
         at = reference.double() * sizes + moves.double() - 0.5
         return ((at - at.round()).abs() > least).all(-1, keepdim=True)
 
-    if pairs is None:
+    if seen is None:
         return clear(reference_points[:, :, None], offsets)
-    queries = offsets.flatten(0, 1)
-    near = ~clear(reference_points[:, None, None], queries[pairs[:, 1]])
-    touched = torch.zeros_like(queries[..., :1], dtype=torch.int32)
-    return touched.index_add(0, pairs[:, 1], near.int()).eq(0).view(*offsets.shape[:-1], 1)
+    near = ~clear(reference_points[:, :, :, None, None], offsets[:, None])
+    return ~(near & seen.view(*seen.shape, 1, 1, 1, 1)).any(1)
 
 
 @on_gpu
@@ -340,7 +370,7 @@ def test_published_sizes(size, case):
         (out,) = case.call(**inputs | leaves)
         upstream = torch.randn_like(out) if upstream is None else upstream.to(dtype)
         results.append([out, *torch.autograd.grad(out, list(leaves.values()), upstream)])
-    shapes = SIZES[size].levels if "pairs" in inputs else SIZES[size].planes
+    shapes = SIZES[size].levels if "seen" in inputs else SIZES[size].planes
     clear = far_from_edges(shapes, **inputs)
     assert clear.float().mean() > 0.98
     for name, a, e in zip(("out", *case.wanted), *results, strict=True):

@@ -20,7 +20,7 @@ from kernels.bench.scenes import (
     projections_of,
     rays_of,
     road,
-    visible_pairs,
+    seen_queries,
 )
 
 
@@ -113,6 +113,39 @@ def node_bytes(nodes: int, e: int = 4) -> tuple[int, int]:
     return e * nodes, 2 * e * nodes
 
 
+def decoding_bytes(planes: int, nodes: int, channels: int, e: int = 4) -> tuple[int, int]:
+    """planes: features of them; nodes of so many channels. Backward reads both, and writes the
+    gradient of the planes.
+    """
+    forward = e * planes + 4 * nodes * channels
+    return forward, forward + 4 * planes
+
+
+# -----------------------------------------------------------------------------------------------
+# Planes to volume
+
+
+@_case
+def _decode(size: Size) -> Case:
+    dim, hidden, channels = math.prod(size.heads), size.hidden, 4 + size.classes
+
+    def inputs(draw: Draw) -> dict[str, Tensor]:
+        hw, zh, wz = (draw.normal(1, *shape, dim) for shape in size.planes)
+        network = [(hidden, dim), (hidden,), (channels, hidden), (channels,)]
+        w1, b1, w2, b2 = (draw.normal(*shape) / math.sqrt(shape[-1]) for shape in network)
+        return dict(hw=hw, zh=zh, wz=wz, w1=w1, b1=b1, w2=w2, b2=b2)
+
+    def call(hw, zh, wz, **network: Tensor) -> tuple[Tensor, ...]:
+        return (kernels.decode(hw, zh, wz, tuple(network.values())),)
+
+    def moved(x: dict[str, Tensor]) -> tuple[int, int]:
+        planes = sum(x[name].numel() for name in ("hw", "zh", "wz"))
+        return decoding_bytes(planes, math.prod(size.nodes), channels, x["hw"].element_size())
+
+    names = ("hw", "zh", "wz", "w1", "b1", "w2", "b2")
+    return Case("decode", "", size.name, inputs, call, names, moved)
+
+
 # -----------------------------------------------------------------------------------------------
 # Deformable sampling
 
@@ -149,17 +182,17 @@ def _cross_attention(plane: int, name: str) -> Callable[[Size], Case]:
         queries = math.prod(size.planes[plane])
 
         def inputs(draw: Draw) -> dict[str, Tensor]:
-            pairs, references = visible_pairs(size, plane)
+            references, seen = seen_queries(size, plane)
             return dict(
                 value=draw.normal(maps, tokens, heads, width),
                 reference_points=draw.put(references),
                 offsets=4 * draw.normal(1, queries, heads, 4, points, 2),
                 logits=draw.normal(1, queries, heads, 4 * points),
-                pairs=draw.put(pairs),
+                seen=draw.put(seen),
             )
 
         def moved(x: dict[str, Tensor]) -> tuple[int, int]:
-            seen = len(visible_pairs(size, plane)[0][:, 1].unique())
+            seen = int(seen_queries(size, plane)[1].any(1).sum())
             e = x["value"].element_size()
             return deformable_bytes(maps, tokens, seen, heads, width, 4 * points, e)
 

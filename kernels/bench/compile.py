@@ -34,6 +34,7 @@ class Report:
     spills: int  # bytes a thread in local memory (cuda: stack, hip: scratch)
     shared: int  # bytes a program
     wide_loads: int  # of 16 bytes a lane, in the code
+    products: int  # of matrices, on tensor cores, in the code
 
 
 def launches_of(call: Callable[[], object]) -> list[Launch]:
@@ -70,10 +71,12 @@ def compile_ahead(launch: Launch, target: str) -> Report:
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     shared = compiled.metadata.shared
     if target.startswith("cuda"):
-        wide = re.findall(r"ld\.global\S*\.v4\.b32", compiled.asm["ptx"])
-        return Report(*_cuda_resources(compiled.asm["cubin"]), shared, len(wide))
-    wide = re.findall(r"(?:global|buffer)_load_(?:dwordx4|b128)", compiled.asm["amdgcn"])
-    return Report(*_hip_resources(compiled.asm["amdgcn"]), shared, len(wide))
+        code, resources = compiled.asm["ptx"], _cuda_resources(compiled.asm["cubin"])
+        wide, products = r"ld\.global\S*\.v4\.b32", r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)"
+    else:
+        code, resources = compiled.asm["amdgcn"], _hip_resources(compiled.asm["amdgcn"])
+        wide, products = r"(?:global|buffer)_load_(?:dwordx4|b128)", r"\bv_(?:mfma|wmma)"
+    return Report(*resources, shared, *(len(re.findall(x, code)) for x in (wide, products)))
 
 
 _to_compile: list[Launch] = []  # kernels cannot be pickled: forked processes find them here

@@ -136,6 +136,7 @@ def gpu_times(chosen: list[Case], repeats: int, copy: float, say: Callable) -> I
     """One implementation after the other of every case. Memory is what a run adds to its inputs."""
     torch._dynamo.config.suppress_errors = True  # what torch.compile cannot do is left as it is
     torch._logging.set_logs(all=logging.CRITICAL)
+    torch.backends.cuda.matmul.allow_tf32 = True  # as training has it
     say(
         f"\ncopy bandwidth {copy:.0f} GB/s; % is the share of it that the bytes that must move "
         f"take; x is time over Triton's\n{'':60s}{'forward':>31s}{'forward + backward':>37s}\n"

@@ -21,6 +21,7 @@ class Size:
     nodes: tuple[int, int, int]  # H (y), W (x), Z
     classes: int
     heads: tuple[int, int]  # count, width
+    hidden: int  # features of the decoder
     points_self: int
     points_cross: tuple[int, int, int]  # of the hw, zh and wz planes
     network_image: tuple[int, int]
@@ -55,6 +56,7 @@ SIZES = {
         nodes=(257, 257, 33),
         classes=0,
         heads=(6, 16),
+        hidden=96,
         points_self=12,
         points_cross=(8, 48, 48),
         network_image=(352, 1216),
@@ -72,6 +74,7 @@ SIZES = {
         nodes=(257, 257, 25),
         classes=21,
         heads=(6, 16),
+        hidden=96,
         points_self=12,
         points_cross=(8, 48, 48),
         network_image=(384, 800),
@@ -89,6 +92,7 @@ SIZES = {
         nodes=(13, 11, 5),
         classes=3,
         heads=(3, 8),
+        hidden=40,
         points_self=3,
         points_cross=(2, 4, 4),
         network_image=(32, 64),
@@ -190,8 +194,8 @@ def projections_of(size: Size, moves: tuple[float, ...] = (-1.0, 1.0)) -> Tensor
 
 
 @cache
-def visible_pairs(size: Size, plane: int) -> tuple[Tensor, Tensor]:
-    """Pairs (camera, query) in view [K, 2] and their references there [K, P, 2], as fractions."""
+def seen_queries(size: Size, plane: int) -> tuple[Tensor, Tensor]:
+    """Where queries are in the images [1, N, Q, P, 2], as fractions, and who is seen [1, N, Q]."""
     missing = (2, 1, 0)[plane]  # of H, W, Z, the axis that a plane lacks
     counts = list(size.nodes)
     counts[missing] = size.points_cross[plane]
@@ -209,8 +213,7 @@ def visible_pairs(size: Size, plane: int) -> tuple[Tensor, Tensor]:
     rows, cols = size.network_image
     fraction = image[..., :2] / depth.clamp_min(1e-5) / torch.tensor([cols, rows])
     seen = (depth[..., 0] > 1e-5) & ((fraction > 0) & (fraction < 1)).all(-1)
-    camera, query = seen.any(-1).nonzero(as_tuple=True)
-    return torch.stack([camera, query], 1), fraction[camera, query]
+    return fraction[None], seen.any(-1)[None]
 
 
 @cache
