@@ -113,7 +113,7 @@ class Tensors:
 class Frames(Tensors):
     """Images of one time stamp or several, cameras in the volume frame of the *input* frame."""
 
-    images: Tensor  # [..., N, 3, h, w] RGB in [0, 1]
+    images: Tensor  # [..., N, 3, h, w] RGB in [0, 1]; bytes where they are until `Batch.to`
     intrinsics: Tensor  # [..., N, 3, 3] float64, pixels of `images`
     camera_to_volume: Tensor  # [..., N, 4, 4] float64
 
@@ -133,6 +133,14 @@ class Batch(Tensors):
     stereo: Tensor | None = None  # the same by block matching: evaluation, where no other is there
     semantics: Tensor | None = None  # [B, N, h, w] class ids of the target
     voxels: Tensor | None = None  # [B, ny, nx, nz] uint8 labels around the input frame, 255 unknown
+
+    def to(self, device: torch.device) -> "Batch":
+        """On the device, where images of target and sources that came as bytes become colours."""
+        batch = super().to(device)
+        for frames in (batch.target, batch.sources):
+            if frames.images.dtype == torch.uint8:
+                frames.images = frames.images / 255
+        return batch
 
 
 def collate(samples: list[Batch]) -> Batch:

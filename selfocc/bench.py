@@ -246,6 +246,9 @@ def random_batch(settings: Config, seed: int) -> Batch:
         sources=sources,
         semantics=(target.images[:, 0, :, 0] * classes).byte() if classes else None,
     )
+    if data.target_scale == 1:
+        for frames in (batch.target, batch.sources):
+            frames.images = (frames.images * 255).byte()
     return batch.pin_memory() if torch.cuda.is_available() else batch
 
 

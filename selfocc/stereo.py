@@ -34,7 +34,7 @@ def stereo_depth(
 
 
 def _grey(image: np.ndarray) -> Tensor:
-    return torch.from_numpy(image).float() @ torch.tensor([0.299, 0.587, 0.114])
+    return torch.tensor(image).float() @ torch.tensor([0.299, 0.587, 0.114])
 
 
 def block_matching(left: Tensor, right: Tensor, max_disparity: int) -> Tensor:

@@ -348,7 +348,7 @@ def test_cameras_of_different_sizes_make_the_same_samples(root):
     def sample():
         sequence = only(root, labels=PseudoLabels(root / "labels", root, 20))
         data = VideoDataset([sequence], settings, train=False)
-        return sequence, data[0]
+        return sequence, data[0].to(torch.device("cpu"))
 
     _, before = sample()
     enlarge(root, "CAM_BACK", 3, 2)

@@ -66,7 +66,7 @@ def test_a_training_step(preset):
     torch.manual_seed(0)
     settings = presets.build(preset, SMALL.split())
     model = SelfOcc(settings).train()
-    batch = random_batch(settings, seed=0)
+    batch = random_batch(settings, seed=0).to(torch.device("cpu"))
     cameras, rays = settings.data.cameras, 24
     shape = (1, cameras, rays)
     pixels = fixed_pixels(settings.render.rays, (64, 96))

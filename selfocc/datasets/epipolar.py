@@ -65,7 +65,7 @@ def _seen_twice(sequence, frame, other):
     [4, 4], and both intrinsics."""
     (k_here, here), (k_there, there) = sequence.cameras(frame), sequence.cameras(other)
     images = (
-        [torch.from_numpy(image).float().mean(-1) for image in sequence.images(f)]
+        [torch.tensor(image).float().mean(-1) for image in sequence.images(f)]
         for f in (frame, other)
     )
     return zip(*images, np.linalg.inv(there) @ here, k_here, k_there, strict=True)

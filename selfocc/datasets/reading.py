@@ -213,11 +213,11 @@ def _decoded(path: Path, read: Callable):
         raise InputError(f"{path}: damaged or unreadable {kind}; copy it again") from error
 
 
-_pixels = partial(iio.imread, plugin="pillow")
+_pixels = partial(iio.imread, plugin="pillow", writeable_output=False)  # spares a copy
 
 
 def read_image(path: Path) -> np.ndarray:
-    """uint8 [h, w, 3] RGB; grey is repeated."""
+    """uint8 [h, w, 3] RGB, perhaps read-only; grey is repeated."""
     image = _decoded(path, _pixels)
     if image.ndim == 2:
         image = np.repeat(image[..., None], 3, axis=2)

@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from selfocc import InputError, counted
 from selfocc.batch import Batch, Frames, Sequence
 from selfocc.config import DataConfig
-from selfocc.datasets.pixels import cropped, one_size, photometric_augmentation, resize, scaled
+from selfocc.datasets.pixels import augment, cropped, one_size, planar, resize, scaled
 from selfocc.stereo import stereo_depth
 
 # Which images an anchor is compared with: those of a frame, those of a frame for each camera, or of
@@ -257,45 +256,51 @@ class VideoDataset(torch.utils.data.Dataset):
         image = functools.cache(sequence.image)  # input, target and sources may share some
         images, network_intrinsics, camera_to_world, where = _seen(sequence, image, frame)
         network_intrinsics[:, :2] *= self.config.scale
-        target = self._frames(sequence, image, anchor, world_to_volume)
-        pairs = [self._frames(sequence, image, source, world_to_volume) for source in sources]
+        target = self._frames(sequence, image, [anchor], world_to_volume).each(lambda x: x[0])
         depth = self._label_map(sequence.depth(anchor))
         exact = self.train and depth is not None  # truth enough; scans are for judging
-        fields = dataclasses.fields(Frames)
         return Batch(
             name=[f"{sequence.name}/{sequence.frame_id(frame)}"],
             images=self._network_images(images, where, rng),
             intrinsics=torch.from_numpy(network_intrinsics),
             camera_to_volume=torch.from_numpy(world_to_volume @ camera_to_world),
             target=target,
-            sources=Frames(*(torch.stack([getattr(p, f.name) for p in pairs]) for f in fields)),
+            sources=self._frames(sequence, image, sources, world_to_volume),
             depth=depth,
             lidar=None if exact else self._lidar_map(sequence, anchor, target),
             semantics=self._label_map(sequence.semantics(anchor)),
         )
 
-    def _frames(self, sequence, image, source: Source, world_to_volume: np.ndarray) -> Frames:
-        images, intrinsics, camera_to_world, where = _seen(sequence, image, source)
-        scale = self.config.target_scale
+    def _frames(self, sequence, image, of: list[Source], world_to_volume: np.ndarray) -> Frames:
+        """[len(of), N, ...]. Images that are not resized are bytes until `Batch.to`."""
+        seen = [_seen(sequence, image, source) for source in of]
+        crops = [c for shown, _, _, where in seen for c in cropped(shown, self.target_crop, where)]
+        images, scale = planar(crops), self.config.target_scale
+        if scale != 1:
+            images = resize(images, scale) / 255
         return Frames(
-            resize(cropped(images, self.target_crop, where) / 255, scale),
-            torch.from_numpy(scaled(intrinsics, scale)),
-            torch.from_numpy(world_to_volume @ camera_to_world),
+            images.unflatten(0, (len(of), -1)),
+            torch.from_numpy(np.stack([scaled(intrinsics, scale) for _, intrinsics, *_ in seen])),
+            torch.from_numpy(world_to_volume @ np.stack([pose for *_, pose, _ in seen])),
         )
 
     def _network_images(self, images, where: str, rng) -> Tensor:
-        images = cropped(images, self.config.crop, where)
-        if rng is not None and self.config.augment:
-            images = photometric_augmentation(images, rng)
-        mean, std = (torch.tensor(v)[:, None, None] for v in (self.config.mean, self.config.std))
-        images = resize((images - mean) / std, self.config.scale)
-        rows, cols = (p - s for p, s in zip(self.config.pad, images.shape[-2:], strict=True))
-        if rows < 0 or cols < 0:
+        images = resize(planar(cropped(images, self.config.crop, where)), self.config.scale)
+        height, width = images.shape[-2:]
+        if height > self.config.pad[0] or width > self.config.pad[1]:
             raise InputError(
                 f"data.pad {self.config.pad} is smaller than the network's image, "
-                f"{tuple(images.shape[-2:])}; --set data.pad=H,W"
+                f"{height, width}; --set data.pad=H,W"
             )
-        return F.pad(images, (0, cols, 0, rows))
+        if rng is not None and self.config.augment:
+            # Published: before the resize. Only hue and saturation differ, where pixels that make
+            # one have other orders of R, G, B: on average by 0.003 of 255 (nuscenes), 0.16
+            # (kitti_raw), where these are drawn.
+            augment(images, rng)
+        mean, std = (torch.tensor(v)[:, None, None] for v in (self.config.mean, self.config.std))
+        padded = images.new_zeros(*images.shape[:2], *self.config.pad)
+        torch.addcmul(-mean / std, images, 1 / std, out=padded[..., :height, :width])
+        return padded
 
     def _label_map(self, labels: Iterable[np.ndarray] | None) -> Tensor | None:
         """Maps [h, w] of every camera as its images are, by the nearest pixel."""
