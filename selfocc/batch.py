@@ -152,7 +152,9 @@ def collate(samples: list[Batch]) -> Batch:
         if isinstance(values[0], Frames):
             fields = dataclasses.fields(Frames)
             return Frames(*(stack([getattr(v, f.name) for v in values]) for f in fields))
-        return None if any(value is None for value in values) else torch.stack(values)
+        if any(value is None for value in values):
+            return None
+        return torch.stack(values) if len(values) > 1 else values[0][None]  # spares a copy
 
     return Batch(*(stack([getattr(s, f.name) for s in samples]) for f in dataclasses.fields(Batch)))
 

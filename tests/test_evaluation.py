@@ -274,7 +274,7 @@ def test_photometric_error_only_where_sources_see_the_target(cache):
     data = VideoDataset([SyntheticSequence(world, "train-0", 0, cache)], DataConfig(
         crop=(32, 64), pad=(32, 64), source=(0.01, 40)), train=False)  # fmt: skip
     data.index = [(0, 1)]
-    batch = collate([data[0]])
+    batch = collate([data[0]]).to(torch.device("cpu"))
     assert photometric_record(batch.depth.clamp_min(1), batch)["photometric"].isfinite().all()
     behind = batch.sources.camera_to_volume.clone()
     behind[..., 1, 3] += 1000
