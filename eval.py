@@ -17,6 +17,7 @@ import os
 
 # waiting threads must not spin: data workers share the cores
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's, for matrices of a few columns
 
 import argparse
 import contextlib

@@ -53,7 +53,7 @@ def cropped(images, crop: tuple[int, int], where: str) -> list[np.ndarray]:
 
 
 def planar(images: list[np.ndarray]) -> Tensor:
-    """uint8 [N, 3, h, w] of N images uint8 [h, w, 3] of one size: their only copy."""
+    """uint8 [N, 3, h, w] of N images uint8 [h, w, 3] of one size."""
     planes = np.empty((len(images), 3, *images[0].shape[:2]), np.uint8)
     for image, plane in zip(images, planes, strict=True):
         plane[:] = image.transpose(2, 0, 1)
@@ -88,7 +88,7 @@ def augment(images: Tensor, rng: np.random.Generator) -> None:
         return rng.uniform(low, high) if rng.random() < 0.5 else neutral
 
     brightness = draw(-32, 32, 0.0)
-    rng.random()  # published: contrast before or after the rest, which is the same
+    rng.random()  # published: contrast before or after HSV, which is the same
     contrast, saturation, hue = draw(0.8, 1.2, 1.0), draw(0.8, 1.2, 1.0), draw(-18, 18, 0.0)
     for image in images.view(*images.shape[:2], -1):
         for pixels in image.split(CACHED, dim=1):
@@ -100,13 +100,15 @@ def augment(images: Tensor, rng: np.random.Generator) -> None:
 def _shift_hsv(pixels: Tensor, hue: float, saturation: float) -> None:
     """Turn the hue of RGB [3, P] by at most 30 degrees and scale its saturation, in place.
 
-    Piecewise linear in the pixels, so that it can follow a resize.
+    This is linear in colours of one order of R, G, B and one hue to within a turn, so that it makes
+    next to no difference whether it comes before a resize or after it.
     """
     value, least = pixels.amax(0), pixels.amin(0)
     half = (value - least) / 2
     channels = pixels - (value + least) / 2  # in -half..half
-    # a turn takes a channel across while its neighbour rests at an end, away from that end; it
-    # rests while that one crosses, and goes the rest of the way once that one has arrived
+    # As the hue turns, a channel crosses to the other end while its neighbour rests at the end that
+    # it leaves. `beyond` is the part of the turn for which the neighbour rests, signed by its end;
+    # a channel that has crossed already stays.
     reach = half * (1 - abs(hue) / 30)
     beyond = channels - channels.clamp(-reach, reach)
     channels = (channels - beyond.roll(-1 if hue > 0 else 1, 0)).clamp(-half, half)
