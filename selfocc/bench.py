@@ -1,7 +1,9 @@
-"""How long training steps and depth rendering take, stage by stage and by backend of the kernels.
+"""How long training steps, depth rendering and inference take, by backend of the kernels.
 
     python -m selfocc.bench                                  # on a GPU the published presets
     python -m selfocc.bench --preset kitti --backends triton --repeats 50 --out steps.json
+    python -m selfocc.bench --minutes 5 --out steps.json     # Triton first, plain PyTorch after it
+    python -m selfocc.bench --count --preset kitti           # no GPU needed: see selfocc/count.py
 
 Images and cameras are random, of the preset's size, and no data set is needed; a step is that of
 train.py with accumulate = 1, so a GPU multiplies in TF32 (NVIDIA_TF32_OVERRIDE=0 in front: in
@@ -13,6 +15,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -33,6 +36,7 @@ from selfocc import InputError, distributed, files, presets
 from selfocc.batch import Batch, Frames
 from selfocc.commandline import Parser, add_set, count, run
 from selfocc.config import Config
+from selfocc.count import count_step
 from selfocc.geometry import fixed_pixels, node_positions
 from selfocc.model import SelfOcc
 from selfocc.render import SPENT
@@ -42,6 +46,8 @@ from selfocc.training import make_optimizer, training_step
 SAMPLES = 256  # of a ray, when depth is rendered
 # module whose end ends a stage -> stage
 STAGES = {"fpn": "backbone, FPN", "encoder": "encoder", "lift": "lift", "decoder": "decoder"}
+# with what numbers it starts costs no time
+FIXED = ["backbone.weights=none", "optim.accumulate=1", "optim.sweep_steps=0"]
 
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
@@ -49,29 +55,32 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     add, some = parser.add_argument, partial(count, least=1)
     said = "may be repeated; default: kitti and nuscenes on a GPU, synthetic elsewhere"
     add("--preset", action="append", metavar="NAME", help=said)
-    said = "of torch and triton; default: both where Triton runs"
+    said = "of triton and torch; default: both where Triton runs"
     add("--backends", type=lambda text: text.split(","), metavar="NAME,..", help=said)
     add("--repeats", type=some, help="steps; default: 20 on a GPU, 3 elsewhere")
+    add("--minutes", type=some, help="after which nothing more is begun; default: no limit")
     add("--threads", type=some, help="CPU threads of PyTorch; default: its own")
+    said = "instead of times: operations, waits and saved bytes of a training step on a GPU"
+    add("--count", action="store_true", help=said)
     add_set(parser, "as for train.py")
-    add("--out", type=Path, metavar="FILE", help="also write JSON here")
+    add("--out", type=Path, metavar="FILE", help="also write JSON here, after every line")
     return parser.parse_args(words)
 
 
 def bench(arguments: argparse.Namespace) -> None:
     gpu = torch.cuda.is_available()
+    end = time.monotonic() + 60 * (arguments.minutes or math.inf)
     device = torch.device("cuda" if gpu else "cpu")
     distributed.tune(device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    chosen = arguments.preset or (["kitti", "nuscenes"] if gpu else ["synthetic"])
-    if not (arguments.preset or gpu):
+    published = gpu or arguments.count
+    chosen = arguments.preset or (["kitti", "nuscenes"] if published else ["synthetic"])
+    if not (arguments.preset or published):
         print("No GPU here, so the small preset `synthetic`; --preset kitti is the published size.")
-    backends = arguments.backends or (["torch", "triton"] if gpu else ["torch"])
+    backends = arguments.backends or (["triton", "torch"] if gpu else ["torch"])
     repeats = arguments.repeats or (20 if gpu else 3)
-    # with what numbers it starts costs no time
-    fixed = ["backbone.weights=none", "optim.accumulate=1", "optim.sweep_steps=0"]
-    settings = {preset: presets.build(preset, [*arguments.set, *fixed]) for preset in chosen}
+    settings = [presets.build(preset, [*arguments.set, *FIXED]) for preset in chosen]
     for backend in backends:
         try:
             with chosen_backend(backend):
@@ -87,20 +96,49 @@ def bench(arguments: argparse.Namespace) -> None:
     where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}, torch {torch.__version__}")
     report = {"device": where, "torch": torch.__version__, "runs": []}
-    for preset in chosen:
-        for backend in backends:
-            with chosen_backend(backend):
-                row = {"preset": preset, "backend": backend}
-                # first: a CPU process keeps what training has freed, and would hide what this needs
-                row |= time_depth(settings[preset], device, repeats)
-                row |= time_steps(settings[preset], device, repeats)
-            report["runs"].append(row)
-            print(table(row))
-    if arguments.out:
-        files.write_file(arguments.out, (json.dumps(report, indent=1) + "\n").encode())
+    rows = counts(settings) if arguments.count else times(settings, backends, device, repeats)
+    for row, line in rows:
+        print(line, flush=True)
+        report["runs"].append(row)
+        if arguments.out:
+            files.write_file(arguments.out, (json.dumps(report, indent=1) + "\n").encode())
+        if time.monotonic() > end:
+            print(f"{arguments.minutes} minutes are over")
+            break
 
 
-def table(row: dict) -> str:
+def times(
+    settings: list[Config], backends: list[str], device: torch.device, repeats: int
+) -> Iterator[tuple[dict, str]]:
+    """What is measured, line by line; plain PyTorch, the slowest, comes last."""
+    for backend in sorted(backends, key="torch".__eq__):
+        for config in settings:
+            # depth first: a CPU process keeps what training has freed, and would hide what it needs
+            for measure, line in ((time_depth, depth_line), (time_steps, step_table)):
+                with chosen_backend(backend):
+                    row = {"preset": config.preset, "backend": backend}
+                    row |= measure(config, device, repeats)
+                yield row, line(row)
+
+
+def counts(settings: list[Config]) -> Iterator[tuple[dict, str]]:
+    """The same of what is counted."""
+    for config in settings:
+        found = count_step(config, [random_batch(config, seed) for seed in range(2)])
+        row = {"preset": config.preset, "bf16": config.optim.bf16, "operations": found.host}
+        row |= {"launches": found.launches.total(), "saved_bytes": found.saved}
+        row["waits"] = [[*what, times] for what, times in sorted(found.waits.items())]
+        numbers = "bfloat16" if config.optim.bf16 else "float32"
+        lines = [
+            f"{config.preset}, {numbers}: a training step is {found.host:,} "
+            f"host operations, {row['launches']} of them Triton's, "
+            f"{found.waits.total()} waits, {found.saved / 1e9:.3f} GB saved for backward"
+        ]
+        lines += [f"  waits {times} x {name:26s} {place}" for place, name, times in row["waits"]]
+        yield row, "\n".join(lines)
+
+
+def step_table(row: dict) -> str:
     total = sum(row["stages_ms"].values())
     lines = [f"\n{row['preset']}, kernels by {row['backend']}: a training step"]
     for stage, milliseconds in row["stages_ms"].items():
@@ -108,12 +146,15 @@ def table(row: dict) -> str:
     lines.append(
         f"  {'together':18s}{row['step_ms']:11.2f} ms, peak {row['peak_bytes'] / 1e9:.2f} GB"
     )
-    lines.append(
-        f"{row['depth_rays']:,} rays of {SAMPLES} samples: {row['depth_ms']:.2f} ms, "
-        f"{row['rays_per_second'] / 1e6:.3f} million rays/s, "
+    return "\n".join(lines)
+
+
+def depth_line(row: dict) -> str:
+    return (
+        f"\n{row['preset']}, kernels by {row['backend']}: {row['depth_rays']:,} rays of {SAMPLES} "
+        f"samples: {row['depth_ms']:.2f} ms, {row['rays_per_second'] / 1e6:.3f} million rays/s, "
         f"+{row['depth_peak_bytes'] / 1e9:.2f} GB"
     )
-    return "\n".join(lines)
 
 
 class Stopwatch:

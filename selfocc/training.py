@@ -116,7 +116,7 @@ def training_step(
                 (losses["sweep"] / optim.accumulate).backward()
                 continue
             noise = draw_noise(settings, batch, forward, rank, world)
-            noise = (noise.pin_memory() if device.type == "cuda" else noise).to(device)
+            noise = (noise if device.type == "cpu" else noise.pin_memory()).to(device)
             scene = photometric_scene(batch, noise.pixels, settings.quirks)
             mark("data to device")
             volume, view = model(batch, noise, None if needs_samples(settings.loss) else scene)

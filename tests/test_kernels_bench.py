@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels import dispatch
 from kernels.bench import __main__ as bench
 from kernels.bench import cases, clock, compile, measure, scenes
 from kernels.bench.compile import TARGETS
@@ -335,7 +336,7 @@ def test_training_steps_on_a_cpu(tmp_path, capsys):
     for change in overrides():
         words += ["--set", change]
     assert steps.main(words) == 0
-    (row,) = json.loads(out.read_text())["runs"]
+    depth, row = json.loads(out.read_text())["runs"]
     assert list(row["stages_ms"]) == [
         "data to device",
         "backbone, FPN",
@@ -347,5 +348,24 @@ def test_training_steps_on_a_cpu(tmp_path, capsys):
         "backward",
         "optimiser",
     ]
-    assert row["depth_rays"] == 32 * 64 and row["peak_bytes"] > 0
+    assert depth["depth_rays"] == 32 * 64 and row["peak_bytes"] > 0
     assert "million rays/s" in capsys.readouterr().out
+
+
+def test_plain_pytorch_is_timed_last_and_the_file_is_whole_after_every_line(tmp_path, monkeypatch):
+    out, seconds, seen = tmp_path / "steps.json", iter(range(0, 1000, 20)), []
+
+    def timed(settings, device, repeats):
+        seen.append((dispatch.backend(), json.loads(out.read_text())["runs"] if seen else []))
+        return {}
+
+    for name in ("time_depth", "time_steps"):
+        monkeypatch.setattr(steps, name, timed)
+    for name in ("depth_line", "step_table"):
+        monkeypatch.setattr(steps, name, lambda row: "")
+    monkeypatch.setattr(steps.time, "monotonic", lambda: next(seconds))
+    words = ["--preset", "kitti", "--preset", "nuscenes", "--backends", "torch,triton"]
+    assert steps.main([*words, "--minutes", "2", "--out", str(out)]) == 0
+    # the seventh line ends after 140 s
+    assert [backend for backend, _ in seen] == ["triton"] * 4 + ["torch"] * 3
+    assert [len(before) for _, before in seen] == list(range(7))
