@@ -18,6 +18,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's, for matrices of a
 
 import argparse
 import contextlib
+import math
 import sys
 from pathlib import Path
 
@@ -44,6 +45,8 @@ from selfocc.labels import check_classes, settle_classes
 from selfocc.model import SelfOcc
 from selfocc.settings import change
 from selfocc.training import Keys, make_optimizer, training_step
+
+LOG_EVERY = 10  # steps
 
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
@@ -190,18 +193,27 @@ def fit(
     stop, batches = commandline.StopRequest(), iter(loader)
     steps = range(start, optim.steps)
     bar = tqdm(steps, initial=start, total=optim.steps, disable=not chief, dynamic_ncols=True)
+    broken = torch.full((), math.inf, device=device)  # the first step whose gradient is not finite
     for step in bar:
         batch, view, losses, norm = training_step(
             settings, parallel, optimizer, batches, step, rank, world
         )
-        if not norm.isfinite():
-            raise InputError(
-                f"step {step}: the gradient is not finite, so training cannot go on; the last "
-                f"checkpoint in {out} is intact. Lower optim.lr or optim.clip, and look at the data"
-            )
+        broken = torch.where(norm.isfinite() | broken.isfinite(), broken, step)
         done, last = step + 1, step + 1 == optim.steps
-        stopping = distributed.in_any(stop.requested, device)
-        if done % 10 == 0 or last:
+        logs, draws, saves, validates = (
+            done % every == 0 or last
+            for every in (LOG_EVERY, optim.picture_every, optim.save_every, optim.validate_every)
+        )
+        # between these steps nobody asks a GPU, which would have to finish before it answers
+        asks = logs or world == 1 or device.type == "cpu"
+        stopping = asks and distributed.in_any(stop.requested, device)
+        if (logs or draws or saves or validates or stopping) and math.isfinite(broken):
+            raise InputError(
+                f"step {int(broken)}: the gradient is not finite, so training cannot go on; the "
+                f"last checkpoint in {out} is intact. Lower optim.lr or optim.clip, and look at "
+                "the data"
+            )
+        if logs:
             means = distributed.mean(torch.stack([*losses.values()]).detach()).tolist()
             if chief:
                 scalars = dict(zip(losses, means, strict=True))
@@ -210,13 +222,13 @@ def fit(
                 log.write(step=done, loss=sum(means), **scalars, abs_rel=error, lr=lr)
                 shown = "" if error is None else f", AbsRel {error:.3f}"
                 bar.set_postfix_str(f"loss {sum(means):.3f}{shown}")
-        if chief and (done % optim.picture_every == 0 or last):
+        if chief and draws:
             index = (done // optim.picture_every) % len(validation)
             picture = panels.panel(model, validation, index, device)
             pictures.write_picture(out / f"panel_{done:06d}.png", picture)
-        if chief and (done % optim.save_every == 0 or last or stopping):
+        if chief and (saves or stopping):
             checkpoint.save(out / checkpoint.FILE_NAME, settings, done, model, optimizer)
-        if chief and (done % optim.validate_every == 0 or last):
+        if chief and validates:
             scores = evaluation.validate(model, validation, optim.validate_frames, device)
             log.write(step=done, **{f"val_{name}": value for name, value in scores.items()})
             line = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())

@@ -163,8 +163,10 @@ def mean(value: Tensor) -> Tensor:
 
 
 def in_any(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set in any process."""
-    return mean(torch.tensor(float(flag), device=device)).item() > 0 if joined() else flag
+    """Whether the flag is set in any process, of several; a GPU has to be waited for then."""
+    if not joined() or dist.get_world_size() == 1:
+        return flag
+    return mean(torch.tensor(float(flag), device=device)).item() > 0
 
 
 def gather_dicts(entries: dict) -> dict:

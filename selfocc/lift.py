@@ -25,7 +25,7 @@ import kernels
 from selfocc.config import EncoderConfig, FieldConfig, VolumeConfig, plane_volume
 from selfocc.encoder import fourier_features
 from selfocc.field import ground_sdf
-from selfocc.geometry import fixed_pixels, image_projection, pixel_rays
+from selfocc.geometry import constant, fixed_pixels, image_projection, pixel_rays
 
 CHANNELS = 8  # features at every depth of a pixel
 # logarithm of depth for one unit of the head's output: it has far to go at a low rate
@@ -194,7 +194,7 @@ class FrustumLift(nn.Module):
         down = climb.clamp_max(-1e-3)  # what looks up meets it far away
         road = ((self.ground - origins[..., 2]) / down).clamp_min(0.1)
         share = self._share(road).clamp(-0.25, 1.25)[..., None]
-        waves = share * (math.pi * torch.tensor(HARMONICS, device=share.device))
+        waves = share * (math.pi * constant(HARMONICS, share))
         rays = torch.cat([directions, share, waves.sin(), waves.cos()], dim=-1).flatten(0, 1)
         rays = rays.unflatten(1, shape).permute(0, 3, 1, 2)
         return rays, climb.flatten(0, 1).unflatten(1, shape)
@@ -228,4 +228,4 @@ def centres(shape, image_size: tuple[int, int], device: torch.device) -> Tensor:
     """Pixels [R, 2] of the image in the middle of those of a map."""
     height, width = (size / n for n, size in zip(shape, image_size, strict=True))
     pixels = fixed_pixels(shape, image_size, device)
-    return pixels + pixels.new_tensor([(width - 1) / 2, (height - 1) / 2])
+    return pixels + constant(((width - 1) / 2, (height - 1) / 2), pixels)

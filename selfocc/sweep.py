@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfocc.batch import Batch, Frames
-from selfocc.geometry import fixed_pixels, image_to_image, inverse, pixel_rays
+from selfocc.geometry import constant, fixed_pixels, image_to_image, inverse, pixel_rays
 
 PLANES = 28  # depths that are tried, evenly in the logarithm
 SHRINK = 2  # the sweep's pixels are of so many pixels of the images
@@ -39,7 +39,7 @@ def sweep(
     """
     batch, cameras = target.images.shape[:2]
     grey = F.avg_pool2d(target.images.mean(2).flatten(0, 1)[:, None], SHRINK)
-    size, whole = grey.shape[-2:], [n * SHRINK for n in grey.shape[-2:]]
+    size, whole = grey.shape[-2:], tuple(n * SHRINK for n in grey.shape[-2:])
     pixels = fixed_pixels(size, whole, grey.device) + (SHRINK - 1) / 2
     planes = torch.logspace(
         math.log10(nearest), math.log10(farthest), PLANES, device=grey.device, dtype=torch.float32
@@ -58,7 +58,7 @@ def sweep(
         other = F.avg_pool2d(images.flatten(0, 1)[:, None], SHRINK)
         points = rays[:, k, :, None] * planes[:, None, None] + shift[:, k, :, None, None]
         place = points[..., :2] / points[..., 2:].clamp_min(1e-5)
-        place = 2 * (place + 0.5) / place.new_tensor(whole[::-1]) - 1
+        place = 2 * (place + 0.5) / constant(whole[::-1], place) - 1
         seen = (points[..., 2] > 1e-5) & (place.abs() < 1).all(-1)
         # planes one below the other, as one tall image to read
         warped = F.grid_sample(
@@ -115,12 +115,13 @@ class Teacher:
 
         Pixels weigh nothing that the target lacks, or all of them where it is another frame.
         """
+        if batch.images.device.type != "cpu":  # a GPU finds it sooner than the host can ask for it
+            return self._read(batch, pixels).unbind(0)
         found = []
         for number, name in enumerate(batch.name):
             one = batch.each(lambda x, n=number: x[n : n + 1])
-            moved = one.target.camera_to_volume - one.camera_to_volume
-            if moved.abs().max() > 1e-6:
-                unknown = pixels.new_tensor([1.0, 0.0])[:, None, None, None]
+            if _moved(one):
+                unknown = constant((1.0, 0.0), pixels)[:, None, None, None]
                 found.append(unknown.expand(2, *one.images.shape[:2], len(pixels)))
                 continue
             key = name, *one.sources.camera_to_volume.flatten().tolist()  # some are drawn
@@ -130,15 +131,21 @@ class Teacher:
         depth, sure = torch.cat(found, dim=1)
         return depth, sure
 
-    def _read(self, one: Batch, pixels: Tensor) -> Tensor:
-        """[2, 1, N, R]"""
-        target = one.target
-        to_target = target.intrinsics @ inverse(one.intrinsics)
+    def _read(self, batch: Batch, pixels: Tensor) -> Tensor:
+        """[2, B, N, R]: what is returned, found anew."""
+        target = batch.target
+        to_target = target.intrinsics @ inverse(batch.intrinsics)
         place = (F.pad(pixels, (0, 1), value=1.0).to(to_target) @ to_target.mT)[..., :2].float()
-        height, width = target.images.shape[-2:]
-        place = 2 * (place + 0.5) / place.new_tensor([width, height]) - 1
-        inside = (place.abs() < 1).all(-1)
-        maps = torch.stack(sweep(target, one.sources, *self.reach), dim=2)[0]
-        read = F.grid_sample(maps, place[0][:, None], "nearest", "border", align_corners=False)
-        depth, sure = read[:, :, 0].unbind(1)
-        return torch.stack([depth, sure * inside[0]])[:, None]
+        place = 2 * (place + 0.5) / constant(target.images.shape[:-3:-1], place) - 1
+        weight = (place.abs() < 1).all(-1) & ~_moved(batch)[:, None, None]
+        maps = torch.stack(sweep(target, batch.sources, *self.reach), dim=2).flatten(0, 1)
+        place = place.flatten(0, 1)[:, None]
+        read = F.grid_sample(maps, place, "nearest", "border", align_corners=False)
+        depth, sure = read[:, :, 0].unflatten(0, weight.shape[:2]).unbind(2)
+        return torch.stack([depth, sure * weight])
+
+
+def _moved(batch: Batch) -> Tensor:
+    """[B]: whether the target is another frame than the input."""
+    moved = batch.target.camera_to_volume - batch.camera_to_volume
+    return moved.abs().flatten(1).amax(1) > 1e-6

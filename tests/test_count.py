@@ -13,10 +13,6 @@ from tests.tiny import overrides
 
 # (file, operation) of waits that are to go
 KNOWN = {
-    ("selfocc/lift.py", "new_tensor of numbers"),
-    ("selfocc/lift.py", "tensor of numbers"),
-    ("selfocc/sweep.py", "_local_scalar_dense"),
-    ("selfocc/sweep.py", "new_tensor of numbers"),
     ("kernels/proposals.py", "new_tensor of numbers"),
     ("selfocc/encoder.py", "nonzero"),
     ("selfocc/geometry.py", "linalg_inv_ex"),

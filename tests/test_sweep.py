@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from selfocc import presets
-from selfocc.batch import Batch, Frames
+from selfocc.batch import Batch, Frames, collate
 from selfocc.losses import swept_depth_error
 from selfocc.model import SelfOcc
 from selfocc.sweep import SKY, Teacher, sweep
@@ -91,6 +91,18 @@ def test_a_frame_is_swept_once_and_read_at_pixels_of_the_network(monkeypatch):
     assert (said.grad == 0).all()
     swept_depth_error(said, depth, sure).backward()
     assert (said.grad[0, 0, :2] < 0).all() and said.grad[0, 0, 2] == 0
+
+
+def test_on_a_gpu_a_batch_is_swept_at_once():
+    still, moved = _batch(8.0), _batch(8.0, target=_pose(0.5))
+    both = collate([batch.each(lambda x: x[0]) for batch in (still, moved, still)])
+    teacher, pixels = Teacher(2.0, 60.0), torch.tensor([[20.0, 12.0], [30.0, 8.0], [95.0, 10.0]])
+    depth, sure = teacher._read(both, pixels).unbind(0)
+    assert torch.equal(sure[1], torch.zeros(1, 3)) and sure[0].max() > 0.5
+    for item in (0, 2):
+        expected = teacher(still, pixels)
+        torch.testing.assert_close(depth[item], expected[0][0], rtol=1e-3, atol=0)  # kept in half
+        torch.testing.assert_close(sure[item], expected[1][0], rtol=1e-3, atol=1e-3)
 
 
 def test_error_of_depth():

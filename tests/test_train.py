@@ -1,6 +1,7 @@
 """The two scripts from end to end, as a user runs them."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -13,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import train
 from selfocc import InputError, checkpoint
-from tests.tiny import ROOT, TORCHRUN, environment, overrides, run
+from tests.tiny import ROOT, TORCHRUN, environment, here, overrides, run
 
 
 def weights(out):
@@ -121,6 +123,35 @@ def test_interrupt_saves_and_says_so(cache, tmp_path):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume continues" in said and "Traceback" not in said
     assert checkpoint.load(out).step == int(re.search(r"saved step (\d+)", said)[1])
+
+
+@pytest.mark.parametrize(
+    ("every", "kept"), [(2, 2), (100, None)]
+)  # fmt: skip
+def test_the_step_that_broke_is_named_and_its_weights_are_not_kept(
+    every, kept, cache, tmp_path, monkeypatch, capsys
+):
+    """The norm is looked at when something is logged or kept, not at every step."""
+    steps = []
+
+    def broken_step(settings, model, optimizer, batches, step, rank, world):
+        steps.append(step)
+        next(batches)
+        norm = torch.tensor(math.nan if step in (2, 5) else 1.0)
+        with torch.no_grad():
+            next(model.parameters()).mul_(norm)
+        return None, None, {"photometric": norm}, norm
+
+    monkeypatch.setattr(train, "training_step", broken_step)
+    changes = dict(optim__save_every=every, optim__picture_every=100, optim__steps=30)
+    assert here(train, "--out", tmp_path / "run", cache=cache, **changes) == 2
+    assert "step 2: the gradient is not finite" in capsys.readouterr().err
+    assert steps == [*range(4 if kept else 10)]
+    file = tmp_path / "run" / checkpoint.FILE_NAME
+    assert file.exists() == bool(kept)
+    if kept:
+        assert checkpoint.load(file).step == kept
+        assert all(x.isfinite().all() for x in weights(tmp_path / "run").values())
 
 
 def test_two_processes_equal_one(cache, tmp_path):
