@@ -138,6 +138,7 @@ def score(
 ) -> None:
     """This process's share of the frames; the first process prints and draws what all found."""
     chief = rank == 0
+    distributed.allow_tf32(settings.optim.tf32)
     plugin = None
     if chief and arguments.video:
         plugin, why_not = pictures.video_plugin()

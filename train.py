@@ -157,6 +157,7 @@ def fit(
     `notes` are told at the start, with what the data lack.
     """
     settings, world, chief = record.settings, record.processes, rank == 0
+    distributed.allow_tf32(settings.optim.tf32)
     optim, start = settings.optim, saved.step if saved else 0
     with distributed.chief_first():  # it fills the cache of the synthetic data
         training = open_dataset(settings, "train", record.folders)

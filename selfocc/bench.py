@@ -6,8 +6,8 @@
     python -m selfocc.bench --count --preset kitti           # no GPU needed: see selfocc/count.py
 
 Images and cameras are random, of the preset's size, and no data set is needed; a step is that of
-train.py with accumulate = 1, so a GPU multiplies in TF32 (NVIDIA_TF32_OVERRIDE=0 in front: in
-float32). Depth rendering is of whole images, 256 samples a ray.
+train.py with accumulate = 1 (a GPU multiplies in TF32; --set optim.tf32=false: in IEEE float32).
+Depth rendering is of whole images, 256 samples a ray.
 """
 
 import argparse
@@ -115,6 +115,7 @@ def times(
         for config in settings:
             # depth first: a CPU process keeps what training has freed, and would hide what it needs
             for measure, line in ((time_depth, depth_line), (time_steps, step_table)):
+                distributed.allow_tf32(config.optim.tf32)
                 with chosen_backend(backend):
                     row = {"preset": config.preset, "backend": backend}
                     row |= measure(config, device, repeats)

@@ -208,6 +208,8 @@ class OptimConfig(Section, name="optim"):
     min_lr: NonNegative = 1e-6
     # step schedule: lr / 10 after this share of the steps and the warm-up
     drop_at: Share = 0.75
+    # products and convolutions of float32 on a GPU round their factors to TF32; false: IEEE float32
+    tf32: bool = True
     bf16: bool = False  # autocast backbone and encoder to bfloat16
     seed: Annotated[int, Range(0, 2**31 - 1)] = 42
     workers: Index = 4

@@ -63,14 +63,10 @@ def choose_device(name: str | None) -> torch.device:
 def tune(device: torch.device) -> None:
     """Let this process compute as fast as the device can.
 
-    On a GPU it multiplies in TF32 and tries which convolution is fastest. Factors are then rounded
-    to 11 bits, sums are not. Convolutions do that by PyTorch's default, so the network's features
-    carry such errors anyway; what is published has to hold with them. Positions do not: see
-    `geometry.exact_products`. On a CPU memory is kept: glibc gives large temporaries back to the
-    system, which clears every page again when the next one is made.
+    On a GPU it tries which convolution is fastest. On a CPU memory is kept: glibc gives large
+    temporaries back to the system, which clears every page again when the next one is made.
     """
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
         return
     torch.set_flush_denormal(True)  # Adam's vanishing moments are slow otherwise
@@ -79,6 +75,15 @@ def tune(device: torch.device) -> None:
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(_TRIM_THRESHOLD, 2**31 - 1)
             mallopt(_MMAP_MAX, 0)
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Let a GPU round the factors of matrix products and convolutions to TF32, of 11 bits, or not.
+
+    Sums are float32 in any case, and positions exact: see `geometry.exact_products`.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def start(device: torch.device) -> tuple[int, int]:

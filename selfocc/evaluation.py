@@ -329,7 +329,8 @@ def identity(
     places += [training.locate(index) for index in evenly(training, prior_frames)]
     read = sorted({file for sequence, frame in places for file in sequence.files(frame)})
     settings = config.to_dict(model.config)
-    settings["optim"] = {"bf16": model.config.optim.bf16}  # the rest is of training
+    optim = model.config.optim
+    settings["optim"] = {"bf16": optim.bf16, "tf32": optim.tf32}  # the rest is of training
     what = [RECORDS, settings, sorted(tasks), rules.protocol, names, prior_frames]
     what.append(list(map(_stamp, read)))
     if model.config.field.classes:

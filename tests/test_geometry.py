@@ -100,14 +100,18 @@ def test_positions_are_exact_where_tf32_is_allowed(monkeypatch):
         distributed.tune(torch.device("cpu"))
         assert settings.allow_tf32 == before
         assert distributed.start(torch.device("cuda")) == (0, 1)
-        assert settings.allow_tf32 and torch.backends.cudnn.benchmark
+        assert settings.allow_tf32 == before and torch.backends.cudnn.benchmark
+        distributed.allow_tf32(True)
+        assert settings.allow_tf32 and torch.backends.cudnn.allow_tf32
         with Products(lambda: seen.append(settings.allow_tf32)):
             moved = geometry.move_points(points, matrix)
             encoder.project_points(points, matrix[None], (8, 8), (8, 8))
             protocols._read_centres(torch.randn(1, 1, 3, 3, 3), BOX, BOX, (2, 2, 2), matrix[0])
         assert len(seen) == 3 and not any(seen) and settings.allow_tf32
+        distributed.allow_tf32(False)
+        assert not settings.allow_tf32 and not torch.backends.cudnn.allow_tf32
     finally:
-        settings.allow_tf32 = before
+        settings.allow_tf32, torch.backends.cudnn.allow_tf32 = before, True
     expected = torch.einsum("nij,mj->nmi", matrix[:, :3, :3], points) + matrix[:, None, :3, 3]
     torch.testing.assert_close(moved, expected)
 
