@@ -210,7 +210,7 @@ class OptimConfig(Section, name="optim"):
     drop_at: Share = 0.75
     # products and convolutions of float32 on a GPU round their factors to TF32; false: IEEE float32
     tf32: bool = True
-    bf16: bool = False  # autocast backbone and encoder to bfloat16
+    bf16: bool = False  # autocast backbone, encoder and decoder to bfloat16; the volume is float32
     seed: Annotated[int, Range(0, 2**31 - 1)] = 42
     workers: Index = 4
     validate_every: Count = 5000

@@ -162,8 +162,14 @@ class _Functions(TorchFunctionMode):
             self.pinned[first.untyped_storage().data_ptr()] = first
             return first
         if function is Tensor.backward:  # with what it calls seen as well
+            run, one = (
+                torch.autograd.Variable._execution_engine.run_backward,
+                torch.ones_like(first),
+            )
             with self:
-                return torch.autograd.backward(first)
+                return run(
+                    (first,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True
+                )
         if function is nn.functional.dropout and first.is_meta:
             p, training = (*arguments, *options.values())[1:3]
             return torch.native_dropout(first, p, training)[0] if training and p else first

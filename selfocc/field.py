@@ -50,7 +50,9 @@ class FieldDecoder(nn.Module):
         """
         sdf, features = lifted or (None, None)
         if self.kind == "bev":
-            nodes = self.net(planes[0]).unflatten(-1, (self.nodes[2], self.channels))
+            hidden = self.net[:3](planes[0]).to(planes[0].dtype)
+            with torch.autocast(hidden.device.type, enabled=False):  # as `kernels.decode`
+                nodes = self.net[3](hidden).unflatten(-1, (self.nodes[2], self.channels))
         else:
             first, last = self.net[1], self.net[3]
             network = first.weight, first.bias, last.weight, last.bias

@@ -1,6 +1,7 @@
 """SelfOcc: images and cameras in, a signed-distance volume out, and views rendered from it."""
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -79,9 +80,9 @@ class SelfOcc(nn.Module):
 
         Raises InputError for another number of cameras than the network has embeddings for.
         """
-        with torch.autocast(
-            batch.images.device.type, torch.bfloat16, enabled=self.config.optim.bf16
-        ):
+        device, bf16 = batch.images.device.type, self.config.optim.bf16
+        half = partial(torch.autocast, device, torch.bfloat16, enabled=bf16)
+        with half():
             cameras, known = batch.images.shape[1], len(self.encoder.camera_embedding)
             if cameras != known:
                 raise InputError(
@@ -101,14 +102,17 @@ class SelfOcc(nn.Module):
             )
         planes = [plane.float() for plane in planes]
         if self.lift is None:
-            volume = self.decoder(planes)
+            with half():
+                volume = self.decoder(planes)
             return Seen(volume, volume, None)
         stages = [stage.float() for stage in stages]
         sdfs, features, depth = self.lift(
             stages, batch.intrinsics, batch.camera_to_volume, image_size
         )
         lifted = sdfs[..., 0], features
-        volume = self.decoder(self.lift.beside(planes), lifted, self.lift.mix.weight)
+        planes = self.lift.beside(planes)
+        with half():
+            volume = self.decoder(planes, lifted, self.lift.mix.weight)
         voxels = volume
         if not self.training:
             voxels = volume.clone()
