@@ -3,11 +3,14 @@
     python -m selfocc.bench                                  # on a GPU the published presets
     python -m selfocc.bench --preset kitti --backends triton --repeats 50 --out steps.json
     python -m selfocc.bench --minutes 5 --out steps.json     # Triton first, plain PyTorch after it
+    python -m selfocc.bench --inference                      # images to voxels, frames a second
     python -m selfocc.bench --count --preset kitti           # no GPU needed: see selfocc/count.py
 
 Images and cameras are random, of the preset's size, and no data set is needed; a step is that of
 train.py with accumulate = 1 (a GPU multiplies in TF32; --set optim.tf32=false: in IEEE float32).
-Depth rendering is of whole images, 256 samples a ray.
+Depth rendering is of whole images, 256 samples a ray. Inference is of one frame after the other
+(selfocc/inference.py), from page-locked memory on a GPU, and there in float32 and in bfloat16, as a
+CUDA graph or not, and compiled.
 """
 
 import argparse
@@ -17,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import partial
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from statistics import median
 
@@ -38,6 +41,7 @@ from selfocc.commandline import Parser, add_set, count, run
 from selfocc.config import Config
 from selfocc.count import count_step
 from selfocc.geometry import fixed_pixels, node_positions
+from selfocc.inference import Predictor
 from selfocc.model import SelfOcc
 from selfocc.render import SPENT
 from selfocc.settings import change
@@ -53,7 +57,7 @@ FIXED = ["backbone.weights=none", "optim.accumulate=1", "optim.sweep_steps=0"]
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m selfocc.bench", description=__doc__)
     add, some = parser.add_argument, partial(count, least=1)
-    said = "may be repeated; default: kitti and nuscenes on a GPU, synthetic elsewhere"
+    said = "may be repeated; default: kitti and nuscenes (and street for inference) on a GPU"
     add("--preset", action="append", metavar="NAME", help=said)
     said = "of triton and torch; default: both where Triton runs"
     add("--backends", type=lambda text: text.split(","), metavar="NAME,..", help=said)
@@ -61,7 +65,10 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     add("--minutes", type=some, help="after which nothing more is begun; default: no limit")
     add("--threads", type=some, help="CPU threads of PyTorch; default: its own")
     said = "instead of times: operations, waits and saved bytes of a training step on a GPU"
-    add("--count", action="store_true", help=said)
+    instead = parser.add_mutually_exclusive_group().add_argument
+    instead("--count", action="store_true", help=said)
+    said = "instead: frames a second and memory of what makes voxels of images"
+    instead("--inference", action="store_true", help=said)
     add_set(parser, "as for train.py")
     add("--out", type=Path, metavar="FILE", help="also write JSON here, after every line")
     return parser.parse_args(words)
@@ -74,10 +81,11 @@ def bench(arguments: argparse.Namespace) -> None:
     distributed.tune(device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    published = gpu or arguments.count
-    chosen = arguments.preset or (["kitti", "nuscenes"] if published else ["synthetic"])
-    if not (arguments.preset or published):
-        print("No GPU here, so the small preset `synthetic`; --preset kitti is the published size.")
+    chosen = arguments.preset or ["kitti", "nuscenes"] + ["street"] * arguments.inference
+    if not (arguments.preset or gpu or arguments.count):
+        chosen = ["street" if arguments.inference else "synthetic"]
+        small = f"the small preset `{chosen[0]}`; --preset kitti is the published size."
+        print(f"No GPU here, so {small}")
     backends = arguments.backends or (["triton", "torch"] if gpu else ["torch"])
     repeats = arguments.repeats or (20 if gpu else 3)
     settings = [presets.build(preset, [*arguments.set, *FIXED]) for preset in chosen]
@@ -96,7 +104,12 @@ def bench(arguments: argparse.Namespace) -> None:
     where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}, torch {torch.__version__}")
     report = {"device": where, "torch": torch.__version__, "runs": []}
-    rows = counts(settings) if arguments.count else times(settings, backends, device, repeats)
+    if arguments.count:
+        rows = counts(settings)
+    elif arguments.inference:
+        rows = inferences(settings, backends, device, repeats)
+    else:
+        rows = times(settings, backends, device, repeats)
     for row, line in rows:
         print(line, flush=True)
         report["runs"].append(row)
@@ -120,6 +133,26 @@ def times(
                     row = {"preset": config.preset, "backend": backend}
                     row |= measure(config, device, repeats)
                 yield row, line(row)
+
+
+def inferences(
+    settings: list[Config], backends: list[str], device: torch.device, repeats: int
+) -> Iterator[tuple[dict, str]]:
+    """The same of images to voxels, one frame after the other."""
+    ways = [dict(graph=False)]
+    if device.type == "cuda":
+        settings = [change(c, [f"optim.bf16={x}"]) for c in settings for x in ("false", "true")]
+        ways = [dict(graph=True), dict(graph=True, compiled=True), *ways]
+    for backend in sorted(backends, key="torch".__eq__):
+        for config, way in product(settings, ways):
+            row = {"preset": config.preset, "backend": backend, "bf16": config.optim.bf16, **way}
+            distributed.allow_tf32(config.optim.tf32)
+            try:
+                with chosen_backend(backend):
+                    row |= time_inference(config, device, repeats, **way)
+            except Exception as error:  # whatever one way fails of, the others are of interest
+                row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            yield row, inference_line(row)
 
 
 def counts(settings: list[Config]) -> Iterator[tuple[dict, str]]:
@@ -155,6 +188,18 @@ def depth_line(row: dict) -> str:
         f"\n{row['preset']}, kernels by {row['backend']}: {row['depth_rays']:,} rays of {SAMPLES} "
         f"samples: {row['depth_ms']:.2f} ms, {row['rays_per_second'] / 1e6:.3f} million rays/s, "
         f"+{row['depth_peak_bytes'] / 1e9:.2f} GB"
+    )
+
+
+def inference_line(row: dict) -> str:
+    numbers = "bfloat16" if row["bf16"] else "float32"
+    how = ["CUDA graph"] * row["graph"] + ["compiled"] * row.get("compiled", False)
+    line = ", ".join([f"{row['preset']}, kernels by {row['backend']}", numbers, *how])
+    if "failed" in row:
+        return f"{line}: {row['failed']}"
+    return (
+        f"{line}: {row['frame_ms']:.2f} ms, {1e3 / row['frame_ms']:.2f} frames/s, "
+        f"peak {row['peak_bytes'] / 1e9:.2f} GB"
     )
 
 
@@ -231,6 +276,7 @@ def time_depth(settings: Config, device: torch.device, repeats: int) -> dict:
     channels = 1 + settings.field.colors + settings.field.classes
     volume = torch.randn(1, *settings.volume.nodes, channels, device=device)
     volume = volume.permute(0, 4, 1, 2, 3)  # the decoder's layout
+    volume = volume[:, : channels - settings.field.classes]  # as `render_grid` reads it
     volume[:, 0] = (height - settings.volume.box[2] - 0.3).clamp(-0.5, 0.5)
 
     @torch.no_grad()
@@ -250,6 +296,28 @@ def time_depth(settings: Config, device: torch.device, repeats: int) -> dict:
         "rays_per_second": rays / seconds,
         "depth_peak_bytes": peak,
     }
+
+
+def time_inference(
+    settings: Config, device: torch.device, repeats: int, graph: bool, compiled: bool = False
+) -> dict:
+    """Milliseconds from images and cameras in host memory to voxels, and peak memory.
+
+    Peak memory is all of the process on a CPU, all that PyTorch allocates on a GPU.
+    """
+    settings = change(settings, ["optim.batch=1"])
+    predict = Predictor(SelfOcc(settings).to(device), compiled=compiled, graph=graph)
+    frames = [random_batch(settings, seed) for seed in range(3)]
+    frames = [(b.images, b.intrinsics, b.camera_to_volume) for b in frames]
+    runs = [partial(predict, *frame) for frame in frames]
+    reset_cpu_peak()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        seconds, peak = gpu_seconds(runs, repeats), torch.cuda.max_memory_allocated()
+    else:
+        seconds, peak = cpu_seconds(runs, repeats), cpu_peak()
+    return {"frame_ms": 1e3 * seconds, "peak_bytes": peak}
 
 
 def random_batch(settings: Config, seed: int) -> Batch:

@@ -215,6 +215,11 @@ class _Operators(TorchDispatchMode):
         if own is not None:
             with self:
                 return own._init_fn(*arguments, **options)
+        if torch.is_inference_mode_enabled():  # what autograd would have taken apart
+            with self:
+                result = operator.decompose(*arguments, **options)
+            if result is not NotImplemented:
+                return result
         name = name.removeprefix("aten::")
         given = [x for x in tree_leaves((arguments, options)) if isinstance(x, Tensor)]
         on_gpu = [x for x in given if x.is_meta]

@@ -131,7 +131,7 @@ class SelfOcc(nn.Module):
         scene: Scene | None = None,
         stop_below: float = 0.0,
     ) -> View:
-        """See the volume through the cameras of `frames`.
+        """See the volume [B, 1 + colours + any classes, H, W, Z] through the cameras of `frames`.
 
         pixels [R, 2] of the rays, the same for all cameras; jitter [B, N, R] and background
         [B, N, R, 3] are uniform random numbers, without which samples are centred and the
@@ -163,7 +163,7 @@ class SelfOcc(nn.Module):
             jitter=merge(jitter),
             box=config.volume.box,
             samples=samples,
-            classes=config.field.classes,
+            classes=volume.shape[1] - 1 - config.field.colors,
             backdrop=config.render.backdrop,
             bend=config.render.bend,
             read=config.render.read,

@@ -23,6 +23,7 @@ def render_grid(
     Ray (i, j) goes through pixel (j w / cols, i h / rows) of images of `size` (h, w). Only the
     matrices of `cameras` are used. As many rays are rendered at once as fit the free memory.
     """
+    volume = volume[:, : 1 + model.config.field.colors]  # classes are not asked for
     pixels = fixed_pixels(rays, size, volume.device)
     views = cameras.intrinsics.shape[0] * cameras.intrinsics.shape[1]
     chunk = max(1, _rays_at_once(volume) // views)
