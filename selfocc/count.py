@@ -8,7 +8,8 @@ are written down by `kernels.dispatch.record`, not launched. Counted are
 - waits: where the host would wait until the GPU is done, each with the line of this repository that
   waits. That is when numbers come back from the GPU (`item`, `bool`, masks as indices, `nonzero`),
   when some go there from memory that is not page-locked (`torch.tensor`, lists as indices), and
-  what is decomposed (`linalg.inv_ex`), for which PyTorch may ask libraries that wait;
+  where matrices are inverted or decomposed by libraries that may wait. train.py waits besides,
+  every ten steps and when it keeps something;
 - bytes saved for the backward pass: every storage once, without parameters and their buffers, and
   what functions keep past autograd.
 
@@ -21,6 +22,7 @@ import sys
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from itertools import cycle
 from pathlib import Path
@@ -29,6 +31,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -162,14 +165,9 @@ class _Functions(TorchFunctionMode):
             self.pinned[first.untyped_storage().data_ptr()] = first
             return first
         if function is Tensor.backward:  # with what it calls seen as well
-            run, one = (
-                torch.autograd.Variable._execution_engine.run_backward,
-                torch.ones_like(first),
-            )
+            start = partial(_engine_run_backward, allow_unreachable=True, accumulate_grad=True)
             with self:
-                return run(
-                    (first,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True
-                )
+                return start((first,), (torch.ones_like(first),), False, False, ())
         if function is nn.functional.dropout and first.is_meta:
             p, training = (*arguments, *options.values())[1:3]
             return torch.native_dropout(first, p, training)[0] if training and p else first
@@ -180,11 +178,8 @@ class _Functions(TorchFunctionMode):
             )
         result = function(*arguments, **options)
         if name in ("tensor", "as_tensor", "new_tensor"):
-            if (
-                isinstance(result, Tensor)
-                and result.is_meta
-                and not isinstance(arguments[name == "new_tensor"], Tensor)
-            ):
+            copied = isinstance(arguments[name == "new_tensor"], Tensor)  # which operators show
+            if isinstance(result, Tensor) and result.is_meta and not copied:
                 self.count.waits[_place(), f"{name} of numbers"] += 1
         elif name in ("__getitem__", "__setitem__") and first.is_meta:
             index = arguments[1] if isinstance(arguments[1], tuple) else (arguments[1],)
