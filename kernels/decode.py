@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from kernels.checks import check
+from kernels.checks import at_least_float32, check
 from kernels.dispatch import autocast_type, launch, tl, triton, use_triton
 
 SLAB = 1 << 23  # features decoded at once; where there are more, backward computes them again
@@ -40,7 +40,7 @@ class Tile(NamedTuple):
 
 # Chosen from the binaries for sm_80 to sm_120: with fewer warps or larger chunks they spill. None
 # of it has been timed yet.
-FORWARD = Tile(16, 8, 32, 8)
+FORWARD = Tile(8, 8, 32, 4)
 BACKWARD = Tile(8, 8, 16, 8)
 NETWORK = Tile(8, 4, 16, 4)
 PROGRAMS = 264  # at least, where there are rows enough: two for each processor of an H100
@@ -87,15 +87,16 @@ class Layout(NamedTuple):
     block_z: int
     chunk: int
     precision: str  # of products: bf16, or an `input_precision` of Triton
+    last: str  # the same for W2, which makes metres
 
 
 @triton.jit
-def _dot(a, b, start, S: tl.constexpr):
+def _dot(a, b, start, PRECISION: tl.constexpr):
     """start + a @ b."""
-    if S.precision == "bf16":
+    if PRECISION == "bf16":
         out = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), start)
     else:
-        out = tl.dot(a, b, start, input_precision=S.precision)
+        out = tl.dot(a, b, start, input_precision=PRECISION)
     return out
 
 
@@ -160,7 +161,7 @@ def _features(planes, h, w, z, there, counts, features, S: tl.constexpr):
     x = tl.sum(tl.join(x, wz), axis=2)
     if S.lifted > 0:
         lift = _lift(planes, (h * width + w) * depth + z, there, S)
-        x = _dot(lift, tl.trans(_mix(planes, features, S)), x, S)
+        x = _dot(lift, tl.trans(_mix(planes, features, S)), x, S.precision)
     return activated(x)
 
 
@@ -185,7 +186,7 @@ def _hide(firsts, network, hidden, S: tl.constexpr):
     y = tl.full([S.block_w * S.block_z, S.chunk], 0.0, tl.float32) + bias[None, :]
     for k in tl.static_range(CHUNKS):
         features = k * S.chunk + tl.arange(0, S.chunk)
-        y = _dot(firsts[k], tl.trans(_first(network, hidden, features, S)), y, S)
+        y = _dot(firsts[k], tl.trans(_first(network, hidden, features, S)), y, S.precision)
     return activated(y)
 
 
@@ -193,7 +194,7 @@ def _hide(firsts, network, hidden, S: tl.constexpr):
 def _by_hidden(by_node, second, network, hidden, S: tl.constexpr):
     """Gradient of y [M, chunk] where activated(y) is `second`."""
     by_second = tl.full([S.block_w * S.block_z, S.chunk], 0.0, tl.float32)
-    return _dot(by_node, _last(network, hidden, S), by_second, S) * activated_slope(second)
+    return _dot(by_node, _last(network, hidden, S), by_second, S.last) * activated_slope(second)
 
 
 @triton.jit
@@ -218,7 +219,7 @@ def decode_forward(planes, network, out, counts, S: tl.constexpr):
         for j in tl.range(0, CHUNKS_E, num_stages=1):
             hidden = j * S.chunk + tl.arange(0, S.chunk)
             second = _hide(firsts, network, hidden, S)
-            node = _dot(second, tl.trans(_last(network, hidden, S)), node, S)
+            node = _dot(second, tl.trans(_last(network, hidden, S)), node, S.last)
         _store(out, (h * width + w) * depth + z, channels, there, S.row, S.row, node)
 
 
@@ -244,6 +245,7 @@ def decode_backward(planes, network, grad, sums, counts, S: tl.constexpr):
     CHUNKS_D: tl.constexpr = (S.dim + S.chunk - 1) // S.chunk
     CHUNKS_E: tl.constexpr = (S.hidden + S.chunk - 1) // S.chunk
     NODES: tl.constexpr = S.block_w * S.block_z
+    PRECISION: tl.constexpr = S.precision
     height, width, depth, rows = counts
     planes, place, first, last, w, z, there = _begin(planes, counts, S)
     by_hw, by_zh, by_wz, by_lifted = _sums(sums, place, height, width, depth, rows, S)
@@ -269,7 +271,9 @@ def decode_backward(planes, network, grad, sums, counts, S: tl.constexpr):
             before, by_firsts = by_firsts, ()
             for k in tl.static_range(CHUNKS_D):
                 features = k * S.chunk + tl.arange(0, S.chunk)
-                by_firsts += (_dot(by_y, _first(network, hidden, features, S), before[k], S),)
+                by_firsts += (
+                    _dot(by_y, _first(network, hidden, features, S), before[k], PRECISION),
+                )
         old_wz, old_mix, of_wz, of_mix = of_wz, of_mix, (), ()
         by_lift = tl.full([NODES, S.lifts], 0.0, tl.float32)
         for k in tl.static_range(CHUNKS_D):
@@ -277,8 +281,10 @@ def decode_backward(planes, network, grad, sums, counts, S: tl.constexpr):
             by_x = by_firsts[k] * activated_slope(firsts[k])
             of_wz += (old_wz[k] + by_x,)
             if S.lifted > 0:
-                by_lift = _dot(by_x, _mix(planes, features, S), by_lift, S)
-                of_mix += (_dot(tl.trans(by_x), _lift(planes, node, there, S), old_mix[k], S),)
+                by_lift = _dot(by_x, _mix(planes, features, S), by_lift, PRECISION)
+                of_mix += (
+                    _dot(tl.trans(by_x), _lift(planes, node, there, S), old_mix[k], PRECISION),
+                )
             else:
                 of_mix += (old_mix[k],)
             by_x = tl.reshape(by_x, [S.block_w, S.block_z, S.chunk])
@@ -320,10 +326,10 @@ def decode_backward_network(planes, network, grad, sums, counts, S: tl.constexpr
         second = _hide(firsts, network, hidden, S)
         by_y = _by_hidden(by_node, second, network, hidden, S)
         of_b1, of_b2 = of_b1 + tl.sum(by_y, axis=0), of_b2 + tl.sum(by_node, axis=0)
-        of_w2 = _dot(tl.trans(by_node), second, of_w2, S)
+        of_w2 = _dot(tl.trans(by_node), second, of_w2, S.last)
         old_w1, of_w1 = of_w1, ()
         for k in tl.static_range(CHUNKS_D):
-            of_w1 += (_dot(tl.trans(by_y), firsts[k], old_w1[k], S),)
+            of_w1 += (_dot(tl.trans(by_y), firsts[k], old_w1[k], S.precision),)
     program = tl.program_id(0).to(tl.int64)
     by_w1 = sums[0] + program * (S.hidden * S.dim)
     by_w2 = sums[2] + program * (S.channels * S.hidden)
@@ -360,6 +366,7 @@ def _problem(
         block_z=tile.z,
         chunk=tile.chunk,
         precision=precision,
+        last=_exactness() if precision == "bf16" else precision,
     )
     return dict(
         grid=(blocks * slabs,),
@@ -370,6 +377,13 @@ def _problem(
         S=layout,
         warps=tile.warps,
     )
+
+
+def _exactness() -> str:
+    """How Triton multiplies float32 as PyTorch does."""
+    if torch.version.hip:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
 def _row(channels: int) -> int:
@@ -503,9 +517,10 @@ def decode(
     network: W1 [E, D], b1 [E], W2 [C, E], b2 [C]. What `mix` [D, L] makes of lifted
     [B, H, W, Z, L] is added to the features. Sums are in float32.
 
-    Triton gives float32, in rows that are padded to a multiple of four channels. It multiplies
-    in bfloat16 under autocast, in TF32 where `torch.backends.cuda.matmul.allow_tf32`, else in three
-    products of TF32, which lose nothing of float32. Elsewhere large volumes are decoded in slabs
+    Triton gives float32, in rows that are padded to a multiple of four channels. It multiplies in
+    TF32 where `torch.backends.cuda.matmul.allow_tf32`, else in three products of TF32, which lose
+    nothing of float32; under autocast to bfloat16 all but W2 in that, since an SDF of 10 m would be
+    rounded to 6 cm. Elsewhere autocast is of no effect, and large volumes are decoded in slabs
     along H, which backward computes again.
     Raises ValueError naming the argument at fault.
     """
@@ -519,12 +534,14 @@ def decode(
     batch, height, width, dim = hw.shape
     if use_triton(hw):
         planes = [hw, zh, wz] if lifted is None else [hw, zh, wz, lifted, mix]
-        precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
-        precision = "ieee" if torch.version.hip else precision
-        if torch.bfloat16 in (autocast_type(hw), w1.dtype):
-            precision = "bf16"
-        return _decode_op(planes, [*network], precision)
-    run, slabs = _Rows.apply, math.ceil(batch * height * width * zh.shape[1] * dim / SLAB)
+        half = torch.bfloat16 in (autocast_type(hw), w1.dtype)
+        return _decode_op(planes, [*network], "bf16" if half else _exactness())
+
+    def run(*tensors: Tensor | None) -> Tensor:
+        with torch.autocast(hw.device.type, enabled=False):
+            return _Rows.apply(*(None if x is None else at_least_float32(x) for x in tensors))
+
+    slabs = math.ceil(batch * height * width * zh.shape[1] * dim / SLAB)
     if slabs > 1 and torch.is_grad_enabled():
         # nothing in it is random, and the state of a GPU's generator is slow to fetch
         run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
@@ -532,5 +549,5 @@ def decode(
     for first in range(0, height, step):
         rows = slice(first, first + step)
         here = None if lifted is None else lifted[:, rows]
-        parts.append(run(hw[:, rows], hz[:, rows], wz, here, mix, w1, b1, w2, b2))
+        parts.append(run(hw[:, rows], hz[:, rows], wz, here, mix, *network))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -44,9 +44,10 @@ def sample_image(images: Tensor, pixels: Tensor, published_pixels: bool = False)
     `published_pixels` at u (w - 1) / w as the published code does. Returns [M, R, C].
     """
     height, width = images.shape[-2:]
-    size = pixels.new_tensor([width, height])
-    span = size if published_pixels else size - 1
-    grid = (2 * pixels / span - 1).to(images.dtype).expand(images.shape[0], -1, -1)
+    short = 0 if published_pixels else 1
+    spans = zip(pixels.unbind(-1), (width - short, height - short), strict=True)
+    grid = torch.stack([2 * at / span - 1 for at, span in spans], dim=-1)
+    grid = grid.to(images.dtype).expand(images.shape[0], -1, -1)
     colors = F.grid_sample(images, grid[:, None], padding_mode="border", align_corners=True)
     return colors[:, :, 0].transpose(1, 2)
 

@@ -12,7 +12,6 @@ from selfocc.inference import Predictor
 from selfocc.labels import label_map
 from selfocc.model import SelfOcc
 from selfocc.render import render_grid
-from tests.test_count import KNOWN
 from tests.tiny import overrides
 
 SMALL = ["volume.nodes=17,17,5", "data.crop=64,96", "data.pad=64,96", "data.scale=1"]
@@ -77,8 +76,7 @@ def test_nothing_waits_that_a_graph_could_not_hold(preset):
         predict(*given)
         functions.count = operators.count = count.Count()
         sdf, _ = predict(*given)
-    waits = {(place.partition(":")[0], name) for place, name in operators.count.waits}
-    assert sdf.is_meta and waits <= KNOWN
+    assert sdf.is_meta and not operators.count.waits
 
 
 def test_a_graph_needs_a_gpu():

@@ -39,6 +39,16 @@ def test_decode(lifted, slab, monkeypatch):
         torch.testing.assert_close(decoded(kernels, tensors), found)
 
 
+def test_autocast_is_of_no_effect_on_a_cpu():
+    tensors = planes_and_network(True, torch.float32)
+    expected = decoded(kernels, tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = decoded(kernels, [tensors[0].bfloat16().float(), *tensors[1:]])
+        assert decoded(kernels, tensors).equal(expected)
+        assert decoded(kernels, [tensors[0].bfloat16(), *tensors[1:]]).equal(found)
+    assert expected.dtype == torch.float32
+
+
 @pytest.mark.parametrize("lifted", [False, True])
 def test_decode_gradcheck(lifted):
     assert torch.autograd.gradcheck(

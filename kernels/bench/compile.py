@@ -63,6 +63,8 @@ def compile_ahead(launch: Launch, target: str) -> Report:
 
     index = {name: i for i, name in enumerate(launch.signature)}
     places = {(index[name], *rest): value for (name, *rest), value in launch.constants.items()}
+    if target.startswith("hip"):  # what decode.py says there
+        places = {path: _without_tf32(value) for path, value in places.items()}
     aligned = {(index[name], *rest): [["tt.divisibility", 16]] for name, *rest in launch.aligned}
     source = ASTSource(launch.kernel, launch.signature, constexprs=places, attrs=aligned)
     options = {"num_warps": launch.warps}
@@ -77,6 +79,12 @@ def compile_ahead(launch: Launch, target: str) -> Report:
         code, resources = compiled.asm["amdgcn"], _hip_resources(compiled.asm["amdgcn"])
         wide, products = r"(?:global|buffer)_load_(?:dwordx4|b128)", r"\bv_(?:mfma|wmma)"
     return Report(*resources, shared, *(len(re.findall(x, code)) for x in (wide, products)))
+
+
+def _without_tf32(constants):
+    entries = constants._asdict().items() if hasattr(constants, "_asdict") else ()
+    exact = {name: "ieee" for name, value in entries if str(value).startswith("tf32")}
+    return constants._replace(**exact) if exact else constants
 
 
 _to_compile: list[Launch] = []  # kernels cannot be pickled: forked processes find them here
