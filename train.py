@@ -44,7 +44,7 @@ from selfocc.datasets.loader import read_ahead
 from selfocc.labels import check_classes, settle_classes
 from selfocc.model import SelfOcc
 from selfocc.settings import change
-from selfocc.training import Keys, make_optimizer, training_step
+from selfocc.training import Keys, Passes, make_optimizer, training_step
 
 LOG_EVERY = 10  # steps
 
@@ -191,14 +191,12 @@ def fit(
     if start >= optim.steps:
         return
 
-    stop, batches = commandline.StopRequest(), iter(loader)
+    stop, batches, passes = commandline.StopRequest(), iter(loader), Passes(settings, parallel)
     steps = range(start, optim.steps)
     bar = tqdm(steps, initial=start, total=optim.steps, disable=not chief, dynamic_ncols=True)
     broken = torch.full((), math.inf, device=device)  # the first step whose gradient is not finite
     for step in bar:
-        batch, view, losses, norm = training_step(
-            settings, parallel, optimizer, batches, step, rank, world
-        )
+        batch, view, losses, norm = training_step(passes, optimizer, batches, step, rank, world)
         broken = torch.where(norm.isfinite() | broken.isfinite(), broken, step)
         done, last = step + 1, step + 1 == optim.steps
         logs, draws, saves, validates = (

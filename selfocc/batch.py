@@ -101,6 +101,14 @@ class Tensors:
         """In page-locked memory, from which `to` copies beside the computation; for DataLoader."""
         return self.each(lambda tensor: tensor.contiguous().pin_memory())
 
+    def fill(self, other) -> None:
+        """Take the numbers of another one, and keep the memory."""
+        for name, x in vars(self).items():
+            if isinstance(x, Tensors):
+                x.fill(getattr(other, name))
+            elif isinstance(x, Tensor):
+                x.copy_(getattr(other, name), non_blocking=True)
+
     def each(self, function):
         """The same with what `function` makes of every tensor."""
         held = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -168,7 +176,7 @@ class Scene(NamedTuple):
 
 
 @dataclass
-class View:
+class View(Tensors):
     """What rays through `pixels` of N cameras see. Depths are z-depths in metres."""
 
     pixels: Tensor  # [R, 2] (u, v) in the target images

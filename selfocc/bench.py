@@ -45,7 +45,7 @@ from selfocc.inference import Predictor
 from selfocc.model import SelfOcc
 from selfocc.render import SPENT
 from selfocc.settings import change
-from selfocc.training import make_optimizer, training_step
+from selfocc.training import Passes, make_optimizer, training_step
 
 SAMPLES = 256  # of a ray, when depth is rendered
 # module whose end ends a stage -> stage
@@ -238,7 +238,7 @@ def time_steps(settings: Config, device: torch.device, repeats: int) -> dict:
     """
     torch.manual_seed(settings.optim.seed)
     model = SelfOcc(settings).to(device).train()
-    optimizer = make_optimizer(model, settings.optim)
+    passes, optimizer = Passes(settings, model), make_optimizer(model, settings.optim)
     batches = cycle([random_batch(settings, seed) for seed in range(3)])
     watch = Stopwatch(device)
     for name, stage in STAGES.items():
@@ -253,7 +253,7 @@ def time_steps(settings: Config, device: torch.device, repeats: int) -> dict:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
         watch.mark("start")
-        training_step(settings, model, optimizer, batches, step, mark=watch.mark)
+        training_step(passes, optimizer, batches, step, mark=watch.mark)
         rounds.append(watch.stages())
     rounds = rounds[2:]
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else cpu_peak()

@@ -211,6 +211,9 @@ class OptimConfig(Section, name="optim"):
     # products and convolutions of float32 on a GPU round their factors to TF32; false: IEEE float32
     tf32: bool = True
     bf16: bool = False  # autocast backbone, encoder and decoder to bfloat16; the volume is float32
+    # the passes of a step as one CUDA graph, from where the schedules of render.anneal_steps and
+    # sweep_steps end; on one GPU, and without accumulation
+    graph: bool = False
     seed: Annotated[int, Range(0, 2**31 - 1)] = 42
     workers: Index = 4
     validate_every: Count = 5000
@@ -312,6 +315,8 @@ def _training_contradictions(config: Config) -> Iterator[str]:
         )
     if data.stereo_source and data.dataset not in ("kitti", "kitti_raw"):
         yield f"data.stereo_source needs stereo pairs, and data set {data.dataset} has none"
+    if config.optim.graph and config.optim.accumulate > 1:
+        yield "optim.graph needs optim.accumulate=1"
     if loss.weight_color and not config.field.colors:
         yield "loss.weight_color needs field.colors=3; set it to 0 otherwise"
     if not any(getattr(loss, f.name) for f in dataclasses.fields(loss) if "weight" in f.name):

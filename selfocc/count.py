@@ -40,7 +40,7 @@ from kernels import dispatch
 from selfocc.batch import Batch
 from selfocc.config import Config
 from selfocc.model import SelfOcc
-from selfocc.training import make_optimizer, training_step
+from selfocc.training import Passes, make_optimizer, training_step
 
 ROOT = Path(__file__).parents[1]
 META = torch.device("meta")
@@ -76,15 +76,15 @@ def count_step(settings: Config, batches: list[Batch]) -> Count:
     batches: on the CPU, for that step and the one before.
     """
     model = SelfOcc(settings).to(META).train()
-    optimizer = make_optimizer(model, settings.optim)
+    passes, optimizer = Passes(settings, model), make_optimizer(model, settings.optim)
     counting = _Operators()
     with _counted(counting) as functions, dispatch.record() as launches:
         pinned = cycle([batch.pin_memory() for batch in batches])
-        training_step(settings, model, optimizer, pinned, 0)
+        training_step(passes, optimizer, pinned, 0)
         functions.count = counting.count = Count()
         launches.clear()
         with _saved(model, counting.count):
-            training_step(settings, model, optimizer, pinned, 1)
+            training_step(passes, optimizer, pinned, 1)
     counting.count.launches.update(launch.kernel.__name__ for launch in launches)
     return counting.count
 

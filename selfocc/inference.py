@@ -8,12 +8,13 @@ Nothing is rendered and nothing kept for gradients. On a GPU the whole way is on
 kernels read cameras as they read images, so that every frame may have others.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from selfocc import InputError, protocols
+from selfocc import InputError, graphs, protocols
 from selfocc.labels import label_map
 from selfocc.model import SelfOcc
 from selfocc.protocols import Rules
@@ -76,7 +77,7 @@ class Predictor:
         if compiled:
             model.backbone.compile()
             model.fpn.compile()
-        self.captured: tuple[torch.cuda.CUDAGraph, Input, Voxels] | None = None
+        self.captured: tuple[Input, Callable[[], Voxels]] | None = None
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, intrinsics: Tensor, camera_to_volume: Tensor) -> Voxels:
@@ -85,13 +86,12 @@ class Predictor:
         if not self.graph:
             device = next(self.model.parameters()).device
             return self._voxels(Input(*(x.to(device, non_blocking=True) for x in given)))
-        if self.captured is None or self.captured[1].images.shape != images.shape:
+        if self.captured is None or self.captured[0].images.shape != images.shape:
             self.captured = self._capture(given)
-        graph, read, voxels = self.captured
+        read, replay = self.captured
         for mine, x in zip(read, given, strict=True):
             mine.copy_(x, non_blocking=True)
-        graph.replay()
-        return voxels
+        return replay()
 
     def _voxels(self, seen: Input) -> Voxels:
         volume, config = self.model.see(seen).voxels, self.model.config
@@ -103,16 +103,13 @@ class Predictor:
             classes = torch.where(occupied, self.voxel_class[likeliest], 0)
         return Voxels(sdf, classes)
 
-    def _capture(self, given: Input) -> tuple[torch.cuda.CUDAGraph, Input, Voxels]:
+    def _capture(self, given: Input) -> tuple[Input, Callable[[], Voxels]]:
         device = next(self.model.parameters()).device
         read = Input(*(x.to(device, copy=True) for x in given))
         beside = torch.cuda.Stream(device)
         beside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(beside):  # what is compiled, tried out or made once is so before
+        with torch.cuda.stream(beside):
             for _ in range(3):
                 self._voxels(read)
         torch.cuda.current_stream(device).wait_stream(beside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            voxels = self._voxels(read)
-        return graph, read, voxels
+        return read, graphs.capture(lambda: self._voxels(read))

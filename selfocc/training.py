@@ -4,6 +4,7 @@ train.py and `python -m selfocc.bench` run `training_step`.
 """
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from selfocc import InputError, graphs
 from selfocc.batch import Batch, Noise, View
 from selfocc.config import Config, OptimConfig
 from selfocc.geometry import cellular_pixels
@@ -85,9 +87,65 @@ def learning_rate(optim: OptimConfig, base: float, step: int) -> float:
     return optim.min_lr + 0.5 * (base - optim.min_lr) * (1 + math.cos(math.pi * step / optim.steps))
 
 
+class Passes:
+    """Forward and backward pass of a batch.
+
+    With `optim.graph` they are one CUDA graph, once all schedules but the learning rate's have
+    ended. It reads each batch where it read the first, and leaves gradients and results where it
+    left those of the first.
+    model: SelfOcc, or that in DistributedDataParallel.
+    """
+
+    WARM_UP = 3  # steps, so that all is compiled and tried out before
+
+    def __init__(self, settings: Config, model: nn.Module):
+        self.settings, self.model = settings, model
+        self.begun, self.held, self.replay = 0, None, None
+
+    def __call__(
+        self, batch: Batch, noise: Noise, step: int, mark: Callable[[str], None]
+    ) -> tuple[View, dict[str, Tensor]]:
+        """View and losses; gradients are added where no graph is replayed, which makes them anew.
+
+        Raises InputError where a graph is asked for that cannot be.
+        """
+        settings = self.settings
+        if not settings.optim.graph or step < settings.render.anneal_steps:
+            return self._run(batch, noise, mark)
+        if not torch.cuda.is_available() or hasattr(self.model, "module"):
+            raise InputError("optim.graph=true needs a GPU and a single process")
+        self.begun += 1
+        if self.begun <= self.WARM_UP:
+            return self._run(batch, noise, mark)
+        unused = dict(depth=None, lidar=None, stereo=None, voxels=None)
+        batch = dataclasses.replace(batch, **unused)
+        if self.replay is None:
+            self.held = batch.each(torch.clone), noise.each(torch.clone)
+            self.model.zero_grad(set_to_none=True)
+            self.replay = graphs.capture(lambda: self._run(*self.held))
+        for held, given in zip(self.held, (batch, noise), strict=True):
+            held.fill(given)
+        return self.replay()
+
+    def _run(
+        self, batch: Batch, noise: Noise, mark: Callable[[str], None] = lambda stage: None
+    ) -> tuple[View, dict[str, Tensor]]:
+        settings = self.settings
+        scene = photometric_scene(batch, noise.pixels, settings.quirks)
+        compared = None if needs_samples(settings.loss) else scene
+        volume, view = self.model(batch, noise, compared)
+        mark("render")
+        losses = objective(settings, batch, volume, view, scene, noise.shift)
+        mark("losses")
+        (sum(losses.values()) / settings.optim.accumulate).backward()
+        mark("backward")
+        # nothing may be left of how they were made when a graph is captured in the next step
+        view = dataclasses.replace(view, compared=None).each(Tensor.detach)
+        return view, {name: loss.detach() for name, loss in losses.items()}
+
+
 def training_step(
-    settings: Config,
-    model: nn.Module,
+    passes: Passes,
     optimizer: torch.optim.Optimizer,
     batches: Iterator[Batch],
     step: int,
@@ -98,13 +156,15 @@ def training_step(
     """One step of the optimiser; returns the last batch, its view (of the first `sweep_steps` there
     is none) and losses, and the gradient's norm, which the caller has to find finite.
 
-    model: SelfOcc, or that in DistributedDataParallel. `mark` is told the stage that has ended.
+    `mark` is told the stage that has ended.
     """
+    settings, model = passes.settings, passes.model
     optim, device = settings.optim, next(model.parameters()).device
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(optim, group["base"], step)
     getattr(model, "module", model).set_progress(step)
-    optimizer.zero_grad(set_to_none=True)
+    if passes.replay is None:
+        optimizer.zero_grad(set_to_none=True)
     last = (step + 1) * optim.accumulate - 1
     for forward in range(step * optim.accumulate, last + 1):
         alone = forward < last and hasattr(model, "no_sync")  # gradients are exchanged once
@@ -117,14 +177,8 @@ def training_step(
                 continue
             noise = draw_noise(settings, batch, forward, rank, world)
             noise = (noise if device.type == "cpu" else noise.pin_memory()).to(device)
-            scene = photometric_scene(batch, noise.pixels, settings.quirks)
             mark("data to device")
-            volume, view = model(batch, noise, None if needs_samples(settings.loss) else scene)
-            mark("render")
-            losses = objective(settings, batch, volume, view, scene, noise.shift)
-            mark("losses")
-            (sum(losses.values()) / optim.accumulate).backward()
-            mark("backward")
+            view, losses = passes(batch, noise, step, mark)
     norm = nn.utils.clip_grad_norm_(model.parameters(), optim.clip)
     optimizer.step()
     mark("optimiser")

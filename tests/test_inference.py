@@ -22,7 +22,8 @@ SMALL += ["encoder.layers=1", "encoder.points_cross=2,3,3", "field.hidden=8", "o
 def made(preset, *changes):
     torch.manual_seed(0)
     settings = presets.build(preset, [*SMALL, *changes])
-    return SelfOcc(settings).eval(), bench.random_batch(settings, 0)
+    batch = bench.random_batch(settings, 0).to(torch.device("cpu"))  # which makes floats of bytes
+    return SelfOcc(settings).eval(), batch
 
 
 @pytest.mark.parametrize("protocol", ["own", "published"])

@@ -11,7 +11,7 @@ from selfocc import presets
 from selfocc.batch import collate
 from selfocc.datasets import Folders, open_dataset
 from selfocc.model import SelfOcc
-from selfocc.training import Keys, make_optimizer, training_step
+from selfocc.training import Keys, Passes, make_optimizer, training_step
 from tests import tiny
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -29,11 +29,11 @@ def _steps(settings, samples) -> tuple[list[dict[str, float]], dict[str, torch.T
     """Losses of every step, and the parameters' gradients of the first."""
     torch.manual_seed(0)
     model = SelfOcc(settings).to(DEVICE).train()
-    optimizer = make_optimizer(model, settings.optim)
+    passes, optimizer = Passes(settings, model), make_optimizer(model, settings.optim)
     history = []
     batches = iter([collate([sample]) for sample in samples])
     for step in range(len(samples)):
-        _, _, losses, _ = training_step(settings, model, optimizer, batches, step)
+        _, _, losses, _ = training_step(passes, optimizer, batches, step)
         history.append({name: loss.item() for name, loss in losses.items()})
         if step == 0:  # later ones start from weights that Adam has driven apart
             named = model.named_parameters()

@@ -8,7 +8,7 @@ from selfocc.batch import Batch, Frames, collate
 from selfocc.losses import swept_depth_error
 from selfocc.model import SelfOcc
 from selfocc.sweep import SKY, Teacher, sweep
-from selfocc.training import make_optimizer, training_step
+from selfocc.training import Passes, make_optimizer, training_step
 from tests.tiny import overrides
 
 SIZE = (48, 96)
@@ -116,12 +116,13 @@ def test_first_steps_teach_the_lift_alone():
         "synthetic", overrides(optim__sweep_steps=2, optim__batch=1, optim__accumulate=1)
     )
     model = SelfOcc(settings).train()
-    optimizer, batch = make_optimizer(model, settings.optim), _batch(8.0)
+    passes, optimizer = Passes(settings, model), make_optimizer(model, settings.optim)
+    batch = _batch(8.0)
     shape = settings.data.pad
     batch.images = F.interpolate(batch.images[:, 0], shape)[:, None]
     before = {name: value.clone() for name, value in model.named_parameters()}
     for step in range(2):  # its last layer is zero at first
-        out = training_step(settings, model, optimizer, iter([batch]), step)
+        out = training_step(passes, optimizer, iter([batch]), step)
     _, view, losses, norm = out
     assert view is None and list(losses) == ["sweep"] and norm > 0
     changed = {n.partition(".")[0] for n, p in model.named_parameters() if (p != before[n]).any()}
