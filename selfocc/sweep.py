@@ -115,7 +115,7 @@ class Teacher:
 
         Pixels weigh nothing that the target lacks, or all of them where it is another frame.
         """
-        if batch.images.device.type != "cpu":  # a GPU finds it sooner than the host can ask for it
+        if batch.images.device.type != "cpu":  # the host would have to wait for poses
             return self._read(batch, pixels).unbind(0)
         found = []
         for number, name in enumerate(batch.name):
