@@ -1,5 +1,6 @@
 """Whole training steps by either backend: the kernels together, in the model that uses them."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,8 @@ def test_training_steps_agree_between_backends(backend, cache: Path, monkeypatch
     if DEVICE.type == "cpu" and not dispatch.interpreting():
         pytest.skip("Triton needs a GPU or TRITON_INTERPRET=1")
     monkeypatch.setenv("SELFOCC_CACHE", str(cache))
+    if DEVICE.type == "cpu":  # the interpreter takes as long for a program of few nodes as of many
+        monkeypatch.setattr(importlib.import_module("kernels.decode"), "PROGRAMS", 4)
     changes = tiny.overrides(optim__batch="1", optim__accumulate="1", volume__nodes="9,9,5")
     settings = presets.build("synthetic", changes)
     training = open_dataset(settings, "train", Folders())

@@ -125,21 +125,19 @@ def test_interrupt_saves_and_says_so(cache, tmp_path):
     assert checkpoint.load(out).step == int(re.search(r"saved step (\d+)", said)[1])
 
 
-@pytest.mark.parametrize(
-    ("every", "kept"), [(2, 2), (100, None)]
-)  # fmt: skip
+@pytest.mark.parametrize(("every", "kept"), [(2, 2), (100, None)])
 def test_the_step_that_broke_is_named_and_its_weights_are_not_kept(
     every, kept, cache, tmp_path, monkeypatch, capsys
 ):
     """The norm is looked at when something is logged or kept, not at every step."""
     steps = []
 
-    def broken_step(settings, model, optimizer, batches, step, rank, world):
+    def broken_step(passes, optimizer, batches, step, rank, world):
         steps.append(step)
         next(batches)
         norm = torch.tensor(math.nan if step in (2, 5) else 1.0)
         with torch.no_grad():
-            next(model.parameters()).mul_(norm)
+            next(passes.model.parameters()).mul_(norm)
         return None, None, {"photometric": norm}, norm
 
     monkeypatch.setattr(train, "training_step", broken_step)
