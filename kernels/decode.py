@@ -91,13 +91,19 @@ class Layout(NamedTuple):
 
 
 @triton.jit
-def _dot(a, b, start, PRECISION: tl.constexpr):
+def _dot(a, b, start, S: tl.constexpr):
     """start + a @ b."""
-    if PRECISION == "bf16":
+    if S.precision == "bf16":
         out = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), start)
     else:
-        out = tl.dot(a, b, start, input_precision=PRECISION)
+        out = tl.dot(a, b, start, input_precision=S.precision)
     return out
+
+
+@triton.jit
+def _dot_last(a, b, start, S: tl.constexpr):
+    """The same with W2."""
+    return tl.dot(a, b, start, input_precision=S.last)
 
 
 @triton.jit
@@ -161,7 +167,7 @@ def _features(planes, h, w, z, there, counts, features, S: tl.constexpr):
     x = tl.sum(tl.join(x, wz), axis=2)
     if S.lifted > 0:
         lift = _lift(planes, (h * width + w) * depth + z, there, S)
-        x = _dot(lift, tl.trans(_mix(planes, features, S)), x, S.precision)
+        x = _dot(lift, tl.trans(_mix(planes, features, S)), x, S)
     return activated(x)
 
 
@@ -186,7 +192,7 @@ def _hide(firsts, network, hidden, S: tl.constexpr):
     y = tl.full([S.block_w * S.block_z, S.chunk], 0.0, tl.float32) + bias[None, :]
     for k in tl.static_range(CHUNKS):
         features = k * S.chunk + tl.arange(0, S.chunk)
-        y = _dot(firsts[k], tl.trans(_first(network, hidden, features, S)), y, S.precision)
+        y = _dot(firsts[k], tl.trans(_first(network, hidden, features, S)), y, S)
     return activated(y)
 
 
@@ -194,7 +200,7 @@ def _hide(firsts, network, hidden, S: tl.constexpr):
 def _by_hidden(by_node, second, network, hidden, S: tl.constexpr):
     """Gradient of y [M, chunk] where activated(y) is `second`."""
     by_second = tl.full([S.block_w * S.block_z, S.chunk], 0.0, tl.float32)
-    return _dot(by_node, _last(network, hidden, S), by_second, S.last) * activated_slope(second)
+    return _dot_last(by_node, _last(network, hidden, S), by_second, S) * activated_slope(second)
 
 
 @triton.jit
@@ -219,7 +225,7 @@ def decode_forward(planes, network, out, counts, S: tl.constexpr):
         for j in tl.range(0, CHUNKS_E, num_stages=1):
             hidden = j * S.chunk + tl.arange(0, S.chunk)
             second = _hide(firsts, network, hidden, S)
-            node = _dot(second, tl.trans(_last(network, hidden, S)), node, S.last)
+            node = _dot_last(second, tl.trans(_last(network, hidden, S)), node, S)
         _store(out, (h * width + w) * depth + z, channels, there, S.row, S.row, node)
 
 
@@ -245,7 +251,6 @@ def decode_backward(planes, network, grad, sums, counts, S: tl.constexpr):
     CHUNKS_D: tl.constexpr = (S.dim + S.chunk - 1) // S.chunk
     CHUNKS_E: tl.constexpr = (S.hidden + S.chunk - 1) // S.chunk
     NODES: tl.constexpr = S.block_w * S.block_z
-    PRECISION: tl.constexpr = S.precision
     height, width, depth, rows = counts
     planes, place, first, last, w, z, there = _begin(planes, counts, S)
     by_hw, by_zh, by_wz, by_lifted = _sums(sums, place, height, width, depth, rows, S)
@@ -271,9 +276,7 @@ def decode_backward(planes, network, grad, sums, counts, S: tl.constexpr):
             before, by_firsts = by_firsts, ()
             for k in tl.static_range(CHUNKS_D):
                 features = k * S.chunk + tl.arange(0, S.chunk)
-                by_firsts += (
-                    _dot(by_y, _first(network, hidden, features, S), before[k], PRECISION),
-                )
+                by_firsts += (_dot(by_y, _first(network, hidden, features, S), before[k], S),)
         old_wz, old_mix, of_wz, of_mix = of_wz, of_mix, (), ()
         by_lift = tl.full([NODES, S.lifts], 0.0, tl.float32)
         for k in tl.static_range(CHUNKS_D):
@@ -281,10 +284,8 @@ def decode_backward(planes, network, grad, sums, counts, S: tl.constexpr):
             by_x = by_firsts[k] * activated_slope(firsts[k])
             of_wz += (old_wz[k] + by_x,)
             if S.lifted > 0:
-                by_lift = _dot(by_x, _mix(planes, features, S), by_lift, PRECISION)
-                of_mix += (
-                    _dot(tl.trans(by_x), _lift(planes, node, there, S), old_mix[k], PRECISION),
-                )
+                by_lift = _dot(by_x, _mix(planes, features, S), by_lift, S)
+                of_mix += (_dot(tl.trans(by_x), _lift(planes, node, there, S), old_mix[k], S),)
             else:
                 of_mix += (old_mix[k],)
             by_x = tl.reshape(by_x, [S.block_w, S.block_z, S.chunk])
@@ -326,10 +327,10 @@ def decode_backward_network(planes, network, grad, sums, counts, S: tl.constexpr
         second = _hide(firsts, network, hidden, S)
         by_y = _by_hidden(by_node, second, network, hidden, S)
         of_b1, of_b2 = of_b1 + tl.sum(by_y, axis=0), of_b2 + tl.sum(by_node, axis=0)
-        of_w2 = _dot(tl.trans(by_node), second, of_w2, S.last)
+        of_w2 = _dot_last(tl.trans(by_node), second, of_w2, S)
         old_w1, of_w1 = of_w1, ()
         for k in tl.static_range(CHUNKS_D):
-            of_w1 += (_dot(tl.trans(by_y), firsts[k], old_w1[k], S.precision),)
+            of_w1 += (_dot(tl.trans(by_y), firsts[k], old_w1[k], S),)
     program = tl.program_id(0).to(tl.int64)
     by_w1 = sums[0] + program * (S.hidden * S.dim)
     by_w2 = sums[2] + program * (S.channels * S.hidden)

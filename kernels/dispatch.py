@@ -51,6 +51,7 @@ class Launch:
     aligned: tuple[tuple, ...] = ()  # paths of multiples of 16, on which loads rely
 
 
+_AUTOCAST = {"cpu", "cuda"}  # devices that have it
 _chosen = "auto"
 _recorded: list[Launch] | None = None
 
@@ -103,7 +104,7 @@ def use_triton(tensor: Tensor) -> bool:
 def autocast_type(tensor: Tensor) -> torch.dtype | None:
     """What autocast takes for products on the tensor's device; None where it is off."""
     kind = tensor.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    on = kind in _AUTOCAST and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on else None
 
 

@@ -107,7 +107,7 @@ def _counted(counting: "_Operators"):
         (torch, "autocast"): begin,
         (torch, "is_autocast_enabled"): lambda kind=None: enabled(stand_in(kind or "cpu")),
         (torch, "get_autocast_dtype"): lambda kind: dtype(stand_in(kind)),
-        (torch.amp, "is_autocast_available"): lambda kind: True,
+        (dispatch, "_AUTOCAST"): {"meta"},
         (torch.utils._foreach_utils, "_get_foreach_kernels_supported_devices"): lambda: ["meta"],
         (import_module("torch.optim.optimizer"), "_get_fused_kernels_supported_devices"): lambda: [
             "meta"
