@@ -114,6 +114,7 @@ def main(words: list[str] | None = None) -> int:
             rows = keep("correctness", correctness(chosen, "cuda" if gpu else "cpu", say))
             wrong = not all(row["right"] for row in rows)
     if arguments.compile_only or (not (gpu or interpreting()) and hasattr(triton, "compile")):
+        torch.backends.cuda.matmul.allow_tf32 = True  # as training has it
         launches = different_launches(chosen)
         report["compiled"] = compiled(launches, arguments.targets, arguments.threads)
         say(compile_table(report["compiled"], arguments.targets))
