@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.alpha import ALPHAS, Knobs
 from kernels.decode import activation
-from kernels.deformable import displacement
+from kernels.deformable_triton import displacement
 from kernels.ssim import robust
 
 

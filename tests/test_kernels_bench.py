@@ -79,8 +79,8 @@ def test_no_spills_from_ampere_on(compiled):
         # eight corners of the table's rows, and eight of the four channels
         ("render_triton.render_forward", 16),
         ("render_triton.render_backward", 16),
-        ("deformable.deformable_forward", 13),
-        ("deformable.deformable_backward", 12),
+        ("deformable_triton.deformable_forward", 13),
+        ("deformable_triton.deformable_backward", 12),
         ("decode.decode_forward", 12),
     ],
 )
