@@ -519,10 +519,10 @@ def decode(
     [B, H, W, Z, L] is added to the features. Sums are in float32.
 
     Triton gives float32, in rows that are padded to a multiple of four channels. It multiplies in
-    TF32 where `torch.backends.cuda.matmul.allow_tf32`, else in three products of TF32, which lose
-    nothing of float32; under autocast to bfloat16 all but W2 in that, since an SDF of 10 m would be
-    rounded to 6 cm. Elsewhere autocast is of no effect, and large volumes are decoded in slabs
-    along H, which backward computes again.
+    TF32 where `torch.backends.cuda.matmul.allow_tf32`, else in three products of TF32, Triton's way
+    to nearly float32 (on AMD's in float32); under autocast to bfloat16 all but W2 in that, since an
+    SDF of 10 m would be rounded to 6 cm. Elsewhere autocast is of no effect, and large volumes are
+    decoded in slabs along H, which backward computes again.
     Raises ValueError naming the argument at fault.
     """
     w1, b1, w2, b2 = network

@@ -7,7 +7,7 @@
     python -m selfocc.bench --count --preset kitti           # no GPU needed: see selfocc/count.py
 
 Images and cameras are random, of the preset's size, and no data set is needed; a step is that of
-train.py with accumulate = 1 (a GPU multiplies in TF32; --set optim.tf32=false: in IEEE float32).
+train.py with accumulate = 1 (a GPU multiplies in TF32; --set optim.tf32=false: in float32).
 Depth rendering is of whole images, 256 samples a ray. Inference is of one frame after the other
 (selfocc/inference.py), from page-locked memory on a GPU, and there in float32 and in bfloat16, as a
 CUDA graph or not, and compiled.

@@ -208,7 +208,7 @@ class OptimConfig(Section, name="optim"):
     min_lr: NonNegative = 1e-6
     # step schedule: lr / 10 after this share of the steps and the warm-up
     drop_at: Share = 0.75
-    # products and convolutions of float32 on a GPU round their factors to TF32; false: IEEE float32
+    # products and convolutions of float32 on a GPU round their factors to TF32; false: float32
     tf32: bool = True
     bf16: bool = False  # autocast backbone, encoder and decoder to bfloat16; the volume is float32
     # the passes of a step as one CUDA graph, from where the schedules of render.anneal_steps and

@@ -144,7 +144,7 @@ def image_to_image(
 def inverse(matrix: Tensor) -> Tensor:
     """Of matrices [..., 3, 3], or of affine ones [..., 4, 4], whose last row is 0 0 0 1.
 
-    By cofactors: what LAPACK does on a GPU takes many launches, and its graphs cannot hold it.
+    By cofactors, in a few launches that no host waits for, and that a CUDA graph may hold.
     """
     if matrix.shape[-1] == 4:
         out = matrix.clone()
