@@ -17,13 +17,14 @@ def one_size(images, intrinsics: np.ndarray) -> tuple[list[np.ndarray], np.ndarr
     sizes = np.array([image.shape[:2] for image in images])
     least = sizes.min(0)
     images = [
-        image if (size == least).all() else _smaller(image, least.tolist())
+        image if (size == least).all() else resized(image, least.tolist())
         for image, size in zip(images, sizes, strict=True)
     ]
     return images, scaled(intrinsics, (least / sizes)[:, ::-1])
 
 
-def _smaller(image: np.ndarray, size: list[int]) -> np.ndarray:
+def resized(image: np.ndarray, size: list[int]) -> np.ndarray:
+    """uint8 [h, w, 3] at another size (h, w): bilinear, smoothed where it would alias."""
     pixels = torch.tensor(image).permute(2, 0, 1)[None]
     pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
     return pixels[0].permute(1, 2, 0).numpy()
@@ -65,10 +66,10 @@ def resize(images: Tensor, scale: float) -> Tensor:
     smoothed where it would alias."""
     if scale == 1:
         return images.float()
-    return torch.stack([_resized(image, scale) for image in images])  # each stays in the cache
+    return torch.stack([_shrunk(image, scale) for image in images])  # each stays in the cache
 
 
-def _resized(image: Tensor, scale: float) -> Tensor:
+def _shrunk(image: Tensor, scale: float) -> Tensor:
     _, height, width = image.shape
     if scale == 0.5 and height % 2 == width % 2 == 0:  # bilinear too, but three times as fast
         rows = image[:, ::2].short() + image[:, 1::2]
