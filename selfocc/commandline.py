@@ -75,6 +75,13 @@ def add_data_options(parser: Parser) -> None:
     add("--labels", type=Path, metavar="DIR", help=said)
     said = f"what their ids mean: {', '.join(TABLES)} or a JSON file (see selfocc/labels.py)"
     add("--label-map", metavar="MAP", help=said)
+    said = "posed: metres that a unit of the poses is; or"
+    add("--scale", dest="scale_metres", metavar="METRES", help=said)
+    add("--camera-height", metavar="METRES", help="posed: of the camera above the ground; or")
+    add(
+        "--path-length", metavar="METRES", help="posed: of the whole way, as GPS or odometry has it"
+    )
+    add("--up", metavar="X,Y,Z", help="posed: what is up in the axes of the poses; default: found")
     add_set(parser, "change any setting of config.py")
 
 
@@ -100,6 +107,7 @@ def overrides(arguments: argparse.Namespace, more: dict[str, object] | None = No
     more: the same of a script's own options, None where they are not given.
     """
     named = ("dataset", "version", "train", "val", "label_map")
+    named += ("scale_metres", "camera_height", "path_length", "up")  # of footage
     values = {f"data.{name}": getattr(arguments, name) for name in named} | (more or {})
     return [f"{path}={value}" for path, value in values.items() if value is not None] + (
         arguments.set

@@ -25,7 +25,7 @@ from selfocc.settings import (
     text,
 )
 
-Dataset = Literal["synthetic", "kitti", "kitti_raw", "nuscenes"]
+Dataset = Literal["synthetic", "kitti", "kitti_raw", "nuscenes", "posed"]
 Size = tuple[Count, Count]  # height, width
 Scale = Annotated[float, Range(0, 4, above=True)]
 Several = Annotated[int, Range(2)]
@@ -39,13 +39,19 @@ class DataConfig(Section, name="data"):
     volume_frame: Literal["ego", "lidar"] = "ego"  # nuScenes only: the volume's frame
     # nuScenes only: whose labels to score against
     voxels: Literal["occ3d", "openoccupancy"] = "occ3d"
-    # synthetic only: one camera, or a ring of six
+    # synthetic: one camera, or a ring of six; posed: a volume ahead of the cameras, or around them
     rig: Literal["forward", "surround"] = "forward"
     scenes: Count = 40  # synthetic only: training scenes
     scenes_val: Count = 8  # synthetic only: validation and test scenes
     frames: Count = 48  # synthetic only: frames a scene
     # synthetic only: how much streets differ in light, weather, scenery and cameras
     looks: Share = 0.0
+    # posed only: the crop is of images that are resized to just cover it, around the horizon
+    fit: Literal["corner", "horizon"] = "corner"
+    scale_metres: Positive | None = None  # posed only: metres that a unit of the poses is
+    path_length: Positive | None = None  # posed only: metres of the way of a whole folder
+    camera_height: Positive | None = None  # posed only: metres of the camera above the ground
+    up: tuple[float, float, float] | None = None  # posed only: what is up in the axes of the poses
     crop: Size = (96, 320)  # kept of every image, from the top left
     target_crop: Size | None = None  # the same of images that supervise; None: `crop`
     scale: Scale = 1.0  # resize of the cropped image for the network

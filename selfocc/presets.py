@@ -138,6 +138,18 @@ _preset("street_kitti_raw", "the same for KITTI raw", "street_kitti", """
     data.dataset=kitti_raw
 """)  # fmt: skip
 
+_preset("posed", "your own footage, ahead of a camera; to go on from street (--init)",
+        "street_kitti", """
+    data.dataset=posed data.crop=96,320 data.scale=1 data.target_scale=1 data.fit=horizon
+    render.eval_rays=48,160
+    optim.steps=300 optim.sweep_steps=150
+""")  # fmt: skip
+
+_preset("posed_surround", "your own footage, around the cameras of a rig", "synthetic_surround", """
+    data.dataset=posed data.fit=horizon data.anchor_input=1 data.source=0.4,30
+    loss.automask=true
+""")  # fmt: skip
+
 _preset("nuscenes_small", "nuScenes at an eighth of its resolution, for single scenes and CPUs",
         "synthetic_surround", """
     data.dataset=nuscenes data.crop=768,1600 data.scale=0.125 data.pad=96,224
@@ -147,7 +159,7 @@ _preset("nuscenes_small", "nuScenes at an eighth of its resolution, for single s
 """)  # fmt: skip
 
 # how a network of preset street reads real drives
-REAL = {"kitti": "street_kitti", "kitti_raw": "street_kitti_raw"}
+REAL = {"kitti": "street_kitti", "kitti_raw": "street_kitti_raw", "posed": "posed"}
 
 
 def build(preset: str, overrides: list[str] = ()) -> Config:

@@ -13,6 +13,7 @@ from selfocc.config import Config, DataConfig, Folders
 from selfocc.datasets.kitti import TRAIN_SEQUENCES, VAL_SEQUENCES, kitti_sequences
 from selfocc.datasets.kitti_raw import kitti_raw_sequences
 from selfocc.datasets.nuscenes import nuscenes_sequences
+from selfocc.datasets.posed import posed_sequences
 from selfocc.datasets.reading import parse_range
 from selfocc.datasets.synthetic import SyntheticConfig, prerender, synthetic_sequences
 from selfocc.datasets.video import VideoDataset
@@ -24,11 +25,13 @@ READ = {
     "kitti": ("data", "labels"),
     "kitti_raw": ("data", "labels", "splits", "poses"),
     "nuscenes": ("data", "labels"),
+    "posed": ("data", "labels"),
 }
 HOLDS = {
     "kitti": "`dataset/sequences`",
     "kitti_raw": "2011_09_26, ...",
     "nuscenes": "samples and v1.0-trainval, ...",
+    "posed": "transforms.json, sparse/0 or poses.txt",
 }
 TRUTH = ("depth", "lidar", "voxels", "stereo_pair")
 
@@ -83,6 +86,8 @@ def open_sequences(config: DataConfig, split: str, folders: Folders) -> list[Seq
     labels = pseudo_labels(folders.labels, data, config)
     if name == "kitti_raw":
         return kitti_raw_sequences(data, split, chosen, folders.splits, folders.poses, labels)
+    if name == "posed":
+        return posed_sequences(data, split, chosen, config, labels)
     if name == "nuscenes":
         return nuscenes_sequences(
             data, config.version, split, chosen, config.volume_frame, labels, config.voxels

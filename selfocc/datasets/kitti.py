@@ -192,7 +192,7 @@ class KittiSequence(Eye):
         left_to_cam0[0, 3] = -projection[0, 3] / projection[0, 0]
         velo_to_cam0 = NOMINAL_VELO_TO_CAM0
         if "Tr" in self._lines:
-            velo_to_cam0 = reading.rigid(self._lines["Tr"][None], path, "line Tr")[0]
+            velo_to_cam0 = reading.rigid(self._lines["Tr"][None], path, ["line Tr"])[0]
         else:
             self.missing.append("no Tr in calib.txt: nominal mounting of the velodyne assumed")
         return velo_to_cam0 @ np.linalg.inv(reading.VELO_TO_VOLUME), left_to_cam0

@@ -33,7 +33,6 @@ DIGITS = 10  # of a frame's number on disk
 EARTH = 6378137.0  # metres, its radius as the KITTI devkit has it
 DRIVE_NAME = re.compile(r"\d{4}_\d\d_\d\d_drive_\d{4}_(\w+)")
 WHY_SYNC = "only those of _sync drives are rectified, as the calibration has it, and synchronised"
-HELD_OUT = 0.2  # of every drive, its end, where nobody says what is for validation
 
 
 def kitti_raw_sequences(
@@ -68,8 +67,7 @@ def kitti_raw_sequences(
         drive = Drive(root, name, pose_folder)
         if not chosen:
             numbers = drive.numbers["l"] or drive.numbers["r"]
-            held = int(len(numbers) * (1 - HELD_OUT))
-            frames = numbers[:held] if split == "train" else numbers[held:]
+            frames = reading.held_out(numbers, split)
             if not frames:
                 continue
             ranges.append(f"{name}:{frames[0]}-{frames[-1]}")
@@ -197,7 +195,7 @@ class Drive:
         self.lines = reading.read_calibration(path, sizes)
         rectify = np.eye(4)
         rectify[:3, :3] = self.lines["R_rect_00"].reshape(3, 3)
-        reading.rigid(rectify[None, :3].reshape(1, 12), path, "line R_rect_00")
+        reading.rigid(rectify[None, :3].reshape(1, 12), path, ["line R_rect_00"])
         self.velo_to_cam0 = rectify @ _mounting(self.folder.parent / "calib_velo_to_cam.txt")
 
     def _find_poses(self, pose_folder: Path | None) -> None:
@@ -284,7 +282,7 @@ def _mounting(path: Path) -> np.ndarray:
     """[4, 4] from the lines R and T of a calibration file."""
     lines = reading.read_calibration(path, {"R": 9, "T": 3})
     parts = lines["R"].reshape(3, 3), lines["T"][:, None]
-    return reading.rigid(np.concatenate(parts, 1).reshape(1, 12), path, "lines R and T")[0]
+    return reading.rigid(np.concatenate(parts, 1).reshape(1, 12), path, ["lines R and T"])[0]
 
 
 def oxts_poses(rows: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ import numpy as np
 from selfocc import InputError
 from selfocc.batch import Sequence
 from selfocc.datasets import reading
-from selfocc.datasets.nuscenes_tables import CHANNELS, LIDAR, NAMES, TWICE, Tables, rigid
+from selfocc.datasets.nuscenes_tables import CHANNELS, LIDAR, NAMES, TWICE, Tables
 from selfocc.datasets.nuscenes_voxels import Occ3D, OpenOccupancy, names_in
 from selfocc.labels import PseudoLabels
 
@@ -196,7 +196,7 @@ class NuScenesSequence(Sequence):
         self.frames = len(views)
         self.inputs = np.flatnonzero(is_key).tolist()
         self.tokens = tables.samples[self._views["sample"][:, 0]]
-        ego = rigid(self._views["rotation"], self._views["translation"])
+        ego = reading.from_quaternion(self._views["rotation"], self._views["translation"])
         self._camera_to_world = ego @ tables.to_ego[self._views["mount"]]
         self._intrinsics = tables.intrinsics[self._views["mount"]]
         kinds = np.c_[self._views["mount"].ravel(), self._views["size"].reshape(-1, 2)]
@@ -214,7 +214,9 @@ class NuScenesSequence(Sequence):
         frames, found = list(row_of), rows[np.array(list(row_of.values()), np.int64)]
         if scans:
             self._lidar_to_ego[:] = tables.to_ego[rows["mount"][next(iter(scans.values()))]]
-            self._ego_to_world[frames] = rigid(found["rotation"], found["translation"])
+            self._ego_to_world[frames] = reading.from_quaternion(
+                found["rotation"], found["translation"]
+            )
         self._scans = {f: file.decode() for f, file in zip(frames, found["file"], strict=True)}
         scan_tokens = {f: t.decode() for f, t in zip(frames, found["token"], strict=True)}
         self._volume_to_ego = self._lidar_to_ego if volume_frame == "lidar" else None

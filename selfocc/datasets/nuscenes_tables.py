@@ -95,23 +95,6 @@ def _below(file: str) -> str:
     return file
 
 
-def rigid(rotation, translation) -> np.ndarray:
-    """[..., 4, 4] of quaternions w, x, y, z [..., 4] and translations [..., 3] in metres."""
-    q = np.asarray(rotation, np.float64)
-    w, x, y, z = np.moveaxis(q / np.linalg.norm(q, axis=-1, keepdims=True), -1, 0)
-    matrix = np.zeros((*w.shape, 4, 4))
-    rows = (
-        (1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)),
-        (2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)),
-        (2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)),
-    )
-    for k, row in enumerate(rows):
-        matrix[..., k, :3] = np.stack(row, -1)
-    matrix[..., :3, 3] = translation
-    matrix[..., 3, 3] = 1
-    return matrix
-
-
 def unit(rotation: np.ndarray) -> np.ndarray:
     """Whether quaternions [..., 4] have length 1, as rotations do."""
     return np.abs(np.linalg.norm(rotation, axis=-1) - 1) < 1e-3
@@ -202,7 +185,7 @@ class Tables:
         self.intrinsics = np.zeros((len(intrinsics), 3, 3))
         try:
             rotation = np.array(rotations, np.float64).reshape(-1, 4)
-            self.to_ego = rigid(rotation, np.array(translations).reshape(-1, 3))
+            self.to_ego = reading.from_quaternion(rotation, np.array(translations).reshape(-1, 3))
             for place, numbers in enumerate(intrinsics):
                 if numbers:
                     self.intrinsics[place] = np.array(numbers, np.float64).reshape(3, 3)

@@ -30,6 +30,8 @@ UNRECTIFIED = (512, 1392)  # [h, w] before rectification
 # move up and down more than to the sides.
 CENTRAL_X, CENTRAL_Y = (0.35, 0.65), (0.25, 0.75)
 
+HELD_OUT = 0.2  # of a drive, its end, where nobody says what is for validation
+
 # what follows x, y, z in the points of a scan
 COLUMNS = {4: "remission", 5: "intensity and ring"}
 FARTHEST = 300.0  # metres along an axis; the scanners see 120
@@ -42,6 +44,18 @@ def path_length(positions: np.ndarray) -> np.ndarray:
     """Metres driven until each of the positions [frames, k]."""
     steps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
     return np.concatenate([[0.0], np.cumsum(steps)])
+
+
+def driven(poses: np.ndarray) -> np.ndarray:
+    """Metres driven until each of a camera's poses [frames, 4, 4], as KITTI counts them: in the
+    plane of x and z of the first."""
+    return path_length(poses[:, :3, 3] @ poses[0, :3, [0, 2]].T)
+
+
+def held_out(numbers: list[int], split: str) -> list[int]:
+    """The first four fifths for split `train`, the end for `val`."""
+    first = int(len(numbers) * (1 - HELD_OUT))
+    return numbers[:first] if split == "train" else numbers[first:]
 
 
 def around(root: Path, holds: str) -> Iterator[Path]:
@@ -125,18 +139,42 @@ def read_calibration(path: Path, sizes: dict[str, int]) -> Lines:
     return lines
 
 
-def rigid(rows: np.ndarray, path: Path, where: str | None = None) -> np.ndarray:
-    """[n, 4, 4] from [n, 12], refusing what is no rotation and translation."""
+def rigid(rows: np.ndarray, path: Path, names: list[str] | None = None) -> np.ndarray:
+    """[n, 4, 4] from [n, 12], refusing what is no rotation and translation.
+
+    names: of the rows, by default the numbers of their lines.
+    """
     last = np.tile([0.0, 0.0, 0.0, 1.0], (len(rows), 1))
     matrices = np.concatenate([rows, last], axis=1).reshape(-1, 4, 4)
     rotation = matrices[:, :3, :3]
     gram = rotation @ rotation.transpose(0, 2, 1)
     skew = np.abs(gram - np.eye(3)).max(axis=(1, 2))
-    bad = np.flatnonzero((skew > 1e-3) | (np.linalg.det(rotation) < 0))
-    if len(bad):
-        where = where or f"line {bad[0] + 1}"
-        raise InputError(f"{path}, {where}: its 3x3 part is no rotation; restore the file")
+    for bad, what in (
+        (~np.isfinite(rows).all(axis=1), "not all numbers are finite"),
+        ((skew > 1e-3) | (np.linalg.det(rotation) < 0), "its 3x3 part is no rotation"),
+    ):
+        if bad.any():
+            row = int(bad.argmax())
+            where = names[row] if names else f"line {row + 1}"
+            raise InputError(f"{path}, {where}: {what}; restore the file")
     return matrices
+
+
+def from_quaternion(rotation, translation) -> np.ndarray:
+    """[..., 4, 4] of quaternions w, x, y, z [..., 4] and translations [..., 3] in metres."""
+    q = np.asarray(rotation, np.float64)
+    w, x, y, z = np.moveaxis(q / np.linalg.norm(q, axis=-1, keepdims=True), -1, 0)
+    matrix = np.zeros((*w.shape, 4, 4))
+    rows = (
+        (1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)),
+        (2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)),
+        (2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)),
+    )
+    for k, row in enumerate(rows):
+        matrix[..., k, :3] = np.stack(row, -1)
+    matrix[..., :3, 3] = translation
+    matrix[..., 3, 3] = 1
+    return matrix
 
 
 def read_poses(path: Path, numbers: list[int], of: str, digits: int = 6) -> np.ndarray:
@@ -278,6 +316,14 @@ def read_depth(path: Path) -> np.ndarray:
     if image.dtype == np.uint8 or image.ndim != 2:
         raise InputError(f"{path}: {image.dtype} {image.shape} is no 16-bit depth; copy it again")
     return image.astype(np.float32) / 256
+
+
+def read_map(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """float32 of `size` [h, w] from a .npy file or a 16-bit PNG; 0 where there is none."""
+    map_ = _decoded(path, np.load if path.suffix == ".npy" else _pixels).squeeze()
+    if map_.shape != size or not np.isfinite(map_).all():
+        raise InputError(f"{path}: {map_.shape} is no depth of its image {size}; copy it again")
+    return map_.astype(np.float32)
 
 
 def parse_range(text: str, example: str = "06") -> tuple[str, range | None]:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from selfocc import InputError
 from selfocc.batch import Sequence
 from selfocc.datasets import cache as disk
+from selfocc.datasets import reading
 from selfocc.street.looks import develop, drifted, exposure_for
 from selfocc.street.occupancy import View, occupancy, seen_from
 from selfocc.street.rigs import LIDAR_HEIGHT, make_rig
@@ -117,13 +118,15 @@ class SyntheticSequence(Sequence):
 
     @cached_property
     def positions(self) -> np.ndarray:
-        return np.stack([self.cameras(frame)[1][0, :3, 3] for frame in range(self.frames)])
+        return self._first_camera[:, :3, 3]
 
     @cached_property
     def path(self) -> np.ndarray:
-        """As KITTI counts it: in the plane of x and z of the first camera."""
-        steps = np.diff(self.positions, axis=0) @ self.cameras(0)[1][0, :3, [0, 2]].T
-        return np.concatenate([[0.0], np.cumsum(np.linalg.norm(steps, axis=1))])
+        return reading.driven(self._first_camera)
+
+    @cached_property
+    def _first_camera(self) -> np.ndarray:
+        return np.stack([self.cameras(frame)[1][0] for frame in range(self.frames)])
 
     def frame_id(self, frame: int) -> str:
         return f"{frame:06d}"
