@@ -1,13 +1,11 @@
-"""Where the ground is under a camera that moves, in the units of its poses, from its images alone.
+"""What is up, and how far below a camera the ground is, in the units of its poses.
 
-Structure from motion knows neither metres nor what is up. The ground is a plane below the path:
-what one image shows of it must look the same in the next ones, seen through that plane (its
-homography). Heights are swept first, then height and tilt are refined together.
+Structure from motion knows neither metres nor what is up. Cameras are held upright and mostly move
+on the level; the ground is a plane below the path, and what one image shows of it must look the
+same in another one, seen through that plane (its homography).
 """
 
-import math
-from pathlib import Path
-from typing import NamedTuple
+import functools
 
 import numpy as np
 import torch
@@ -18,100 +16,85 @@ from selfocc.datasets import cache, reading
 from selfocc.datasets.captures import Shot
 from selfocc.datasets.pixels import resized, scaled
 
-VERSION = 1  # part of the cache key
+VERSION = 2  # of what is kept; part of the cache key
+STRAIGHT = 0.1  # share of the way in a direction that is taken to be level
 WIDTH = 480  # pixels of the images that are compared
-ANCHORS = 16  # images, spread over the footage
-NEIGHBOURS = 1, 2, 4, 8  # frames on
+ANCHORS = 12  # images, spread over the footage
+NEIGHBOURS = 1, 3, 9  # frames on
+BASELINE = 0.6, 2.0  # of the pairs that measure, as multiples of the height
 # what is looked at: metres down and aside of a metre ahead
 DOWN, ASIDE = (0.12, 0.6), 0.35
-HEIGHTS = 96  # that are tried, from LOWEST to HIGHEST times the median step between frames
-LOWEST, HIGHEST = 0.1, 100.0
+# heights that are tried first, as multiples of the median step between frames; then finer ones
+COARSE, FINE = np.geomspace(0.1, 100, 64), np.linspace(0.88, 1.14, 14)
 WINDOW = 7  # pixels, each way, that are correlated
-# mean correlation that ground has at least, and how much better it is than a plane far below
-AGREES, BETTER = 0.5, 0.05
-
-
-class Ground(NamedTuple):
-    up: np.ndarray  # [3] in the axes of the poses
-    height: float  # of the camera, in their units
-    agreement: float  # mean correlation of images through the plane
+# mean correlation that ground has at least, and how much of it a plane at any height has at most;
+# KITTI's has 0.33, and 0.4 of it
+AGREES, ANYWHERE = 0.1, 0.7
 
 
 def upright(poses: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """What is up [3] for cameras [F, N, 4, 4] that are held upright and mostly move on the level.
+    """What is up [3] for cameras [F, N, 4, 4] that move by steps [F - 1, 3].
 
-    steps [F - 1, 3]: where they move is not up; of other directions the cameras tell.
+    That is up in their images on average, less what of it is along directions they mostly move in.
     """
     held = -poses[..., :3, 1].mean((0, 1))
-    spread = steps.T @ steps / max((steps**2).sum(), 1e-12)
-    up = np.linalg.solve(spread + 0.01 * np.eye(3), held)
+    shares, axes = np.linalg.eigh(steps.T @ steps / max((steps**2).sum(), 1e-12))
+    level = shares**2 / (shares**2 + STRAIGHT**2)
+    up = held - axes @ (level * (axes.T @ held))
     return up / np.linalg.norm(up)
 
 
-def find(folder: Path, shots: list[Shot], up: np.ndarray, free: bool) -> Ground | None:
-    """The ground under the camera of these shots, None where none is seen; kept in the cache.
+def height(shots: list[Shot], up: np.ndarray) -> float | None:
+    """Of the camera of these shots above the ground, in the units of its poses; None where no
+    ground is seen. Kept in the cache.
 
-    up: a guess, which is refined where it is `free`. Raises InputError for images that cannot be
-    read.
+    Raises InputError for images that cannot be read.
     """
-    stamps = [(s.name, s.lens, s.pose.tobytes(), s.file.stat().st_mtime_ns) for s in shots]
-    name = cache.key(VERSION, str(folder), stamps, up.round(9).tolist(), free)
+    stamps = [(str(s.file), s.lens, s.pose.tobytes(), s.file.stat().st_mtime_ns) for s in shots]
+    name = cache.key("ground", VERSION, stamps, up.round(6).tolist())
 
     def make() -> np.ndarray:
-        return np.array(_find(shots, up, free) or np.full(5, np.nan))
+        return np.array([_height(shots, up) or np.nan])
 
-    found = cache.load_or_make(cache.folder() / f"{name}.npy", make, np.dtype(np.float64), (5,))
-    *up, height, agreement = found.tolist()
-    return None if math.isnan(height) else Ground(np.array(up), height, agreement)
+    found = cache.load_or_make(cache.folder() / f"{name}.npy", make, np.dtype(np.float64), (1,))
+    return None if np.isnan(found[0]) else float(found[0])
 
 
-def _find(shots: list[Shot], up: np.ndarray, free: bool) -> list[float] | None:
+@torch.no_grad()
+def _height(shots: list[Shot], up: np.ndarray) -> float | None:
     poses = np.stack([shot.pose for shot in shots])
+    images = functools.cache(lambda k: _read(shots[k]))
+    anchors = np.unique(np.linspace(0, len(poses) - 2, ANCHORS).round().astype(int)).tolist()
     step = float(np.median(np.linalg.norm(np.diff(poses[:, :3, 3], axis=0), axis=1)))
-    pairs = _pairs(poses, step)
-    if not pairs:
+    pairs = [(k, k + n) for k in anchors for n in NEIGHBOURS if k + n < len(poses)]
+    scores = _scores(images, poses, up, pairs, step * COARSE)
+    if scores is None:
         return None
-    seen = {k: _read(shots[k]) for k in sorted({k for pair in pairs for k in pair})}
-    views = [_View(seen, poses, up, *pair) for pair in pairs]
+    best = step * COARSE[scores.argmax()]
+    pairs = []
+    for k in anchors:
+        away = np.linalg.norm(poses[k + 1 :, :3, 3] - poses[k, :3, 3], axis=1) / best
+        fits = np.flatnonzero((away > BASELINE[0]) & (away < BASELINE[1]))[:4]
+        pairs += [(k, k + 1 + int(n)) for n in fits]
+    finer = _scores(images, poses, up, pairs, best * FINE)
+    if finer is not None:
+        top = int(finer.argmax().clip(1, len(FINE) - 2))
+        before, here, after = finer[top - 1 : top + 2]
+        bend = max(2 * here - before - after, 1e-9)
+        best *= FINE[top] + (FINE[1] - FINE[0]) * float(np.clip((after - before) / bend / 2, -1, 1))
+    agreement = float(scores.max())
+    if agreement < AGREES or float(np.median(scores)) > ANYWHERE * agreement:
+        return None
+    return best
+
+
+def _scores(images, poses, up, pairs: list[tuple[int, int]], heights) -> np.ndarray | None:
+    """Mean correlation of pairs of images through the ground at each height; None without pairs."""
+    views = [_View(images, poses, up, *pair) for pair in pairs]
     views = [view for view in views if view.usable]
     if not views:
         return None
-    heights = step * np.geomspace(LOWEST, HIGHEST, HEIGHTS)
-    tilt = torch.zeros(2, dtype=torch.float64)
-    with torch.no_grad():
-        scores = torch.stack([_score(views, math.log(h), tilt) for h in heights])
-    best = int(scores.argmax())
-    height = torch.tensor(math.log(heights[best]), dtype=torch.float64, requires_grad=True)
-    tilt.requires_grad_(free)
-    variables = [height, tilt] if free else [height]
-    optimiser = torch.optim.LBFGS(variables, max_iter=25, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimiser.zero_grad()
-        value = -_score(views, height, tilt) + 0.5 * tilt.square().sum()
-        value.backward()
-        return value
-
-    optimiser.step(loss)
-    with torch.no_grad():
-        agreement = float(_score(views, height, tilt))
-    if agreement < AGREES or agreement < float(scores[-1]) + BETTER:
-        return None
-    turned = np.stack([view.up_in_world(tilt.detach()) for view in views]).mean(0)
-    return [*(turned / np.linalg.norm(turned)), math.exp(float(height.detach())), agreement]
-
-
-def _pairs(poses: np.ndarray, step: float) -> list[tuple[int, int]]:
-    """Images and later ones that the camera has moved to, and not turned much."""
-    pairs = []
-    for k in np.unique(np.linspace(0, len(poses) - 2, ANCHORS).round().astype(int)):
-        for n in NEIGHBOURS:
-            if k + n < len(poses):
-                away = np.linalg.norm(poses[k + n, :3, 3] - poses[k, :3, 3])
-                alike = poses[k, :3, 2] @ poses[k + n, :3, 2]
-                if away > 0.5 * step and alike > 0.95:
-                    pairs.append((int(k), int(k + n)))
-    return pairs
+    return np.array([np.mean([view.correlation(h) for view in views]) for h in heights])
 
 
 def _read(shot: Shot) -> tuple[Tensor, np.ndarray]:
@@ -126,47 +109,40 @@ def _read(shot: Shot) -> tuple[Tensor, np.ndarray]:
 class _View:
     """The part of an image that looks down ahead, and another image."""
 
-    def __init__(self, seen: dict, poses: np.ndarray, up: np.ndarray, here: int, there: int):
-        (image, k), (self.other, other_k) = seen[here], seen[there]
-        self.turn = poses[here, :3, :3]
-        self.down = -self.turn.T @ up
-        ahead = np.array([0, 0, 1.0]) - self.down[2] * self.down
+    def __init__(self, images, poses: np.ndarray, up: np.ndarray, here: int, there: int):
+        (image, k), (self.other, other_k) = images(here), images(there)
+        motion = np.linalg.inv(poses[there]) @ poses[here]
+        way = poses[here, :3, :3].T @ (poses[there, :3, 3] - poses[here, :3, 3])
+        way /= max(np.linalg.norm(way), 1e-12)
+        down = -poses[here, :3, :3].T @ up
+        down -= (down @ way) * way  # the way goes along the ground, which may climb
+        down /= max(np.linalg.norm(down), 1e-9)
+        ahead = np.array([0, 0, 1.0]) - down[2] * down
         ahead /= max(np.linalg.norm(ahead), 1e-9)
-        aside = np.cross(self.down, ahead)
+        aside = np.cross(down, ahead)
         v, u = np.mgrid[: image.shape[0], : image.shape[1]]
         rays = np.stack([u, v, np.ones_like(u)], -1) @ np.linalg.inv(k).T
         far = (rays @ ahead).clip(1e-6)
-        down, across = rays @ self.down / far, rays @ aside / far
-        inside = (down > DOWN[0]) & (down < DOWN[1]) & (np.abs(across) < ASIDE)
+        slope, across = rays @ down / far, rays @ aside / far
+        inside = (slope > DOWN[0]) & (slope < DOWN[1]) & (np.abs(across) < ASIDE)
         rows, cols = inside.any(1).nonzero()[0], inside.any(0).nonzero()[0]
         self.usable = len(rows) > 2 * WINDOW and len(cols) > 2 * WINDOW
         if not self.usable:
             return
         cut = slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1)
-        motion = np.linalg.inv(poses[there]) @ poses[here]
         self.image, self.inside = image[cut], torch.from_numpy(inside[cut])
-        self.rays = torch.from_numpy(rays[cut].reshape(-1, 3))
-        self.axes = torch.from_numpy(np.stack([self.down, ahead, aside]))
+        rays = torch.from_numpy(rays[cut].reshape(-1, 3))
+        self.sinking = rays @ torch.from_numpy(down)
         # to homogeneous pixels of the other image
-        self.matrix = torch.from_numpy(other_k @ motion[:3, :3])
+        self.far = rays @ torch.from_numpy(other_k @ motion[:3, :3]).T
         self.shift = torch.from_numpy(other_k @ motion[:3, 3])
 
-    def normal(self, tilt: Tensor) -> Tensor:
-        """What is down [3] in the camera, tilted ahead and aside by these radians."""
-        down, ahead, aside = self.axes
-        down = down + tilt[0] * ahead + tilt[1] * aside
-        return down / down.norm()
-
-    def up_in_world(self, tilt: Tensor) -> np.ndarray:
-        return -self.turn @ self.normal(tilt).numpy()
-
-    def correlation(self, height: Tensor | float, tilt: Tensor) -> Tensor:
-        """Of the two images, through the plane so far below, for each pixel; 0 outside."""
-        reach = self.rays @ self.normal(tilt) / height  # 1 / z-depth
-        place = self.rays @ self.matrix.T + reach[:, None] * self.shift
+    def correlation(self, height: float) -> float:
+        """Mean of windows of the two images, through the plane so far below; 0 outside."""
+        place = self.far + (self.sinking / height)[:, None] * self.shift
         size = torch.tensor(self.other.shape[::-1])
         grid = 2 * (place[:, :2] / place[:, 2:].clamp_min(1e-3) + 0.5) / size - 1
-        seen = ((grid.abs() < 1).all(-1) & (place[:, 2] > 1e-3) & (reach > 0)).view_as(self.image)
+        seen = ((grid.abs() < 1).all(-1) & (place[:, 2] > 1e-3)).view_as(self.image)
         grid = grid.view(1, *self.image.shape, 2).float()
         warped = F.grid_sample(self.other[None, None], grid, align_corners=False)
         x, y = self.image[None, None], warped
@@ -174,14 +150,8 @@ class _View:
         both = _mean(x * y) - mean_x * mean_y
         spread = (_mean(x * x) - mean_x**2).clamp_min(0) * (_mean(y * y) - mean_y**2).clamp_min(0)
         score = (both / (spread + 1.0).sqrt())[0, 0]
-        return torch.where(seen & self.inside, score, 0.0)
+        return float(score[seen & self.inside].sum() / self.inside.sum())
 
 
 def _mean(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, WINDOW, 1, WINDOW // 2, count_include_pad=False)
-
-
-def _score(views: list[_View], log_height: Tensor | float, tilt: Tensor) -> Tensor:
-    height = log_height.exp() if isinstance(log_height, Tensor) else math.exp(log_height)
-    scores = [view.correlation(height, tilt).sum() / view.inside.sum() for view in views]
-    return torch.stack(scores).mean()

@@ -184,21 +184,20 @@ class Footage:
         up = np.array(config.up) if config.up else ground.upright(poses, steps)
         up = up / np.linalg.norm(up)
         given = config.camera_height, config.scale_metres or config.path_length
-        seen = ground.find(self.folder, [frame[lead] for frame in self.shots], up, not config.up)
-        height = config.camera_height or ASSUMED_HEIGHT
-        if seen is not None:
-            up = seen.up
-            if config.camera_height and not given[1]:
-                self.metres = config.camera_height / seen.height
-            height = config.camera_height or seen.height * self.metres
-            said.append(f"the ground is seen {height:.2f} m below {self.names[lead]}")
-        elif config.camera_height and not given[1]:
+        seen = ground.height([frame[lead] for frame in self.shots], up)
+        if seen is None and config.camera_height and not given[1]:
             raise InputError(
                 f"{self.folder}: no ground is seen whose distance --camera-height could tell; give "
                 "--scale METRES or --path-length METRES"
             )
+        if seen is not None and config.camera_height and not given[1]:
+            self.metres = config.camera_height / seen
+        height = config.camera_height or ASSUMED_HEIGHT
+        if seen is None:
+            said.append(f"no ground is seen; {self.names[lead]} is taken to be {height:g} m up")
         else:
-            said.append(f"no ground is seen; {self.names[lead]} is taken to be {height:.2f} m up")
+            height = seen * self.metres
+            said.append(f"the ground is seen {height:.2f} m below {self.names[lead]}")
         how = "" if any(given) else ", as nothing tells otherwise (--scale, --camera-height)"
         said.append(f"a unit of the poses is {self.metres:.4g} m{how}")
         said.append("up is {:.3f}, {:.3f}, {:.3f} in their axes".format(*up))
