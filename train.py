@@ -39,7 +39,7 @@ from selfocc import (
 )
 from selfocc.batch import collate
 from selfocc.config import Config, Folders, check_training, listing
-from selfocc.datasets import open_dataset
+from selfocc.datasets import open_dataset, usual
 from selfocc.datasets.loader import read_ahead
 from selfocc.labels import check_classes, settle_classes
 from selfocc.model import SelfOcc
@@ -74,15 +74,18 @@ def choose_settings(arguments: argparse.Namespace, resumed: Config | None) -> Co
 
     Raises InputError where a preset is named that is not the run's.
     """
-    preset = arguments.preset or (None if resumed else arguments.dataset or "synthetic")
-    if resumed and preset not in (None, resumed.preset):
+    if resumed and arguments.preset not in (None, resumed.preset):
         raise InputError(
-            f"the run is of preset {resumed.preset}, not {preset}; leave --preset out, or start "
-            "another run with --out DIR"
+            f"the run is of preset {resumed.preset}, not {arguments.preset}; leave --preset out, "
+            "or start another run with --out DIR"
         )
     named = {"backbone.weights": arguments.backbone_weights, "optim.steps": arguments.steps}
     overrides = commandline.overrides(arguments, named)
-    chosen = change(resumed, overrides) if resumed else presets.build(preset, overrides)
+    if resumed:
+        chosen = change(resumed, overrides)
+    else:
+        preset, more = usual(arguments.preset, arguments.dataset, arguments.data)
+        chosen = presets.build(preset or "synthetic", [*more, *overrides])
     check_training(chosen)
     settings = settle_classes(chosen)
     check_classes(settings)

@@ -4,16 +4,17 @@ import functools
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 
 from tqdm import tqdm
 
-from selfocc import InputError
+from selfocc import InputError, presets
 from selfocc.batch import Sequence
 from selfocc.config import Config, DataConfig, Folders
 from selfocc.datasets.kitti import TRAIN_SEQUENCES, VAL_SEQUENCES, kitti_sequences
 from selfocc.datasets.kitti_raw import kitti_raw_sequences
 from selfocc.datasets.nuscenes import nuscenes_sequences
-from selfocc.datasets.posed import posed_sequences
+from selfocc.datasets.posed import posed_sequences, suggested
 from selfocc.datasets.reading import parse_range
 from selfocc.datasets.synthetic import SyntheticConfig, prerender, synthetic_sequences
 from selfocc.datasets.video import VideoDataset
@@ -34,6 +35,19 @@ HOLDS = {
     "posed": "transforms.json, sparse/0 or poses.txt",
 }
 TRUTH = ("depth", "lidar", "voxels", "stereo_pair")
+
+
+def usual(
+    preset: str | None, dataset: str | None, data: Path | None
+) -> tuple[str | None, list[str]]:
+    """The preset to take where none is named, and what it needs to be told of the data.
+
+    Of footage, that follows from its cameras. Raises InputError.
+    """
+    if data is None or (dataset or preset and presets.build(preset).data.dataset) != "posed":
+        return preset or dataset, []
+    suited, cameras = suggested(data)
+    return preset or suited, [f"encoder.cameras={cameras}"]
 
 
 def open_dataset(config: Config, split: str, folders: Folders) -> VideoDataset:

@@ -20,7 +20,7 @@ from selfocc import InputError, counted, pictures, presets
 from selfocc.batch import Sequence
 from selfocc.commandline import Parser, add_data_options, count, folders, overrides, run
 from selfocc.config import DataConfig
-from selfocc.datasets import open_sequences
+from selfocc.datasets import open_sequences, usual
 from selfocc.datasets.epipolar import epipolar_offset, scan_agreement
 from selfocc.datasets.reading import check_camera
 from selfocc.datasets.video import VideoDataset, scan_maps
@@ -304,9 +304,10 @@ def _main(words: list[str] | None) -> None:
     add("--frames", type=count, default=100, metavar="N", help=said)
     add("--out", type=Path, default=Path("check"), metavar="DIR", help="pictures; default: check")
     chosen = parser.parse_args(words)
-    if chosen.preset is None and chosen.dataset is None:
+    preset, more = usual(chosen.preset, chosen.dataset, chosen.data)
+    if preset is None:
         raise InputError("--dataset is needed, or --preset, which knows its data set")
-    data = presets.build(chosen.preset or chosen.dataset, overrides(chosen)).data
+    data = presets.build(preset, [*more, *overrides(chosen)]).data
     if data.dataset == "synthetic":  # nothing can be missing; a scene of each split shows it
         data = dataclasses.replace(data, scenes=1, scenes_val=1)
     make_folder(chosen.out)

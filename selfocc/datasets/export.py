@@ -7,9 +7,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from selfocc import InputError
 from selfocc.commandline import Parser, count, run
 from selfocc.datasets.export_kitti import export_kitti, export_kitti_raw
 from selfocc.datasets.export_nuscenes import export_nuscenes
+from selfocc.datasets.export_posed import KINDS, LENSES, export_posed
 from selfocc.datasets.synthetic import SPLITS, SyntheticConfig, synthetic_sequences
 from selfocc.files import owned
 
@@ -18,6 +20,7 @@ FORMATS = {
     "kitti": (export_kitti, "forward", (96, 320)),
     "kitti_raw": (export_kitti_raw, "forward", (96, 320)),
     "nuscenes": (export_nuscenes, "surround", (96, 160)),
+    "posed": (export_posed, "forward", (96, 320)),
 }
 
 
@@ -37,8 +40,14 @@ def _main(words):
     add("--split", nargs="+", choices=SPLITS, default=["train"], help="one or more; default: train")
     said = "of the images; default: as the small presets have them"
     add("--size", type=some, nargs=2, metavar=("HEIGHT", "WIDTH"), help=said)
+    add("--kind", choices=KINDS, help="posed: whose files; default: nerfstudio")
+    add("--lens", choices=("pinhole", *LENSES), help="posed: of the cameras; default: pinhole")
     chosen = parser.parse_args(words)
     export, rig, size = FORMATS[chosen.format]
+    options = {name: getattr(chosen, name) for name in ("kind", "lens")}
+    options = {name: value for name, value in options.items() if value is not None}
+    if options and chosen.format != "posed":
+        raise InputError(f"--{min(options)} is of format posed; leave it out")
     # KITTI raw has one calibration for all drives of a day.
     config = SyntheticConfig(
         rig=rig, image_size=tuple(chosen.size or size), frames=chosen.frames, rigs=0.0
@@ -49,7 +58,7 @@ def _main(words):
         for sequence in synthetic_sequences(config, split, chosen.scenes, chosen.seed)
     ]
     with owned(chosen.folder) as owner:
-        export(sequences, owner)
+        export(sequences, owner, **options)
 
 
 if __name__ == "__main__":
