@@ -142,7 +142,6 @@ _preset("posed", "your own footage, ahead of a camera; to go on from street (--i
         "street_kitti", """
     data.dataset=posed data.crop=96,320 data.scale=1 data.target_scale=1 data.fit=horizon
     render.eval_rays=48,160
-    optim.steps=300 optim.sweep_steps=150
 """)  # fmt: skip
 
 _preset("posed_surround", "your own footage, around the cameras of a rig", "synthetic_surround", """

@@ -44,7 +44,7 @@ def usual(
 
     Of footage, that follows from its cameras. Raises InputError.
     """
-    if data is None or (dataset or preset and presets.build(preset).data.dataset) != "posed":
+    if data is None or (dataset or (preset and presets.build(preset).data.dataset)) != "posed":
         return preset or dataset, []
     suited, cameras = suggested(data)
     return preset or suited, [f"encoder.cameras={cameras}"]

@@ -21,6 +21,7 @@ from selfocc.batch import Sequence
 from selfocc.datasets.captures import CAMERAS, IMAGES, MODELS, OPENGL, POINTS
 from selfocc.datasets.export_nuscenes import quaternion
 from selfocc.datasets.lens import Lens
+from selfocc.datasets.video import scan_maps
 from selfocc.files import write_file
 from selfocc.pictures import write_picture
 
@@ -66,7 +67,11 @@ def _shots(sequence: Sequence, folder: Path, lens: str, world) -> Iterator[list[
     scale = 1.0 if world is None else np.linalg.det(world[:3, :3]) ** (1 / 3)
     for frame in range(sequence.frames):
         intrinsics, poses = sequence.cameras(frame)
-        images, depths = sequence.images(frame), sequence.depth(frame)
+        images, depths, points = (
+            read(frame) for read in (sequence.images, sequence.depth, sequence.lidar)
+        )
+        if depths is None and points is not None:
+            depths = scan_maps(sequence, frame, points, intrinsics, [i.shape[:2] for i in images])
         lenses = [
             Lens(image.shape[:2], *k[[0, 1, 0, 1], [0, 1, 2, 2]].tolist())
             for image, k in zip(images, intrinsics, strict=True)
