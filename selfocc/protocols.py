@@ -99,10 +99,10 @@ class Rules:
 def choose(settings: Config, name: str | None = None) -> Rules:
     """The rules for a configuration's data under a protocol; None is the data set's default.
 
-    The embedded world follows SemanticKITTI, or Occ3D where its rig is a ring. InputError for a
-    protocol that does not exist.
+    The embedded world and own footage follow SemanticKITTI, or Occ3D where the rig is a ring.
+    InputError for a protocol that does not exist.
     """
-    embedded = settings.data.dataset == "synthetic"
+    embedded = settings.data.dataset in ("synthetic", "posed")
     name = name or ("own" if embedded else "published")
     if name not in PROTOCOLS:
         raise InputError(f"--protocol {name}: unknown; known: {', '.join(PROTOCOLS)}")

@@ -111,10 +111,10 @@ def _distorted(sequence, frame: int, kind: str, lenses: list[Lens]):
     images = []
     for lens, image, k in zip(lenses, wide.render(frame)[0], intrinsics, strict=True):
         x, y = rays(lens)
-        grid = np.stack([x * k[0, 0] + k[0, 2] + 0.5, y * k[1, 1] + k[1, 2] + 0.5], -1)
-        grid = torch.from_numpy((2 * grid / size[::-1] - 1).astype(np.float32))[None]
+        grid = np.stack([x * k[0, 0] + k[0, 2], y * k[1, 1] + k[1, 2]], -1)  # 0.5 on is its pixel 0
+        grid = torch.from_numpy((2 * grid / (np.array(size[::-1]) - 1) - 1).astype(np.float32))
         pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
-        pixels = F.grid_sample(F.avg_pool2d(pixels, FINER, 1), grid, align_corners=False)
+        pixels = F.grid_sample(F.avg_pool2d(pixels, FINER, 1), grid[None], align_corners=False)
         images.append(pixels[0].permute(1, 2, 0).round().byte().numpy())
     return images, lenses
 

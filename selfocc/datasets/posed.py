@@ -15,6 +15,7 @@ data.rig=forward it is ahead of the camera, as in KITTI (x right, y forward, gro
 
 import functools
 import json
+import os
 import re
 from pathlib import Path
 
@@ -81,9 +82,7 @@ def grouped(
         for name, mount in mounts.items():
             reading.rigid(mount[None, :3].reshape(1, 12), path, [f"camera {name}"])
         if "frames" in rig:
-            named = {
-                shot.file.relative_to(capture.folder).as_posix(): shot for shot in capture.shots
-            }
+            named = {os.path.relpath(shot.file, capture.folder): shot for shot in capture.shots}
             names = list(rig.get("cameras") or rig["frames"][0])
             shots = [[named[frame[name]] for name in names] for frame in rig["frames"]]
             return names, shots, mounts, []
@@ -100,7 +99,7 @@ def _synchronised(capture: Capture) -> tuple[list[str], list[list[Shot]], list[s
     cameras: dict[str, dict[float, Shot]] = {}
     twice = []
     for shot in sorted(capture.shots, key=lambda shot: _natural(shot.name)):
-        camera, stamp = _stamped(shot.file.relative_to(capture.folder))
+        camera, stamp = _stamped(shot.file)
         taken = cameras.setdefault(camera, {})
         if stamp is None:
             stamp = len(taken)
@@ -134,7 +133,7 @@ def _stamped(path: Path) -> tuple[str, float | None]:
     """The camera and the time stamp that the path of an image tells."""
     runs = list(re.finditer(r"\d+(\.\d+)?", path.stem))
     if not runs:
-        return path.parent.as_posix(), None
+        return path.parent.name, None
     stamp = max(runs, key=lambda run: (len(run[0]), run.start()))
     rest = f"{path.stem[: stamp.start()]}*{path.stem[stamp.end() :]}".strip("*_-. ")
     number = float(stamp[0]) if "." in stamp[0] else int(stamp[0])

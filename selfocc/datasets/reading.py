@@ -149,9 +149,10 @@ def rigid(rows: np.ndarray, path: Path, names: list[str] | None = None) -> np.nd
     rotation = matrices[:, :3, :3]
     gram = rotation @ rotation.transpose(0, 2, 1)
     skew = np.abs(gram - np.eye(3)).max(axis=(1, 2))
+    handed = np.sum(np.cross(rotation[:, 0], rotation[:, 1]) * rotation[:, 2], axis=1)
     for bad, what in (
         (~np.isfinite(rows).all(axis=1), "not all numbers are finite"),
-        ((skew > 1e-3) | (np.linalg.det(rotation) < 0), "its 3x3 part is no rotation"),
+        ((skew > 1e-3) | (handed < 0), "its 3x3 part is no rotation"),
     ):
         if bad.any():
             row = int(bad.argmax())
