@@ -32,7 +32,7 @@ LENSES = {
     "fisheye": ((-0.03, 0.004, -0.002, 0.0), (0.0, 0.0)),
 }
 POINTS_A_SHOT = 200  # of COLMAP's sparse points
-WIDER, FINER = 1.6, 2  # the pinhole image of which a distorted one is made
+WIDER, FINER = 1.8, 2  # the pinhole image of which a distorted one is made
 
 
 def export_posed(
@@ -77,8 +77,7 @@ def _shots(sequence: Sequence, folder: Path, lens: str, world) -> Iterator[list[
             for image, k in zip(images, intrinsics, strict=True)
         ]
         if lens != "pinhole":
-            images, lenses = _distorted(sequence, frame, lens, lenses)
-            depths = None
+            images, depths, lenses = _distorted(sequence, frame, lens, lenses)
         shots = []
         for n, (image, pose) in enumerate(zip(images, poses, strict=True)):
             place = f"{list(sequence.camera_names)[n]}/{frame:06d}.png"
@@ -93,7 +92,7 @@ def _shots(sequence: Sequence, folder: Path, lens: str, world) -> Iterator[list[
 
 
 def _distorted(sequence, frame: int, kind: str, lenses: list[Lens]):
-    """Images of the embedded world seen through lenses, which are of their sizes and focal lengths.
+    """Images and depth of the embedded world through lenses of these sizes and focal lengths.
 
     By Newton's method each pixel finds its ray, which reads a wider and finer pinhole image.
     """
@@ -108,15 +107,18 @@ def _distorted(sequence, frame: int, kind: str, lenses: list[Lens]):
     intrinsics[:, [0, 1], [0, 1]] *= FINER
     intrinsics[:, :2, 2] = np.array(size[::-1]) / 2 - 0.5
     wide.rig = replace(sequence.rig, intrinsics=intrinsics)
-    images = []
-    for lens, image, k in zip(lenses, wide.render(frame)[0], intrinsics, strict=True):
+    images, depths = [], []
+    for lens, image, depth, k in zip(lenses, *wide.render(frame)[:2], intrinsics, strict=True):
         x, y = rays(lens)
-        grid = np.stack([x * k[0, 0] + k[0, 2], y * k[1, 1] + k[1, 2]], -1)  # 0.5 on is its pixel 0
-        grid = torch.from_numpy((2 * grid / (np.array(size[::-1]) - 1) - 1).astype(np.float32))
+        u, v = x * k[0, 0] + k[0, 2], y * k[1, 1] + k[1, 2]
+        depths.append(depth[np.rint(v).astype(int), np.rint(u).astype(int)])
+        # pixel 0 of the smoothed image is at 0.5
+        grid = np.stack([2 * u / (size[1] - 1) - 1, 2 * v / (size[0] - 1) - 1], -1)
         pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
-        pixels = F.grid_sample(F.avg_pool2d(pixels, FINER, 1), grid[None], align_corners=False)
+        grid = torch.from_numpy(grid.astype(np.float32))[None]
+        pixels = F.grid_sample(F.avg_pool2d(pixels, FINER, 1), grid, align_corners=False)
         images.append(pixels[0].permute(1, 2, 0).round().byte().numpy())
-    return images, lenses
+    return images, depths, lenses
 
 
 def rays(lens: Lens) -> tuple[np.ndarray, np.ndarray]:
