@@ -1,17 +1,30 @@
 """The check of data folders: sound data pass, each kind of damage is named, wrong poses show."""
 
+import copy
 import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from selfocc.batch import Frames, Sequence
 from selfocc.config import DataConfig
-from selfocc.datasets.check import Report, main, overlay
-from selfocc.datasets.epipolar import epipolar_offset, scan_agreement
+from selfocc.datasets.check import Report, main
+from selfocc.datasets.epipolar import (
+    CONVENTIONS,
+    FLIP,
+    find_matches,
+    offsets,
+    parallax,
+    scan_agreement,
+)  # fmt: skip
 from selfocc.datasets.export_kitti import export_kitti_raw
 from selfocc.datasets.kitti import kitti_sequences
+from selfocc.datasets.kitti_raw import kitti_raw_sequences
+from selfocc.datasets.overlays import draw_matches, overlay
+from selfocc.datasets.reading import path_length
 from selfocc.datasets.synthetic import SyntheticConfig, SyntheticSequence, synthetic_sequences
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
@@ -51,10 +64,10 @@ def turned(degrees, axis):
 
 
 def test_matches_lie_on_epipolar_lines_of_true_poses_only(world):
-    true = [epipolar_offset(world, f, f + 1) for f in range(4)]
+    true = [offsets(world, f, f + 1).median() for f in range(4)]
     assert np.median(true) < 0.5
     for axis in (0, 2):  # pitch and roll
-        wrong = [epipolar_offset(Moved(world, turned(3, axis)), f, f + 1) for f in range(4)]
+        wrong = [offsets(Moved(world, turned(3, axis)), f, f + 1).median() for f in range(4)]
         assert np.median(wrong) > 3 * np.median(true) and np.median(wrong) > 1.5
 
 
@@ -72,7 +85,11 @@ def test_no_texture_no_claim(world):
         def image(self, frame, camera):
             return np.full((*SIZE, 3), 90, np.uint8)
 
-    assert epipolar_offset(Blank(world, np.eye(4)), 0, 1) is None
+    blank = Blank(world, np.eye(4), labelled=[])
+    assert offsets(blank, 0, 1) is None and draw_matches(blank, 0, 1) is None
+    report = Report("val", [blank], DataConfig(crop=SIZE))
+    report.check(1)
+    assert "no frames 0.3 to 3 m apart look alike: poses are not judged" in report.notes
 
 
 def test_overlay_marks_where_points_are(world):
@@ -82,10 +99,191 @@ def test_overlay_marks_where_points_are(world):
     assert 0.1 < changed[40:].mean() < 0.9
 
 
+def test_matches_are_where_exact_depth_says(world):
+    (found,) = find_matches(world, 1, 2)
+    (k,), (here,) = world.cameras(1)
+    u, v = found.corners.long().T.numpy()
+    z = world.depth(1)[0][v, u]
+    seen = found.found.numpy() & (z > 2)
+    points = (np.stack([u, v, np.ones_like(u)], 1) * z[:, None]) @ np.linalg.inv(k).T
+    motion = np.linalg.inv(world.cameras(2)[1][0]) @ here
+    there = (points @ motion[:3, :3].T + motion[:3, 3]) @ k.T
+    wrong = np.linalg.norm(there[:, :2] / there[:, 2:] - found.places.numpy(), axis=1)[seen]
+    assert seen.sum() > 50 and np.median(wrong) < 0.7
+
+
+def misread(sequence, given):
+    """The sequence, with the matrices that are made of its camera_to_world in their place."""
+    wrong, frames = copy.copy(sequence), range(sequence.frames)
+    true = [sequence.cameras(f) for f in frames]
+    mount = [np.linalg.inv(true[f][1][0]) @ sequence.volume_to_world(f) for f in frames]
+    wrong.cameras = lambda f: (true[f][0].copy(), given(true[f][1]))
+    wrong.volume_to_world = lambda f: given(true[f][1])[0] @ mount[f]
+    wrong.positions = np.stack([given(true[f][1])[0, :3, 3] for f in frames])
+    wrong.path = path_length(wrong.positions)
+    return wrong
+
+
+# how matrices were written that have to be read as each of CONVENTIONS says
+WRITTEN = {
+    "as given": lambda true: true,
+    "with the cameras' y and z flipped": lambda true: true @ FLIP,
+    "inverted": np.linalg.inv,
+    "inverted and then flipped": lambda true: np.linalg.inv(true @ FLIP),
+}
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("data", ["street", "drive 0005"])
+def test_conventions_of_poses_are_told(data, convention, world):
+    sequence, frames = world, (0, 2, 4)
+    if data == "drive 0005":
+        if not (REAL / "kitti_raw_0005").is_dir():
+            pytest.skip(f"no excerpt at {REAL / 'kitti_raw_0005'}")
+        chosen = "2011_09_26_drive_0005_sync:94-153"
+        (sequence,) = kitti_raw_sequences(REAL / "kitti_raw_0005", "train", chosen)
+        frames = (5, 45)
+    sequence = misread(sequence, WRITTEN[convention])
+    report = Report("train", [sequence], DataConfig())
+    report._fit([(sequence, f, f + 1) for f in frames])
+    (said,) = [line for line in report.lines() if "conventions" in line]
+    if convention == "as given":
+        assert said.startswith("ok: ") and report.verdict().startswith("can work")
+    else:
+        assert said.startswith("problem: ") and f"; use camera_to_world {convention}: of" in said
+        assert report.verdict() == "cannot work as it is, 1 problem to mend"
+
+
+def test_no_convention_is_blamed_for_other_mistakes(world):
+    report = Report("train", [Moved(world, turned(8, 2))], DataConfig())
+    report._fit([(report.sequences[0], f, f + 1) for f in range(3)])
+    assert not report.problems and not report.facts
+
+
+def test_the_worst_pair_is_named(world):
+    class Once(Moved):
+        def cameras(self, frame):
+            return super().cameras(frame) if frame == 3 else SyntheticSequence.cameras(self, frame)
+
+    report = Report("train", [Once(world, turned(3, 2))], DataConfig())
+    report._check_matches([(report.sequences[0], f, f + 1) for f in range(5)])
+    (said,) = [line for line in report.lines() if "epipolar" in line]
+    assert re.search(
+        r"^ok: matches lie 0\.\d pixels .* at most [2-6]\.\d \(.*0000(02|03) and", said
+    )
+
+
+def test_parallax_by_hand():
+    k, size = np.array([[100.0, 0, 64], [0, 100, 32], [0, 0, 1]]), (64, 128)
+    poses = np.tile(np.eye(4), (3, 1, 1, 1))
+    poses[1, 0, :3, 3], poses[2, 0, :3, 3] = (0.5, 0, 0), (0, 0, 1)  # to the right, and ahead
+    frames = [
+        Frames(torch.zeros(1, 3, *size), torch.tensor(k[None]), torch.tensor(p)) for p in poses
+    ]
+    target, *sources = frames
+    right, ahead = (source.each(lambda x: x[None]) for source in sources)
+    assert parallax(target, right, 10.0) == pytest.approx(100 * 0.5 / 10)
+    v, u = np.meshgrid(np.arange(0, 64, 4) - 32, np.arange(0, 128, 4) - 64)
+    assert parallax(target, ahead, 10.0) == pytest.approx(np.sort(np.hypot(u, v), None)[255] / 9)
+
+
+def test_too_little_parallax_is_a_problem_of_training(world):
+    for scale, fine in ((1.0, True), (1 / 16, False)):
+        data = DataConfig(crop=SIZE, pad=SIZE, source=(0.4, 10), target_scale=scale)
+        report = Report("train", [world], data)
+        report._check_parallax(3)
+        (said,) = report.lines()[1:]
+        pixels, far = map(float, re.findall(r"is ([.\d]+) pixels at 10 m and ([.\d]+)", said)[0])
+        assert said.startswith("ok: " if fine else "problem: ") and pixels > 2.5 * far > 0
+        assert pixels > 3 if fine else 0.05 < pixels < 0.5 and "--set data.source" in said
+
+
+def test_what_stands_still_and_what_flickers(tmp_path):
+    plain = SyntheticConfig(image_size=(48, 96), frames=6, movers=0)
+    bright = SyntheticConfig(image_size=(48, 96), frames=6, movers=0, exposure=0.3)
+    steady, flickers = (
+        synthetic_sequences(c, "train", 1, cache=tmp_path)[0] for c in (plain, bright)
+    )
+    still = copy.copy(steady)
+    still.positions = 0.01 * steady.positions
+    said = {}
+    for name, sequence in (("steady", steady), ("flickers", flickers), ("still", still)):
+        report = Report("train", [sequence], DataConfig())
+        report._check_video([(sequence, f, f + 1) for f in range(5)])
+        said[name] = [*report.facts, *report.notes]
+    assert all(line.startswith("ok: ") for line in said["steady"])
+    changes = [
+        100 * abs(sequence.images(f + 1)[0].mean() / sequence.images(f)[0].mean() - 1)
+        for sequence in (steady, flickers) for f in range(5)
+    ]  # fmt: skip
+    assert f"changes by {np.median(changes[:5]):.1f}% to" in said["steady"][1]
+    jumps = np.mean(np.array(changes[5:]) > 10)
+    assert jumps >= 0.4 and said["flickers"][1].startswith("bright")
+    assert f"changes by {np.median(changes[5:]):.1f}% to the next frame, by more than 10% in "
+    assert f"in {jumps:.0%} of pairs; colours" in said["flickers"][1]
+    assert said["still"][1].startswith("100% of frames are less than 0.05 m away")
+
+
+class Wall(Sequence):
+    """A wall 10 m away, passed in steps of 0.5 m; a share of its rows moves down by itself."""
+
+    name, frames, labelled = "wall", 6, ()
+
+    def __init__(self, share):
+        self.share, self.texture = share, np.random.default_rng(0).uniform(0, 255, (40, 80))
+        self.positions = np.arange(6)[:, None] * [0.5, 0, 0]
+        self.path = path_length(self.positions)
+
+    def frame_id(self, frame):
+        return str(frame)
+
+    def volume_to_world(self, frame):
+        pose = np.eye(4)
+        pose[:3, 3] = self.positions[frame]
+        return pose
+
+    def cameras(self, frame):
+        k = np.array([[100.0, 0, 64], [0, 100, 48], [0, 0, 1]])
+        return k[None], self.volume_to_world(frame)[None]
+
+    def image(self, frame, camera):
+        grey = np.kron(self.texture, np.ones((4, 4)))  # blocks of four pixels: corners
+        alone = int(self.share * 96)  # rows
+        rows = np.r_[np.arange(alone) + 40 - 5 * frame, np.arange(alone, 96) + 50]
+        shown = grey[np.ix_(rows, np.arange(128) + 5 * frame)]  # 100 pixels * 0.5 m / 10 m
+        return np.repeat(shown[..., None], 3, -1).astype(np.uint8)
+
+
+def test_what_moves_by_itself_is_counted_roughly():
+    shares = []
+    for share in (0.0, 0.25, 0.5):
+        report = Report("train", [Wall(share)], DataConfig(crop=(96, 128), pad=(96, 128)))
+        report._check_matches([(report.sequences[0], f, f + 1) for f in range(3)])
+        (said,) = [line for line in report.lines() if "by themselves" in line]
+        shares.append(int(re.search(r"roughly (\d+)% of", said)[1]) / 100)
+        assert said.startswith("note: " if share == 0.5 else "ok: ") or share == 0.25
+    # corners near the seam, which differ between frames, are not found
+    assert shares[0] < 0.02 and 0.1 < shares[1] < 0.27 and 0.36 < shares[2] < 0.52
+
+
+def test_the_picture_of_matches_shows_dots_on_lines(world):
+    drawn = draw_matches(world, 1, 2)
+    height = 4 * SIZE[0]  # 192 pixels are drawn 768 wide, as at least 640 are
+    assert drawn.shape[1] == 4 * SIZE[1] and 2 * height < len(drawn) < 2.3 * height
+    # the one thing that is drawn between captions are dots and lines
+    image = np.kron(world.image(2, 0), np.ones((4, 4, 1), np.uint8))
+    changed = (drawn[-height:] != image).any(-1)
+    assert 0.003 < changed.mean() < 0.2
+    matches = find_matches(world, 1, 2)[0]
+    shown = np.unique(np.linspace(0, len(matches.corners) - 1, 16).round().astype(int))
+    places = [matches.places[p] for p in shown if matches.found[p]]
+    assert len(places) > 5 and all(changed[int(4 * v + 2), int(4 * u + 2)] for u, v in places)
+
+
 def check(folder, out, *more):
     return main(["--dataset", "kitti_raw", "--preset", "street_kitti_raw", "--data", str(folder),
                  "--out", str(out), "--set", "data.crop=96,192", "--train",
-                 "2011_09_26_drive_0001_sync:0-5", "--val", "2011_09_26_drive_0001_sync:0-5",
+                 "2011_09_26_drive_0001_sync:0-5", "--val", "2011_09_26_drive_0001_sync:0-1",
                  *more])  # fmt: skip
 
 
@@ -101,10 +299,9 @@ def test_sound_data_pass_with_what_each_task_needs(exported, tmp_path, capsys):
         "semantic training: lacks --labels DIR", "training: 8 frames with neighbours 0.5 to 10 m",
     ):  # fmt: skip
         assert f"  {line}" in said
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "kitti_raw_train.png",
-        "kitti_raw_val.png",
-    }
+    names = {f"kitti_raw_{s}{what}.png" for s in ("train", "val") for what in ("", "_matches")}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert len(re.findall(r"\n  verdict: can work, \d notes? to read\n", said)) == 2
 
 
 def test_rare_scans_are_not_overlooked(world):
@@ -237,11 +434,15 @@ def test_damaged_voxels_are_a_problem_though_training_goes_on(voxels):
     assert any(line.startswith("1 of 2 labelled frames not scored") for line in report.notes)
 
 
-@pytest.mark.parametrize("dataset", ["kitti", "kitti_raw"])
-def test_real_excerpts_pass(dataset, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "dataset, train, val",
+    [("kitti", "06:0-39", "06:40-42"),
+     ("kitti_raw", "2011_09_26_drive_0052_sync:0-30", "2011_09_26_drive_0052_sync:31-37")],
+)  # fmt: skip
+def test_real_excerpts_pass(dataset, train, val, tmp_path, capsys):
     if not (REAL / dataset).is_dir():
         pytest.skip(f"no excerpt at {REAL / dataset}")
-    split = ["--train", "06:0-39", "--val", "06:40-50"] if dataset == "kitti" else []
     words = ["--dataset", dataset, "--preset", f"street_{dataset}", "--data", str(REAL / dataset)]
-    assert main([*words, *split, "--frames", "4", "--out", str(tmp_path)]) == 0
+    words += ["--train", train, "--val", val]
+    assert main([*words, "--frames", "4", "--out", str(tmp_path)]) == 0
     assert "problem" not in capsys.readouterr().out

@@ -13,10 +13,11 @@ import torch
 
 from selfocc import InputError
 from selfocc.datasets import Folders, open_dataset
-from selfocc.datasets.check import Report, overlay
+from selfocc.datasets.check import Report
 from selfocc.datasets.export_nuscenes import EGO_TO_GLOBAL, OCC3D_CLASS
 from selfocc.datasets.nuscenes import nuscenes_sequences, official_val
 from selfocc.datasets.nuscenes_tables import CHANNELS, Tables, _below, stream, whole
+from selfocc.datasets.overlays import overlay
 from selfocc.datasets.video import VideoDataset
 from selfocc.labels import PseudoLabels
 from selfocc.presets import build

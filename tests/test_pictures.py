@@ -12,7 +12,7 @@ import eval as eval_script
 from selfocc import InputError, panels, pictures, presets
 from selfocc.config import DataConfig
 from selfocc.datasets import check
-from selfocc.datasets.check import overlay
+from selfocc.datasets.overlays import overlay
 from selfocc.datasets.synthetic import SyntheticConfig, SyntheticSequence, synthetic_sequences
 from selfocc.datasets.video import VideoDataset
 from selfocc.model import SelfOcc

@@ -1,35 +1,95 @@
-"""Two numbers that tell whether poses, calibration and images of a video belong together.
+"""What tells whether poses, calibration and images of a video belong together.
 
-Neither needs features or training: patches are matched along their epipolar lines, and points of a
+Nothing needs features or training: patches are matched along their epipolar lines, and points of a
 scan are followed from one frame into the next.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfocc.batch import Sequence
+from selfocc.batch import Frames, Sequence
+from selfocc.geometry import fixed_pixels, image_to_image
 
 REACH = 8  # pixels searched to both sides of an epipolar line
 RADIUS = 4  # of a patch, pixels
 PATCHES = 200
 NEAREST, FARTHEST, DEPTHS = 2.0, 200.0, 48  # metres of z-depth searched, evenly in inverse depth
+FITS = 2  # pixels: what is found as far from its line at most is where poses say
+FLIP = np.diag([1.0, -1.0, -1.0, 1.0])  # y and z of a camera, from OpenCV's axes to OpenGL's
+# how to read the matrices that are given -> camera_to_world in OpenCV's axes, in whatever world
+CONVENTIONS = {
+    "as given": lambda given: given,
+    "with the cameras' y and z flipped": lambda given: given @ FLIP,
+    "inverted": np.linalg.inv,
+    "inverted and then flipped": lambda given: np.linalg.inv(given) @ FLIP,
+}
 
 
-def epipolar_offset(sequence: Sequence, frame: int, other: int) -> float | None:
-    """How many pixels off their epipolar lines in `other` patches of `frame` match best; median.
+class Matches(NamedTuple):
+    """Where P corners of a camera's image are found in another frame."""
+
+    corners: Tensor  # [P, 2] (u, v)
+    lines: Tensor  # [P, D, 2] where they may be there, from FARTHEST on; NaN behind the camera
+    places: Tensor  # [P, 2] what looks most alike near the line
+    found: Tensor  # [P] bool, whether that looks alike
+    offsets: Tensor  # [P] pixels from there to the line
+
+
+def find_matches(sequence: Sequence, frame: int, other: int) -> list[Matches]:
+    """Patches of `frame` in `other`, for every camera.
 
     Corners, whose place is certain in all directions, are compared at every depth and at offsets of
     -REACH..REACH pixels perpendicular to the line. If nothing fits, offsets are random, REACH / 2
-    in the median; what moves by itself is a minority. All cameras together; None without corners.
+    in the median; what moves by itself is a minority.
     """
-    offsets = []
-    for here, there, *cameras in _seen_twice(sequence, frame, other):
-        corners = _corners(here)
-        if len(corners):
-            offsets.append(_offsets(here, there, corners, *cameras))
-    return float(torch.cat(offsets).abs().median()) if offsets else None
+    seen = _seen_twice(sequence, frame, other)
+    return [_matches(_corners(here), here, *more) for here, *more in seen]
+
+
+def offsets(sequence: Sequence, frame: int, other: int) -> Tensor | None:
+    """How many pixels off their epipolar lines in `other` patches of `frame` match best [M].
+
+    Of those that are found, all cameras together; None where none is.
+    """
+    found = torch.cat([m.offsets[m.found] for m in find_matches(sequence, frame, other)])
+    return found if len(found) else None
+
+
+def fitting(sequence: Sequence, frame: int, other: int) -> Tensor:
+    """Which patches are found on their lines as each of CONVENTIONS has them, bool [4, P]."""
+    fits = []
+    for here, there, *poses, k_here, k_there in _seen_twice(sequence, frame, other):
+        corners = _corners(here)[::2]  # enough to tell
+        matches = [
+            _matches(corners, here, there, *map(read, poses), k_here, k_there)
+            for read in CONVENTIONS.values()
+        ]
+        fits.append(torch.stack([m.found & (m.offsets <= FITS) for m in matches]))
+    return torch.cat(fits, 1)
+
+
+def parallax(target: Frames, sources: Frames, depth: float) -> float:
+    """Pixels between where a surface at `depth` metres is seen and one that is infinitely far away.
+
+    The median over a grid of pixels of the target [N, ...], each in all sources [K, N, ...].
+    """
+    there = sources.intrinsics, sources.camera_to_volume
+    matrix = image_to_image(target.intrinsics, target.camera_to_volume, *there)
+    size = target.images.shape[-2:]
+    rays = F.pad(fixed_pixels((16, 32), size).double(), (0, 1), value=1.0)
+    seen = [F.pad(rays * z, (0, 1), value=w) @ matrix.mT for z, w in ((depth, 1), (1, 0))]
+    near, far = (points[..., :2] / points[..., 2:3].clamp_min(1e-3) for points in seen)
+    return float((near - far).norm(dim=-1).median())
+
+
+def brightness_changes(sequence: Sequence, frame: int, other: int) -> np.ndarray:
+    """By how many percent the mean of each camera's image [N] differs in another frame."""
+    before, after = ([image.mean() for image in sequence.images(f)] for f in (frame, other))
+    return 100 * np.abs(np.divide(after, np.maximum(before, 1)) - 1)
 
 
 def scan_agreement(sequence: Sequence, frame: int, other: int) -> tuple[float, float] | None:
@@ -43,11 +103,12 @@ def scan_agreement(sequence: Sequence, frame: int, other: int) -> tuple[float, f
     to_cameras = np.linalg.inv(camera_to_world) @ sequence.volume_to_world(frame)
     moved, still = [], []
     cameras = zip(to_cameras, _seen_twice(sequence, frame, other), strict=True)
-    for to_camera, (here, there, matrix, k_here, k_there) in cameras:
+    for to_camera, (here, there, pose, other_pose, k_here, k_there) in cameras:
         size = np.array(here.shape[::-1])
         local = points @ to_camera[:3, :3].T + to_camera[:3, 3]
         local = local[local[:, 2] > NEAREST]
-        after = local @ matrix[:3, :3].T + matrix[:3, 3]
+        motion = np.linalg.inv(other_pose) @ pose
+        after = local @ motion[:3, :3].T + motion[:3, 3]
         local, after = local[after[:, 2] > NEAREST], after[after[:, 2] > NEAREST]
         a = (local @ k_here.T / local[:, 2:])[:, :2]
         b = (after @ k_there.T / after[:, 2:])[:, :2]
@@ -61,14 +122,14 @@ def scan_agreement(sequence: Sequence, frame: int, other: int) -> tuple[float, f
 
 
 def _seen_twice(sequence, frame, other):
-    """For every camera: grey images [h, w] of both frames, camera of `frame` to camera of `other`
-    [4, 4], and both intrinsics."""
+    """For every camera: grey images [h, w] of both frames, camera_to_world [4, 4] of both, and both
+    intrinsics."""
     (k_here, here), (k_there, there) = sequence.cameras(frame), sequence.cameras(other)
     images = (
         [torch.tensor(image).float().mean(-1) for image in sequence.images(f)]
         for f in (frame, other)
     )
-    return zip(*images, np.linalg.inv(there) @ here, k_here, k_there, strict=True)
+    return zip(*images, here, there, k_here, k_there, strict=True)
 
 
 def _corners(image: Tensor) -> Tensor:
@@ -76,7 +137,8 @@ def _corners(image: Tensor) -> Tensor:
     dy, dx = torch.gradient(image)
     window = 2 * RADIUS + 1
     products = torch.stack([dx * dx, dx * dy, dy * dy])[:, None]
-    xx, xy, yy = F.avg_pool2d(products, window, 1, RADIUS)[:, 0]
+    products = F.avg_pool2d(products, (window, 1), 1, (RADIUS, 0))  # columns first: less to add
+    xx, xy, yy = F.avg_pool2d(products, (1, window), 1, (0, RADIUS))[:, 0]
     least = (xx + yy) / 2 - (((xx - yy) / 2) ** 2 + xy**2).sqrt()
     border = RADIUS + 1
     inner = torch.zeros_like(least)
@@ -88,15 +150,14 @@ def _corners(image: Tensor) -> Tensor:
     return torch.stack([place % image.shape[1], place // image.shape[1]], -1).double()
 
 
-def _offsets(here, there, corners, matrix, k_here, k_there) -> Tensor:
-    """For each corner [P, 2], the offset [pixels] from its epipolar line of its best match."""
-    matrix, k_here, k_there = (torch.from_numpy(np.array(m)) for m in (matrix, k_here, k_there))
+def _matches(corners, here, there, pose, other_pose, k_here, k_there) -> Matches:
+    motion = np.linalg.inv(other_pose) @ pose
+    motion, k_here, k_there = (torch.from_numpy(np.array(m)) for m in (motion, k_here, k_there))
     rays = F.pad(corners, (0, 1), value=1.0) @ torch.linalg.inv(k_here).T
     depth = 1 / torch.linspace(1 / FARTHEST, 1 / NEAREST, DEPTHS, dtype=torch.float64)
-    points = (rays[:, None] * depth[:, None]) @ matrix[:3, :3].T + matrix[:3, 3]  # [P, D, 3]
-    ahead = points[..., 2] > 0.1
+    points = (rays[:, None] * depth[:, None]) @ motion[:3, :3].T + motion[:3, 3]  # [P, D, 3]
     line = points @ k_there.T
-    line = line[..., :2] / line[..., 2:].clamp_min(0.1)
+    line = torch.where(points[..., 2:] > 0.1, line[..., :2] / line[..., 2:], torch.nan)
     tangent = line[:, 1] - line[:, 0]
     length = tangent.norm(dim=-1, keepdim=True)
     # where the camera hardly moves the line is a point, and any direction tells
@@ -111,18 +172,20 @@ def _offsets(here, there, corners, matrix, k_here, k_there) -> Tensor:
     want = _standard(_sample(here, corners[:, None].float() + patch))
     score = torch.full(place.shape[:3], -1.0)
     limit = torch.tensor(there.shape[::-1]) - 1 - RADIUS
-    inside = ((place > RADIUS) & (place < limit)).all(-1) & ahead[..., None]
+    inside = ((place > RADIUS) & (place < limit)).all(-1)
     for p in range(len(corners)):  # a corner at a time keeps the patches in the cache
         got = _standard(_sample(there, place[p][inside[p]][:, None] + patch))
         score[p][inside[p]] = (got * want[p]).mean(-1)
-    score = score.amax(dim=1)  # over depth: [P, O]
+    score, deep = score.max(dim=1)  # over depth: [P, O]
     best, index = score.max(dim=1)
     # the vertex of the parabola through the best offset and its neighbours
     inner = index.clamp(1, 2 * REACH - 1)[:, None]
     before, middle, after = (score.gather(1, inner + step)[:, 0] for step in (-1, 0, 1))
     bend = (2 * middle - before - after).clamp_min(1e-6)
     vertex = offset[index] + ((after - before) / (2 * bend)).clamp(-0.5, 0.5)
-    return vertex[best > 0.8]
+    each = torch.arange(len(corners))
+    places = line[each, deep[each, index]] + vertex[:, None] * normal
+    return Matches(corners, line, places, best > 0.8, vertex.abs())
 
 
 def _standard(patches: Tensor) -> Tensor:
