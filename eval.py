@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: tables, pictures, video.
+"""Evaluate a checkpoint: tables, pictures, video, a page to turn voxels in a browser.
 
     python eval.py --ckpt runs/synthetic
     python eval.py --ckpt FILE --dataset kitti --data DIR --task all --video
@@ -10,7 +10,7 @@ The table `occupancy where the camera sees` is the fair one for a single image. 
 depth` (or `LiDAR depth`) is the true depth of that image put into voxels: more it cannot show.
 
 The output folder receives metrics.json (the tables), frames.R.jsonl (the scores of every frame),
-panel pictures of some frames, and the video.
+panel pictures of some frames, the video, and the page (--html).
 """
 
 import os
@@ -104,6 +104,8 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     add("--pictures", type=commandline.count, default=6, metavar="N", help="panels to write")
     said = "write a video along the first sequence: mp4 with `pip install imageio[pyav]`, or GIF"
     add("--video", action="store_true", help=said)
+    said = "write page.html, voxels of the first sequence to turn in a browser"
+    add("--html", action="store_true", help=said)
     return parser.parse_args(words)
 
 
@@ -201,6 +203,8 @@ def score(
     if arguments.video:
         flight = panels.FlyThrough(model, dataset, device)
         print(f"video: {pictures.write_video(out / 'video', flight, plugin=plugin)}")
+    if arguments.html:
+        print(f"page: {panels.write_page(out / 'page.html', model, dataset, device)}")
     print(f"\nwritten to {out}")
 
 

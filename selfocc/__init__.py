@@ -20,3 +20,15 @@ class InputError(Exception):
     def line(self) -> str:
         """The message alone: torch's loader wraps that of a worker process in its traceback."""
         return " ".join(str(self).rpartition("selfocc.InputError: ")[2].split())
+
+
+def load(name, device=None):
+    """A trained network that makes scenes of images (scene.ScenePredictor), in evaluation mode.
+
+    name: of weights that come with the code, or the path of a checkpoint or run folder; device:
+    cpu, cuda or cuda:N, by default cuda where there is one. Whether products on a GPU are rounded
+    to TF32, in this process, becomes what the checkpoint has (`optim.tf32`). Raises InputError.
+    """
+    from selfocc.scene import ScenePredictor  # which imports this
+
+    return ScenePredictor.load(name, device)

@@ -68,8 +68,9 @@ class Predictor:
                     "a CUDA graph needs a GPU, and other voxels than those of OpenOccupancy"
                 )
             self.graph = graph
-        box, edge = self.rules.box or config.volume.box, 0.2 * config.volume.voxel
-        self.shape = shape or tuple(round((box[a + 3] - box[a]) / edge) for a in (1, 0, 2))
+        self.box, edge = self.rules.box or config.volume.box, 0.2 * config.volume.voxel
+        size = (round((self.box[a + 3] - self.box[a]) / edge) for a in (1, 0, 2))
+        self.shape = shape or tuple(size)
         self.classes = 0 if self.rules.crude else config.field.classes
         if self.classes:
             known = label_map(config.data).voxel_classes(config.data.dataset)
@@ -85,7 +86,7 @@ class Predictor:
         given = Input(images, intrinsics, camera_to_volume)
         if not self.graph:
             device = next(self.model.parameters()).device
-            return self._voxels(Input(*(x.to(device, non_blocking=True) for x in given)))
+            return self.voxels(Input(*(x.to(device, non_blocking=True) for x in given)))
         if self.captured is None or self.captured[0].images.shape != images.shape:
             self.captured = self._capture(given)
         read, replay = self.captured
@@ -93,8 +94,12 @@ class Predictor:
             mine.copy_(x, non_blocking=True)
         return replay()
 
-    def _voxels(self, seen: Input) -> Voxels:
-        volume, config = self.model.see(seen).voxels, self.model.config
+    def voxels(self, seen: Input) -> Voxels:
+        """The same of what is on the device, without a graph."""
+        return self._read(self.model.see(seen).voxels)
+
+    def _read(self, volume: Tensor) -> Voxels:
+        config = self.model.config
         box, rules = config.volume.box, self.rules
         sdf, likeliest = protocols.read_voxels(volume, self.classes, rules, box, self.shape)
         classes = None
@@ -110,6 +115,6 @@ class Predictor:
         beside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(beside):
             for _ in range(3):
-                self._voxels(read)
+                self.voxels(read)
         torch.cuda.current_stream(device).wait_stream(beside)
-        return read, graphs.capture(lambda: self._voxels(read))
+        return read, graphs.capture(lambda: self.voxels(read))

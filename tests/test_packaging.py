@@ -38,7 +38,7 @@ def test_wheel(tmp_path):
         (about,) = (name for name in wheel.namelist() if name.endswith("/METADATA"))
         metadata = wheel.read(about).decode()
     files = [path for name in ("selfocc", "kernels") for path in (ROOT / name).rglob("*.py")]
-    files += (ROOT / "selfocc" / "weights").iterdir()
+    files += [ROOT / "selfocc" / "page.html", *(ROOT / "selfocc" / "weights").iterdir()]
     assert names == {path.relative_to(ROOT).as_posix() for path in files}
     needed = re.findall(r"^Requires-Dist: (\S+?)[<>=;\s]", metadata, re.MULTILINE)
     listed = (ROOT / "requirements.txt").read_text().split("\n")

@@ -1,4 +1,4 @@
-"""Pixels of a sample: crop, resize, photometric augmentation."""
+"""Pixels of a sample: crop, resize, photometric augmentation, and what the network reads."""
 
 import numpy as np
 import torch
@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfocc import InputError
+from selfocc.config import DataConfig
 
 CACHED = 1 << 15  # pixels that are augmented at once, so that they stay in the cache
 
@@ -77,6 +78,35 @@ def _shrunk(image: Tensor, scale: float) -> Tensor:
     size = int(height * scale), int(width * scale)
     options = dict(mode="bilinear", align_corners=False, antialias=scale < 0.5)
     return F.interpolate(image[None].float(), size, **options)[0]
+
+
+def for_network(
+    images, intrinsics: np.ndarray, config: DataConfig, where: str, rng=None
+) -> tuple[Tensor, np.ndarray]:
+    """Images uint8 [h, w, 3] of one size as the network reads them, float32 [N, 3, *config.pad],
+    and the intrinsics [N, 3, 3] that it takes for theirs.
+
+    A random generator augments them where that is wanted. Raises InputError, which names `where`
+    the images are from, if they are smaller than the crop.
+    """
+    images = resize(planar(cropped(images, config.crop, where)), config.scale)
+    height, width = images.shape[-2:]
+    if height > config.pad[0] or width > config.pad[1]:
+        raise InputError(
+            f"data.pad {config.pad} is smaller than the network's image, {height, width}; "
+            "--set data.pad=H,W"
+        )
+    if rng is not None and config.augment:
+        # Published: before the resize. Only hue and saturation differ, where pixels that make
+        # one have other orders of R, G, B: on average by 0.003 of 255 (nuscenes), 0.16
+        # (kitti_raw), where these are drawn.
+        augment(images, rng)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (config.mean, config.std))
+    padded = images.new_zeros(*images.shape[:2], *config.pad)
+    torch.addcmul(-mean / std, images, 1 / std, out=padded[..., :height, :width])
+    intrinsics = intrinsics.copy()
+    intrinsics[:, :2] *= config.scale
+    return padded, intrinsics
 
 
 def augment(images: Tensor, rng: np.random.Generator) -> None:

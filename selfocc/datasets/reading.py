@@ -146,19 +146,22 @@ def rigid(rows: np.ndarray, path: Path, names: list[str] | None = None) -> np.nd
     """
     last = np.tile([0.0, 0.0, 0.0, 1.0], (len(rows), 1))
     matrices = np.concatenate([rows, last], axis=1).reshape(-1, 4, 4)
-    rotation = matrices[:, :3, :3]
-    gram = rotation @ rotation.transpose(0, 2, 1)
-    skew = np.abs(gram - np.eye(3)).max(axis=(1, 2))
-    handed = np.sum(np.cross(rotation[:, 0], rotation[:, 1]) * rotation[:, 2], axis=1)
     for bad, what in (
         (~np.isfinite(rows).all(axis=1), "not all numbers are finite"),
-        ((skew > 1e-3) | (handed < 0), "its 3x3 part is no rotation"),
+        (not_rotations(matrices[:, :3, :3]), "its 3x3 part is no rotation"),
     ):
         if bad.any():
             row = int(bad.argmax())
             where = names[row] if names else f"line {row + 1}"
             raise InputError(f"{path}, {where}: {what}; restore the file")
     return matrices
+
+
+def not_rotations(matrices: np.ndarray) -> np.ndarray:
+    """Which of the matrices [n, 3, 3] are none, bool [n]."""
+    skew = np.abs(matrices @ matrices.transpose(0, 2, 1) - np.eye(3)).max(axis=(1, 2))
+    handed = np.sum(np.cross(matrices[:, 0], matrices[:, 1]) * matrices[:, 2], axis=1)
+    return (skew > 1e-3) | (handed < 0)
 
 
 def from_quaternion(rotation, translation) -> np.ndarray:

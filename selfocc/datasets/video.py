@@ -17,7 +17,7 @@ from torch import Tensor
 from selfocc import InputError, counted
 from selfocc.batch import Batch, Frames, Sequence
 from selfocc.config import DataConfig
-from selfocc.datasets.pixels import augment, cropped, one_size, planar, resize, scaled
+from selfocc.datasets.pixels import cropped, for_network, one_size, planar, resize, scaled
 from selfocc.stereo import stereo_depth
 
 # Which images an anchor is compared with: those of a frame, those of a frame for each camera, or of
@@ -254,15 +254,15 @@ class VideoDataset(torch.utils.data.Dataset):
     def _sample(self, sequence, frame, anchor, sources, rng) -> Batch:
         world_to_volume = np.linalg.inv(sequence.volume_to_world(frame))
         image = functools.cache(sequence.image)  # input, target and sources may share some
-        images, network_intrinsics, camera_to_world, where = _seen(sequence, image, frame)
-        network_intrinsics[:, :2] *= self.config.scale
+        images, intrinsics, camera_to_world, where = _seen(sequence, image, frame)
+        read, read_intrinsics = for_network(images, intrinsics, self.config, where, rng)
         target = self._frames(sequence, image, [anchor], world_to_volume).each(lambda x: x[0])
         depth = self._label_map(sequence.depth(anchor))
         exact = self.train and depth is not None  # truth enough; scans are for judging
         return Batch(
             name=[f"{sequence.name}/{sequence.frame_id(frame)}"],
-            images=self._network_images(images, where, rng),
-            intrinsics=torch.from_numpy(network_intrinsics),
+            images=read,
+            intrinsics=torch.from_numpy(read_intrinsics),
             camera_to_volume=torch.from_numpy(world_to_volume @ camera_to_world),
             target=target,
             sources=self._frames(sequence, image, sources, world_to_volume),
@@ -283,24 +283,6 @@ class VideoDataset(torch.utils.data.Dataset):
             torch.from_numpy(np.stack([scaled(intrinsics, scale) for _, intrinsics, *_ in seen])),
             torch.from_numpy(world_to_volume @ np.stack([pose for *_, pose, _ in seen])),
         )
-
-    def _network_images(self, images, where: str, rng) -> Tensor:
-        images = resize(planar(cropped(images, self.config.crop, where)), self.config.scale)
-        height, width = images.shape[-2:]
-        if height > self.config.pad[0] or width > self.config.pad[1]:
-            raise InputError(
-                f"data.pad {self.config.pad} is smaller than the network's image, "
-                f"{height, width}; --set data.pad=H,W"
-            )
-        if rng is not None and self.config.augment:
-            # Published: before the resize. Only hue and saturation differ, where pixels that make
-            # one have other orders of R, G, B: on average by 0.003 of 255 (nuscenes), 0.16
-            # (kitti_raw), where these are drawn.
-            augment(images, rng)
-        mean, std = (torch.tensor(v)[:, None, None] for v in (self.config.mean, self.config.std))
-        padded = images.new_zeros(*images.shape[:2], *self.config.pad)
-        torch.addcmul(-mean / std, images, 1 / std, out=padded[..., :height, :width])
-        return padded
 
     def _label_map(self, labels: Iterable[np.ndarray] | None) -> Tensor | None:
         """Maps [h, w] of every camera as its images are, by the nearest pixel."""
