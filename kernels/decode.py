@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from kernels.checks import at_least_float32, check
-from kernels.dispatch import autocast_type, launch, tl, triton, use_triton
+from kernels.dispatch import autocast_type, launch, plainly_exported, tl, triton, use_triton
 
 SLAB = 1 << 23  # features decoded at once; where there are more, backward computes them again
 
@@ -505,6 +505,7 @@ class _Rows(torch.autograd.Function):
 # -----------------------------------------------------------------------------------------------
 
 
+@plainly_exported
 def decode(
     hw: Tensor,
     zh: Tensor,

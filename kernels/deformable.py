@@ -25,7 +25,7 @@ from kernels.deformable_triton import (
     deformable_forward,
     displacement,
 )
-from kernels.dispatch import autocast_type, launch, triton, use_triton
+from kernels.dispatch import autocast_type, launch, plainly_exported, triton, use_triton
 
 # Chosen from the binaries for sm_80 to sm_120, then found among the fastest on an H200. One warp a
 # program needs no barriers, and 32 of them fit on a processor of sm_90; with two or four ptxas
@@ -188,6 +188,7 @@ _deformable_op.register_autograd(_deformable_autograd, setup_context=_deformable
 # -----------------------------------------------------------------------------------------------
 
 
+@plainly_exported
 def deformable_sampling(
     value: Tensor,
     level_shapes: list[tuple[int, int]],

@@ -5,9 +5,11 @@ are not there with exactly the types and constants of a real call.
 """
 
 import contextlib
+import functools
+import importlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -84,8 +86,10 @@ def interpreting() -> bool:
 
 
 def use_triton(tensor: Tensor) -> bool:
-    """Whether this call runs in Triton. float64 never does: it is for checking the mathematics."""
-    if tensor.dtype == torch.float64:
+    """Whether this call runs in Triton. float64 never does: it is for checking the mathematics. Nor
+    does what is exported.
+    """
+    if tensor.dtype == torch.float64 or torch.compiler.is_exporting():
         return False
     if _recorded is not None and tensor.is_meta:
         return True
@@ -99,6 +103,19 @@ def use_triton(tensor: Tensor) -> bool:
             )
         return True
     return tensor.is_cuda and hasattr(triton, "compile")
+
+
+def plainly_exported(function: Callable) -> Callable:
+    """While `torch.export` traces, the function of the same name in `naive.py`, plain PyTorch."""
+
+    @functools.wraps(function)
+    def choose(*arguments, **options):
+        if torch.compiler.is_exporting():
+            naive = importlib.import_module("kernels.naive")  # which imports from the others
+            return getattr(naive, function.__name__)(*arguments, **options)
+        return function(*arguments, **options)
+
+    return choose
 
 
 def autocast_type(tensor: Tensor) -> torch.dtype | None:

@@ -1,8 +1,8 @@
 """What every operation of `kernels` means: short, slow, any device, any floating-point type.
 
-Tests take their truth from here; nothing else uses it. Arguments, shapes and results are those of
-the public functions of the same name. B items, N cameras, R rays, S samples, K other time stamps.
-"SelfOcc" is Huang et al., CVPR 2024.
+Tests take their truth from here, and `torch.export` what it writes (dispatch.py). Arguments, shapes
+and results are those of the public functions of the same name. B items, N cameras, R rays, S
+samples, K other time stamps. "SelfOcc" is Huang et al., CVPR 2024.
 """
 
 import torch

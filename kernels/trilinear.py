@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.checks import at_least_float32, check
+from kernels.dispatch import plainly_exported
 
 LANES = 8  # rows of as many columns, or a multiple, are summed faster
 
@@ -90,6 +91,7 @@ def _corner_weights(fraction: Tensor):
             yield above
 
 
+@plainly_exported
 def sample_maps(maps: Tensor, place: Tensor, seen: Tensor) -> Tensor:
     """Values [M, P, C] of maps [M, C, X, Y, Z] at points, trilinear; zero where not `seen` [M, P].
 

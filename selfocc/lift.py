@@ -156,7 +156,7 @@ class FrustumLift(nn.Module):
         shape = stages[0].shape[2:]
         rays, climb = self._rays(shape, intrinsics, camera_to_volume, image_size)
         out = self.head(stages, rays)
-        road = rays[:, 3].clamp(0, 1.15)
+        road = rays[:, 3].clamp(0.0, 1.15)
         share = road + GAIN / math.log(self.farthest / self.nearest) * out[:, 0]
         return share, out[:, 1:].unflatten(1, (-1, self.bins)), climb
 

@@ -36,6 +36,7 @@ stereo, KITTI's annotated depth) is in no published script: maps are compared pi
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from operator import add, sub
 
 import numpy as np
 import torch
@@ -188,10 +189,10 @@ def read_voxels(
     if rules.protocol != "own":
         return sdf, likeliest
     # corners are the centres of voxels that begin half a voxel earlier, one more along each axis
-    lo, hi = torch.tensor(extent, dtype=torch.float64).view(2, 3)
-    half = (hi - lo) / torch.tensor([shape[1], shape[0], shape[2]]) / 2
-    around = (*(lo - half).tolist(), *(hi + half).tolist())
-    corners, _ = read(0, around, tuple(n + 1 for n in shape))
+    lo, hi, counts = extent[:3], extent[3:], (shape[1], shape[0], shape[2])
+    half = [(b - a) / n / 2 for a, b, n in zip(lo, hi, counts, strict=True)]
+    first, last = (map(move, ends, half) for move, ends in ((sub, lo), (add, hi)))
+    corners, _ = read(0, (*first, *last), tuple(n + 1 for n in shape))
     return torch.minimum(sdf, -F.max_pool3d(-corners[None], 2, stride=1)[0]), likeliest
 
 
