@@ -153,20 +153,16 @@ def _nerfstudio_shot(path: Path, values: dict, back: np.ndarray, scale: float) -
         for kind, key in (("mask", "mask_path"), ("depth", "depth_file_path"))
     }
     unit = float(values.get("depth_unit_scale_factor", 1e-3))
-    return Shot(file, name, pose, _nerfstudio_lens(path, values, file), **extra, depth_unit=unit)
+    return Shot(file, name, pose, _nerfstudio_lens(path, values), **extra, depth_unit=unit)
 
 
-def _nerfstudio_lens(path: Path, values: dict, file: Path) -> Lens:
+def _nerfstudio_lens(path: Path, values: dict) -> Lens:
     distorted = any(values.get(name) for name in ("k1", "k2", "k3", "k4", "p1", "p2"))
     model = values.get("camera_model", "OPENCV" if distorted else "PINHOLE")
     where = f"{path}, {values['file_path']}"
     if model not in KINDS:
         raise InputError(f"{where}: camera_model {model} is not among {', '.join(KINDS)}")
-    if "w" not in values and file.is_file():  # as Blender's
-        values = dict(zip(("h", "w"), reading.image_size(file), strict=True)) | values
     width, height = float(values["w"]), float(values["h"])
-    if "fl_x" not in values and "camera_angle_x" in values:
-        values = values | {"fl_x": width / 2 / math.tan(float(values["camera_angle_x"]) / 2)}
     needed = ("k1", "k2", "k3", "k4") if model == "OPENCV_FISHEYE" else ()
     numbers = {name: float(values[name]) for name in needed}
     numbers |= {n: float(values[n]) for n in ("k1", "k2", "k3", "k4", "p1", "p2") if n in values}

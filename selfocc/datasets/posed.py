@@ -43,17 +43,18 @@ def posed_sequences(
     """The sequences of a split, `train` or `val`: the first four fifths or the end of each folder,
     or those `chosen` ("walk:0-99,drive", numbers of frames). Raises InputError.
     """
-    footage = {capture.folder.resolve().name: Footage(capture, config) for capture in find(root)}
-    ranges = dict(reading.parse_range(p, min(footage)) for p in chosen.split(",") if chosen)
-    if unknown := ranges.keys() - footage:
-        raise InputError(f"{root}: no {min(unknown)}; it holds {', '.join(footage)}")
+    captures = {capture.folder.resolve().name: capture for capture in find(root)}
+    ranges = dict(reading.parse_range(p, min(captures)) for p in chosen.split(",") if chosen)
+    if unknown := ranges.keys() - captures:
+        raise InputError(f"{root}: no {min(unknown)}; it holds {', '.join(captures)}")
     sequences = []
-    for name in ranges or footage:
-        frames, there = ranges.get(name), range(len(footage[name].shots))
+    for name in ranges or captures:
+        footage = Footage(captures[name], config)
+        frames, there = ranges.get(name), range(len(footage.shots))
         if frames is None:
             frames = there if chosen else reading.held_out(there, split)
-        reading.check_chosen(footage[name].folder, there, frames)
-        sequences.append(PosedSequence(name, footage[name], list(frames), config, labels))
+        reading.check_chosen(footage.folder, there, frames)
+        sequences.append(PosedSequence(name, footage, list(frames), config, labels))
     return sequences
 
 
