@@ -21,6 +21,7 @@ STRAIGHT = 0.1  # share of the way in a direction that is taken to be level
 WIDTH = 480  # pixels of the images that are compared
 ANCHORS = 12  # images, spread over the footage
 NEIGHBOURS = 1, 3, 9  # frames on
+LEAST_PAIRS = 4
 BASELINE = 0.6, 2.0  # of the pairs that measure, as multiples of the height
 # what is looked at: metres down and aside of a metre ahead
 DOWN, ASIDE = (0.12, 0.6), 0.35
@@ -44,33 +45,37 @@ def upright(poses: np.ndarray, steps: np.ndarray) -> np.ndarray:
     return up / np.linalg.norm(up)
 
 
-def height(shots: list[Shot], up: np.ndarray) -> float | None:
-    """Of the camera of these shots above the ground, in the units of its poses; None where no
-    ground is seen. Kept in the cache.
+def height(
+    shots: list[Shot], up: np.ndarray, limits: tuple[float, float] = (0.0, np.inf)
+) -> float | None:
+    """Of the camera of these shots above the ground, in the units of its poses, within limits; None
+    where no ground is seen. Kept in the cache.
 
     Raises InputError for images that cannot be read.
     """
     stamps = [(str(s.file), s.lens, s.pose.tobytes(), s.file.stat().st_mtime_ns) for s in shots]
-    name = cache.key("ground", VERSION, stamps, up.round(6).tolist())
+    name = cache.key("ground", VERSION, stamps, up.round(6).tolist(), limits)
 
     def make() -> np.ndarray:
-        return np.array([_height(shots, up) or np.nan])
+        return np.array([_height(shots, up, limits) or np.nan])
 
     found = cache.load_or_make(cache.folder() / f"{name}.npy", make, np.dtype(np.float64), (1,))
     return None if np.isnan(found[0]) else float(found[0])
 
 
 @torch.no_grad()
-def _height(shots: list[Shot], up: np.ndarray) -> float | None:
+def _height(shots: list[Shot], up: np.ndarray, limits: tuple[float, float]) -> float | None:
     poses = np.stack([shot.pose for shot in shots])
     images = functools.cache(lambda k: _read(shots[k]))
     anchors = np.unique(np.linspace(0, len(poses) - 2, ANCHORS).round().astype(int)).tolist()
     step = float(np.median(np.linalg.norm(np.diff(poses[:, :3, 3], axis=0), axis=1)))
     pairs = [(k, k + n) for k in anchors for n in NEIGHBOURS if k + n < len(poses)]
-    scores = _scores(images, poses, up, pairs, step * COARSE)
-    if scores is None:
+    coarse = step * COARSE
+    coarse = coarse[(coarse > limits[0]) & (coarse < limits[1])]
+    scores = _scores(images, poses, up, pairs, coarse) if len(coarse) > 2 else None
+    if scores is None or scores.argmax() in (0, len(coarse) - 1):
         return None
-    best = step * COARSE[scores.argmax()]
+    best = coarse[scores.argmax()]
     pairs = []
     for k in anchors:
         away = np.linalg.norm(poses[k + 1 :, :3, 3] - poses[k, :3, 3], axis=1) / best
@@ -89,10 +94,10 @@ def _height(shots: list[Shot], up: np.ndarray) -> float | None:
 
 
 def _scores(images, poses, up, pairs: list[tuple[int, int]], heights) -> np.ndarray | None:
-    """Mean correlation of pairs of images through the ground at each height; None without pairs."""
+    """Mean correlation of pairs of images through the ground at each height; None of too few."""
     views = [_View(images, poses, up, *pair) for pair in pairs]
     views = [view for view in views if view.usable]
-    if not views:
+    if len(views) < LEAST_PAIRS:
         return None
     return np.array([np.mean([view.correlation(h) for view in views]) for h in heights])
 

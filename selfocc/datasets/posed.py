@@ -32,6 +32,7 @@ from selfocc.labels import PseudoLabels
 VERSION = 1  # of the images that are kept; part of the cache key
 GROUND = {"forward": -1.73, "surround": 0.0}  # metres in the volume, as the presets have it
 ASSUMED_HEIGHT = 1.65  # metres of a camera over the ground, where nobody and nothing tells
+PLAUSIBLE = 0.2, 5.0  # metres that it may be, where the scale is known
 STEADY = 3.0  # degrees that a camera fixed to a vehicle tilts, at most
 AROUND = 100.0  # degrees between two cameras of a rig that looks around
 BLUR = 1.5  # times an image is enlarged from which on that is worth a note
@@ -183,22 +184,24 @@ class Footage:
         lead = int(np.abs(along).argmax())
         up = np.array(config.up) if config.up else ground.upright(poses, steps)
         up = up / np.linalg.norm(up)
-        given = config.camera_height, config.scale_metres or config.path_length
-        seen = ground.height([frame[lead] for frame in self.shots], up)
-        if seen is None and config.camera_height and not given[1]:
+        known = config.scale_metres or config.path_length or not config.camera_height
+        limits = tuple(h / self.metres for h in PLAUSIBLE) if known else (0.0, np.inf)
+        seen = ground.height([frame[lead] for frame in self.shots], up, limits)
+        if not known and seen is None:
             raise InputError(
                 f"{self.folder}: no ground is seen whose distance --camera-height could tell; give "
                 "--scale METRES or --path-length METRES"
             )
-        if seen is not None and config.camera_height and not given[1]:
+        if not known:
             self.metres = config.camera_height / seen
-        height = config.camera_height or ASSUMED_HEIGHT
-        if seen is None:
-            said.append(f"no ground is seen; {self.names[lead]} is taken to be {height:g} m up")
-        else:
-            height = seen * self.metres
-            said.append(f"the ground is seen {height:.2f} m below {self.names[lead]}")
-        how = "" if any(given) else ", as nothing tells otherwise (--scale, --camera-height)"
+        height = config.camera_height or (seen and seen * self.metres) or ASSUMED_HEIGHT
+        said.append(
+            f"no ground is seen; {self.names[lead]} is taken to be {height:g} m up"
+            if seen is None
+            else f"the ground is seen {seen * self.metres:.2f} m below {self.names[lead]}"
+        )
+        told = config.scale_metres or config.path_length or config.camera_height
+        how = "" if told else ", as nothing tells otherwise (--scale, --camera-height)"
         said.append(f"a unit of the poses is {self.metres:.4g} m{how}")
         said.append("up is {:.3f}, {:.3f}, {:.3f} in their axes".format(*up))
         self.notes.append("; ".join(said))
