@@ -16,7 +16,7 @@ from selfocc.datasets import cache, reading
 from selfocc.datasets.captures import Shot
 from selfocc.datasets.pixels import resized, scaled
 
-VERSION = 2  # of what is kept; part of the cache key
+VERSION = 3  # of what is kept; part of the cache key
 STRAIGHT = 0.1  # share of the way in a direction that is taken to be level
 WIDTH = 480  # pixels of the images that are compared
 ANCHORS = 12  # images, spread over the footage
