@@ -48,10 +48,11 @@ def _main(words):
     options = {name: value for name, value in options.items() if value is not None}
     if options and chosen.format != "posed":
         raise InputError(f"--{min(options)} is of format posed; leave it out")
-    # KITTI raw has one calibration for all drives of a day.
+    # KITTI raw has one calibration for all drives of a day; footage is as with data.looks=1
     config = SyntheticConfig(
-        rig=rig, image_size=tuple(chosen.size or size), frames=chosen.frames, rigs=0.0
-    )
+        rig=rig, image_size=tuple(chosen.size or size), frames=chosen.frames,
+        rigs=float(chosen.format == "posed"),
+    )  # fmt: skip
     sequences = [
         sequence
         for split in dict.fromkeys(chosen.split)
