@@ -100,15 +100,12 @@ def _distorted(sequence, frame: int, kind: str, lenses: list[Lens]):
     lenses = [replace(lens, kind=kind, radial=radial, tangential=tangential) for lens in lenses]
     fine = FINER * WIDER
     size = round(height * fine), round(width * fine)
-    wide = object.__new__(type(sequence))
-    wide.__dict__.update(sequence.__dict__)
-    wide.config = replace(sequence.config, image_size=size)
     intrinsics = sequence.rig.intrinsics.copy()
     intrinsics[:, [0, 1], [0, 1]] *= FINER
     intrinsics[:, :2, 2] = np.array(size[::-1]) / 2 - 0.5
-    wide.rig = replace(sequence.rig, intrinsics=intrinsics)
+    wide = sequence.render(frame, intrinsics=intrinsics, size=size)[:2]
     images, depths = [], []
-    for lens, image, depth, k in zip(lenses, *wide.render(frame)[:2], intrinsics, strict=True):
+    for lens, image, depth, k in zip(lenses, *wide, intrinsics, strict=True):
         x, y = rays(lens)
         u, v = x * k[0, 0] + k[0, 2], y * k[1, 1] + k[1, 2]
         depths.append(depth[np.rint(v).astype(int), np.rint(u).astype(int)])

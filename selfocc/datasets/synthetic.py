@@ -201,18 +201,27 @@ class SyntheticSequence(Sequence):
         world = np.asarray(points) @ pose[:3, :3].T + pose[:3, 3]
         return self.street.signed_distance(frame, world)
 
-    def render(self, frame: int, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def render(
+        self,
+        frame: int,
+        shift: float = 0.0,
+        intrinsics: np.ndarray | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Image uint8 [N, h, w, 3], z-depth float32 [N, h, w], labels uint8 [N, h, w]; not cached.
 
-        shift: metres the cameras are moved to their right, for the other eye of a stereo pair."""
-        config, size, looks = self.config, self.config.image_size, self.street.looks
+        shift: metres the cameras are moved to their right, for the other eye of a stereo pair;
+        intrinsics [N, 3, 3] and size (h, w): of other images than the rig's."""
+        config, looks = self.config, self.street.looks
+        size = size or config.image_size
+        intrinsics = self.rig.intrinsics if intrinsics is None else intrinsics
         gain = 1 + config.exposure * self._random("exposure", frame).uniform(-1, 1)
         gain = np.float32(gain * drifted(self.gain, looks, frame))
         poses = self.true_volume_to_world(frame) @ self.rig.camera_to_volume
         poses[:, :3, 3] += shift * poses[:, :3, 0]
         noise = self._random("noise", frame)
         rendered = []
-        for light, depth, label in self._seen(frame, self.rig.intrinsics, poses, size):
+        for light, depth, label in self._seen(frame, intrinsics, poses, size):
             rendered.append((develop(light, gain, looks, noise), depth, label))
         images, depths, labels = (np.stack(maps) for maps in zip(*rendered, strict=True))
         if config.label_noise:
