@@ -178,7 +178,7 @@ class Footage:
 
     def _place(self, poses: np.ndarray, steps: np.ndarray) -> None:
         """Metres, up and the volume of poses in any units and axes."""
-        config, said = self.config, []
+        config = self.config
         motion = steps / np.linalg.norm(steps, axis=1, keepdims=True).clip(1e-12)
         along = np.einsum("fi,fni->n", motion, poses[:-1, :, :3, 2])
         lead = int(np.abs(along).argmax())
@@ -195,18 +195,19 @@ class Footage:
         if not known:
             self.metres = config.camera_height / seen
         height = config.camera_height or (seen and seen * self.metres) or ASSUMED_HEIGHT
-        said.append(
-            f"no ground is seen; {self.names[lead]} is taken to be {height:g} m up"
-            if seen is None
-            else f"the ground is seen {seen * self.metres:.2f} m below {self.names[lead]}"
-        )
+        below = f"the ground is seen {(seen or 0) * self.metres:.2f} m below {self.names[lead]}"
+        if seen is None:
+            below = f"no ground is seen; {self.names[lead]} is taken to be {height:g} m up"
         told = config.scale_metres or config.path_length or config.camera_height
         how = "" if told else ", as nothing tells otherwise (--scale, --camera-height)"
-        said.append(f"a unit of the poses is {self.metres:.4g} m{how}")
-        said.append("up is {:.3f}, {:.3f}, {:.3f} in their axes".format(*up))
-        self.notes.append("; ".join(said))
+        axis = ", ".join(f"{x:.3f}" for x in up)
+        self.notes.append(
+            f"{below}; a unit of the poses is {self.metres:.4g} m{how}; up is {axis} in their axes"
+        )
+        right = poses[0, lead, :3, 0] - (poses[0, lead, :3, 0] @ up) * up
+        right /= np.linalg.norm(right)
         self.to_world = np.eye(4)
-        self.to_world[:3, :3] = self.metres * _upright_axes(up)
+        self.to_world[:3, :3] = self.metres * np.stack([right, np.cross(up, right), up])
         poses = self.to_world @ poses
         poses[..., :3, :3] /= self.metres
         self.camera_to_world = poses
@@ -235,16 +236,6 @@ class Footage:
         pairs = zip(self.shots, camera_to_volume, strict=True)
         rows = [horizon_row(frame[camera].lens.pinhole(), pose) for frame, pose in pairs]
         return round(float(np.clip(np.median(rows), -1e4, 1e5)))
-
-
-def _upright_axes(up: np.ndarray) -> np.ndarray:
-    """A rotation [3, 3] that takes `up` to z, by the shortest way."""
-    z = np.array([0, 0, 1.0])
-    axis, cosine = np.cross(up, z), up @ z
-    if cosine < -1 + 1e-9:
-        return np.diag([1.0, -1, -1])
-    x = np.array([[0, -axis[2], axis[1]], [axis[2], 0, -axis[0]], [-axis[1], axis[0], 0]])
-    return np.eye(3) + x + x @ x / (1 + cosine)
 
 
 class PosedSequence(Sequence):
