@@ -33,6 +33,7 @@ VERSION = 1  # of the images that are kept; part of the cache key
 GROUND = {"forward": -1.73, "surround": 0.0}  # metres in the volume, as the presets have it
 ASSUMED_HEIGHT = 1.65  # metres of a camera over the ground, where nobody and nothing tells
 PLAUSIBLE = 0.2, 5.0  # metres that it may be, where the scale is known
+WRONG = 0.15  # by which share the ground is off that it is worth a word
 STEADY = 3.0  # degrees that a camera fixed to a vehicle tilts, at most
 AROUND = 100.0  # degrees between two cameras of a rig that looks around
 BLUR = 1.5  # times an image is enlarged from which on that is worth a note
@@ -198,6 +199,8 @@ class Footage:
         below = f"the ground is seen {(seen or 0) * self.metres:.2f} m below {self.names[lead]}"
         if seen is None:
             below = f"no ground is seen; {self.names[lead]} is taken to be {height:g} m up"
+        elif abs(seen * self.metres / height - 1) > WRONG:
+            below += f", not {height:g} as --camera-height says: one of it and the scale is wrong"
         told = config.scale_metres or config.path_length or config.camera_height
         how = "" if told else ", as nothing tells otherwise (--scale, --camera-height)"
         axis = ", ".join(f"{x:.3f}" for x in up)
