@@ -214,6 +214,8 @@ def test_scale_and_up_are_given_or_found(street, similarity, tmp_path):
     height = street.rig.camera_to_volume[0, 2, 3] + 1.73
     got = opened(tmp_path, f"data.camera_height={height}", chosen=street.name)
     assert got.path[-1] == pytest.approx(street.path[-1], rel=0.05)  # a street with grades
+    wrong = opened(tmp_path, "data.scale_metres=0.6", f"data.camera_height={height}")
+    assert "one of it and the scale is wrong" in wrong.missing[0]
     _, camera = cameras_of(got, 3)
     assert camera[0, 2, 3] == pytest.approx(height - 1.73, abs=1e-6)
     assert camera[0, :2, 3] == pytest.approx([0, 0], abs=1e-6)
@@ -288,7 +290,7 @@ def rig_of(tmp_path, names):
         (["01_cam1.png", "02_cam1.png", "01_cam2.png", "02_cam2.png"], None, [[0, 2], [1, 3]]),
         (["f/100.png", "b/101.png", "f/200.png", "b/203.png", "f/300.png"], ["b", "f"],
          [[1, 0], [3, 2]]),
-        (["frame_9.png", "frame_10.png"], None, [[0], [1]]),
+        (["frame_9.png", "frame_10.png"], ["camera"], [[0], [1]]),
         (["1.50.png", "1.25.png"], None, [[1], [0]]),
     ],
 )  # fmt: skip

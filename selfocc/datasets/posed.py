@@ -93,6 +93,8 @@ def grouped(
         what = f"{error} is not there" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{path}: {what}; selfocc/datasets/posed.py says how it looks") from None
     names, shots, notes = _synchronised(capture)
+    if len(names) == 1:
+        names = list(rig.get("cameras", {}))[:1] or ["camera"]
     if unknown := mounts.keys() - set(names):
         raise InputError(f"{path}: no camera {min(unknown)}; they are {', '.join(names)}")
     return names, shots, mounts, notes
