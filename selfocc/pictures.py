@@ -103,16 +103,12 @@ def occupancy_picture(
     """
     lo, hi = (torch.tensor(box[i : i + 3], dtype=torch.float32) for i in (0, 3))
     origins, directions = _viewing_rays(lo, hi, view, size)
-    grid = occupied.permute(1, 0, 2).cpu()  # x, y, z
-    cells = torch.tensor(grid.shape, dtype=torch.float32)
-    origins = (origins - lo) / (hi - lo) * cells
-    directions = directions / (hi - lo) * cells
-    hit, cell, face = _walk(grid, origins, directions)
-    height = (cell[:, 2].float() + 0.5) / cells[2]
-    color = (
-        turbo(height.numpy()).astype(np.float32) * np.array([0.72, 0.86, 1.0])[face.numpy(), None]
-    )
-    picture = np.where(hit.numpy()[:, None], color, BACKGROUND)
+    grid = occupied.permute(1, 0, 2).cpu().numpy()  # x, y, z
+    cells = torch.tensor(grid.shape)
+    rays = (origins - lo) / (hi - lo) * cells, directions / (hi - lo) * cells
+    hit, layer, face = _walk(grid, *(x.T.contiguous().numpy() for x in rays))
+    color = turbo((layer + 0.5) / grid.shape[2]) * np.array([0.72, 0.86, 1.0])[face, None]
+    picture = np.where(hit[:, None], color, BACKGROUND)
     return picture.astype(np.uint8).reshape(*size, 3)
 
 
@@ -161,37 +157,36 @@ def _viewing_rays(
     return eye.expand_as(directions), directions + 1e-6
 
 
-def _walk(grid: Tensor, origins: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """First occupied cell on each ray: (hit [R], cell [R, 3], axis of the face entered [R]).
+def _walk(grid: np.ndarray, origins: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, ...]:
+    """First occupied cell on each ray: whether there is one, its z, axis of the face entered [R].
 
-    origins and directions [R, 3] are in units of cells.
+    origins and directions float32 [3, R] are in units of cells of the grid [nx, ny, nz].
     """
-    count = len(origins)
-    cells = torch.tensor(grid.shape)
+    walls = np.pad(grid.astype(np.int8), 1, constant_values=2).ravel()  # 0: go on, 2: outside
+    cells, (_, rows, layers) = np.float32(grid.shape)[:, None], np.array(grid.shape) + 2
+    strides = np.array([[rows * layers], [layers], [1]])
     inverse = 1 / directions
-    enter_axis = torch.minimum(-origins * inverse, (cells - origins) * inverse)
-    enter, face = enter_axis.max(dim=1)
-    leave = torch.maximum(-origins * inverse, (cells - origins) * inverse).amin(dim=1)
-    start = origins + directions * (enter.clamp_min(0) + 1e-4)[:, None]
-    cell = start.floor().long()
-    step = directions.sign().long()
-    next_plane = ((cell + (step > 0).long()) - origins) * inverse
-    hit = torch.zeros(count, dtype=torch.bool)
-    active = torch.nonzero((leave > enter) & (leave > 0)).squeeze(1)
-    for _ in range(int(cells.sum())):
-        inside = ((cell[active] >= 0) & (cell[active] < cells)).all(dim=1)
-        active = active[inside]
-        if not len(active):
-            break
-        x, y, z = cell[active].T
-        full = grid[x, y, z].bool()
-        hit[active[full]] = True
-        active = active[~full]
-        axis = next_plane[active].argmin(dim=1)
-        face[active] = axis
-        cell[active, axis] += step[active, axis]
-        next_plane[active, axis] += inverse[active, axis].abs()
-    return hit, cell.clamp(min=torch.zeros(3, dtype=torch.long), max=cells - 1), face
+    sides = -origins * inverse, (cells - origins) * inverse
+    enter, leave = np.minimum(*sides), np.maximum(*sides).min(0)
+    face, enter = enter.argmax(0), enter.max(0)
+    cell = np.floor(origins + directions * (enter.clip(0) + np.float32(1e-4)))
+    planes = (cell + (directions > 0) - origins) * inverse  # how far away the next is on each axis
+    places = (strides * (cell.clip(-1, cells) + 1).astype(int)).sum(0)
+    places[(leave <= enter) | (leave <= 0)] = 0
+    steps, widths = strides * np.sign(directions).astype(int), np.abs(inverse)
+    while len(rays := np.flatnonzero(walls[places] == 0)):
+        place, axis = places[rays], face[rays]
+        plane, step, width = (x[:, rays] for x in (planes, steps, widths))
+        for _ in range(16):  # some arrive earlier: they wait, as sorting them out takes longer
+            on = walls[place] == 0
+            x = on & (plane[0] <= plane[1]) & (plane[0] <= plane[2])
+            y = on & (plane[1] <= plane[2]) & ~x
+            for k, moves in enumerate((x, y, on & ~x & ~y)):
+                np.add(place, step[k], out=place, where=moves)
+                np.add(plane[k], width[k], out=plane[k], where=moves)
+                axis[moves] = k
+        places[rays], face[rays], planes[:, rays] = place, axis, plane
+    return walls[places] == 1, places % layers - 1, face
 
 
 def text_size(width: int) -> int:

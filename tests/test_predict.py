@@ -1,5 +1,7 @@
 """`python -m selfocc.predict`: images, folders and videos of one camera."""
 
+import re
+
 import imageio.v3 as iio
 import numpy as np
 import pytest
@@ -53,8 +55,8 @@ def test_a_folder(ckpt, drive, tmp_path, capsys):
     assert [f'"name": "{n}"' in page for n in range(4)] == [True, True, True, False]
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"3 frames in {out}, the first 3 also in page.html; ")
-    for part in ("a second", "reading", "network", "rendering", "the first is not counted"):
-        assert part in line
+    rates = re.search(r"; ([\d.]+) a second, the network alone ([\d.]+) \(medians\)$", line)
+    assert 0 < float(rates[1]) <= float(rates[2])
 
 
 def test_field_of_view_and_every_second_image(ckpt, drive, tmp_path):
@@ -101,7 +103,7 @@ def test_what_is_written_stays_where_an_image_is_damaged(ckpt, drive, tmp_path, 
     assert files(out) == ["0.npz", "0.png", "1.npz", "1.png", "page.html"]
     assert '"name": "1"' in (out / "page.html").read_text()
     said = capsys.readouterr()
-    assert said.out.startswith("2 frames in ")
+    assert not said.out
     assert error(said.err) == f"error: {drive / '2.png'}: damaged or unreadable PNG; copy it again"
 
 
@@ -125,11 +127,11 @@ def test_an_empty_video(ckpt, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(predict.iio, "imiter", lambda path: iter(()))
     (tmp_path / "drive.mp4").write_bytes(b"")
     assert command(ckpt, tmp_path / "drive.mp4", "--fov", "80", "--out", tmp_path, *HEIGHT) == 2
-    assert "drive.mp4: a video without frames" in error(capsys.readouterr().err)
+    assert "frame 0 cannot be read (it has no frames); copy" in error(capsys.readouterr().err)
 
 
 BAD = [
-    (["DRIVE"], "--intrinsics fx,fy,cx,cy in pixels, or its horizontal --fov: fx = fy = width"),
+    (["DRIVE"], "one of the arguments --intrinsics --fov is required"),
     (["DRIVE", "--fov", "80", "--intrinsics", "1,2,3,4"], "not allowed with"),
     (["DRIVE", "--intrinsics", "50,50,35"], "invalid four_numbers value: '50,50,35'"),
     (["DRIVE", "--intrinsics", "500,500,350,200"], "do not suit images of 40x70 pixels"),

@@ -3,7 +3,6 @@
 import json
 import re
 
-import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
@@ -101,8 +100,6 @@ def test_a_rig_with_classes(cache, tmp_path):
     mixed = model.predict(images, finer, poses)
     assert mixed.depth(2).shape == (48, 80) and mixed.depth(1).shape == (24, 40)
     assert np.mean(mixed.voxels == scene.voxels) > 0.98
-    with pytest.raises(InputError, match="no camera 6"):
-        scene.depth(6)
     picture = scene.panel("ring")
     assert picture.shape[1] == 2 * 640 + 4
     scene.save(tmp_path / "ring.html")
@@ -238,13 +235,12 @@ def test_loading():
 
 def test_saving(model, tmp_path):
     scene = model.predict(noise(), camera(32, 64, 50), model.level_camera(1.65))
-    for kind in ("npz", "ply", "html", "png"):
+    for kind in ("npz", "ply", "html"):
         scene.save(str(tmp_path / f"scene.{kind}"))
     arrays = np.load(tmp_path / "scene.npz")
     assert np.array_equal(arrays["sdf"], scene.sdf) and tuple(arrays["box"]) == scene.box
     assert arrays["threshold"] == scene.threshold and "semantics" not in arrays
     assert (tmp_path / "scene.ply").read_bytes().startswith(b"ply\n")
-    assert iio.imread(tmp_path / "scene.png").shape[1] == 2 * 640 + 4
     assert json.dumps("scene") in (tmp_path / "scene.html").read_text()
     with pytest.raises(InputError, match=r"scene\.obj: a scene is saved as"):
         scene.save("scene.obj")

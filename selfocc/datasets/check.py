@@ -32,14 +32,11 @@ LONGEST_STEP = 5.0  # metres between consecutive frames, or six times the median
 WIDEST_TURN = 15.0  # degrees between consecutive frames, or six times the median
 # Pixels off the epipolar lines, at a focal length of 720 pixels, and at most: errors of rotations
 # grow with it. Chance is 4. Right poses and calibrations have 0.17 to 0.48 on five real drives, and
-# 0.72 with rotations that are 0.1 degrees off. Under the old calibration, images resized to a half
-# have 1.1 to 3.0, to 0.75 1.4 to 3.7, to 0.9 0.8 to 1.9, one side alone to 0.8 0.9 to 3.7; without
-# their upper 60 rows 1.9 to 2.9.
+# 0.72 with rotations that are 0.1 degrees off; images resized to 0.75 or less have 1.1 to 3.7.
 LARGEST_OFFSET, FOCAL, LARGEST_OF_ALL = 0.9, 720.0, 1.5
 # Of the patches of TRIED pairs that tell conventions of poses apart, the right one explains 0.66 to
 # 1 on four real drives and embedded streets, 0.88 of the best one's share or more, and wrong ones
-# up to 0.49 of it (300 draws of pairs each). But where the world is the first camera and the road
-# straight, inverted and flipped poses move as the right ones do: up to 1.
+# up to 0.49 of it; but all the same where the world is the first camera and the road straight.
 TRIED, LEAST_TELLING, LEAST_FIT, CLOSE = 3, 30, 0.6, 0.75
 # Pixels off its line from where on a match moves by itself or is a mistake: 0.05 to 0.10 of those
 # of four real drives, with much traffic or none. What moves along its line does not show.
@@ -127,12 +124,11 @@ class Report:
         for camera, (k, size) in enumerate(zip(intrinsics, sizes, strict=True)):
             if self.data.fit == "corner":  # otherwise loading has looked at it, before the cut
                 self._try(check_camera, f"{sequence.name}, camera {camera}", k, size)
-        least = np.min(sizes, axis=0)
-        if (least < self.data.crop).any():
+        least, crop = np.min(sizes, axis=0), self.data.crop
+        if (least < crop).any():
             self.problems.append(
-                f"{where}: {least[0]}x{least[1]} pixels are fewer than the crop "
-                f"{self.data.crop[0]}x{self.data.crop[1]} of the preset; choose another preset or "
-                "--set data.crop=H,W"
+                f"{where}: {least[0]}x{least[1]} pixels are fewer than the crop {crop[0]}x"
+                f"{crop[1]} of the preset; choose another preset or --set data.crop=H,W"
             )
 
     def _check_poses(self, sequence: Sequence) -> None:
@@ -243,39 +239,31 @@ class Report:
 
     def _check_scans(self, pairs: list[tuple[Sequence, int, int]]) -> None:
         """Are the points of a scan where poses and calibration say?"""
-        found = [agreement for agreement, _ in self._compare(epipolar.scan_agreement, pairs)]
-        if found:
+        if found := [agreement for agreement, _ in self._compare(epipolar.scan_agreement, pairs)]:
             moved, still = np.median(found, axis=0)
-            self._judge(
-                f"grey value of scan points changes by {moved:.1f} when followed into the next "
-                f"frame, by {still:.1f} when not",
-                moved > still,
-                "are poses inverted, or scans and cameras calibrated wrongly?",
-                grave=True,
-            )
+            finding = f"grey value of scan points changes by {moved:.1f} when followed into the "
+            finding += f"next frame, by {still:.1f} when not"
+            fault = "are poses inverted, or scans and cameras calibrated wrongly?"
+            self._judge(finding, moved > still, fault, grave=True)
 
     def _check_voxels(self) -> None:
         """Are voxels where the scans are that they were made of?"""
         if not self.overlaps:
             return
         overlaps = np.median(self.overlaps, axis=0)
-        best, here = SHIFTS[int(overlaps.argmax())], overlaps[SHIFTS.index(0)]
-        self.facts.append(
-            f"voxels/*.bin and scans have an IoU of {here:.2f} (median of "
-            f"{counted(len(self.overlaps), 'frame')})"
+        best = SHIFTS[int(overlaps.argmax())]
+        fault, wrong = "they are not of the same frames, copy both again", True
+        if overlaps.max() >= LEAST_OVERLAP:
+            wrong, side = best != 0, "lower" if best > 0 else "higher"
+            fault = f"{counted(abs(best), 'voxel')} {side} they have {overlaps.max():.2f}; "
+            fault += "SemanticKITTI's from before August 2020 lie one too high, download today's"
+        self._judge(
+            f"voxels/*.bin and scans have an IoU of {overlaps[SHIFTS.index(0)]:.2f} (median of "
+            f"{counted(len(self.overlaps), 'frame')})",
+            wrong,
+            fault,
+            grave=True,
         )
-        if overlaps.max() < LEAST_OVERLAP:
-            self.problems.append(
-                f"{self.split}: voxels/*.bin and scans have an IoU of {here:.2f}; they are not "
-                "of the same frames, copy both again"
-            )
-        elif best:
-            self.problems.append(
-                f"{self.split}: voxels lie {counted(abs(best), 'voxel')} "
-                f"{'above' if best > 0 else 'below'} the scans: the IoU of voxels/*.bin with "
-                f"them is {here:.2f}, and {overlaps.max():.2f} there; SemanticKITTI's from "
-                "before August 2020 lie one too high, download today's"
-            )
 
     def lines(self) -> list[str]:
         """The report, a line each."""
@@ -292,8 +280,13 @@ class Report:
     def needs(self) -> list[str]:
         """What each task lacks here, a line each."""
         if self.split == "train":
+            usable = "no frame can be used"
+            if self.dataset is not None:
+                self.notes += [note for note in self.dataset.notes if note not in self.notes]
+                have, (near, far) = counted(len(self.dataset), "frame"), self.data.source
+                usable = f"{have} with neighbours {near:g} to {far:g} m away"
             labels = "2-D labels are there" if self.found["semantics"] else "lacks --labels DIR"
-            return [self._trainable(), f"semantic training: {labels}"]
+            return [f"training: {usable}", f"semantic training: {labels}"]
         known = "lacks truth: LiDAR, depth or stereo"
         if self.found["lidar"] or self.found["depth"]:
             known = f"judged against {'lidar' if self.found['lidar'] else 'depth'}"
@@ -317,14 +310,6 @@ class Report:
             self.problems += [error.line()] if self.split == "train" else []
             return None
 
-    def _trainable(self) -> str:
-        if self.dataset is None:
-            return "training: no frame can be used"
-        self.notes += [note for note in self.dataset.notes if note not in self.notes]
-        near, far = self.data.source
-        have = f"{counted(len(self.dataset), 'frame')} with neighbours"
-        return f"training: {have} {near:g} to {far:g} m away"
-
     def verdict(self) -> str:
         if self.problems:
             return f"cannot work as it is, {counted(len(self.problems), 'problem')} to mend"
@@ -340,15 +325,14 @@ class Report:
                 return side_by_side(maps, *place, source, pictures.DEPTH_TICKS)
         return None
 
-    def ground(self, height: float) -> np.ndarray | None:
-        """A grid on the ground, and the way along it, on a frame after which there are others."""
+    def drawings(self, height: float) -> dict[str, np.ndarray | None]:
+        """By what their files' names end with: scans; a grid on the ground at `height`, and the way
+        along it, of a frame after which there are others; matches of two frames in the middle."""
         place = self.places[len(self.places) // 4]
         maps = self._try(draw_ground, *place, height)
-        return None if maps is None else side_by_side(maps, *place, "ground, 5 m a line, and way")
-
-    def matches(self) -> np.ndarray | None:
-        """Drawn for two frames in the middle."""
-        return self._try(draw_matches, *self.pair[0]) if self.pair else None
+        ground = maps and side_by_side(maps, *place, "ground, 5 m a line, and way")
+        matches = self._try(draw_matches, *self.pair[0]) if self.pair else None
+        return {"": self.picture(), "_ground": ground, "_matches": matches}
 
 
 def _next(sequence: Sequence, frame: int) -> int | None:
@@ -361,9 +345,7 @@ def _next(sequence: Sequence, frame: int) -> int | None:
 def _overlap(voxels: np.ndarray, scan: np.ndarray, shift: int) -> float:
     """IoU [ny, nx, nz] of the one with the other moved up by `shift` voxels."""
     top = scan.shape[2] - abs(shift)
-    low, high = slice(0, top), slice(abs(shift), None)
-    up, down = (high, low) if shift > 0 else (low, high)
-    a, b = voxels[..., up], scan[..., down]
+    a, b = voxels[..., max(shift, 0) :][..., :top], scan[..., max(-shift, 0) :][..., :top]
     return float((a & b).sum() / max((a | b).sum(), 1))
 
 
@@ -392,15 +374,12 @@ def _main(words: list[str] | None) -> None:
         data = dataclasses.replace(data, scenes=1, scenes_val=1)
     make_folder(chosen.out)
     reports = [Report(s, open_sequences(data, s, folders(chosen)), data) for s in ("train", "val")]
-    for report in reports:
-        report.check(chosen.frames or None)
     problems = []
     for report in reports:
-        needs = report.needs()
-        drawn = {"": report.picture(), "_ground": report.ground(height)}
-        drawn["_matches"] = report.matches()
+        report.check(chosen.frames or None)
+        lines, drawn = report.needs(), report.drawings(height)  # both may find problems
         print(f"\n{report.split}")
-        for line in [*report.lines(), *needs]:
+        for line in [*report.lines(), *lines]:
             print(f"  {line}")
         for ending, picture in drawn.items():
             if picture is not None:

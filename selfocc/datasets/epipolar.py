@@ -12,20 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfocc.batch import Frames, Sequence
+from selfocc.datasets.captures import OPENGL
 from selfocc.geometry import fixed_pixels, image_to_image
 
 REACH = 8  # pixels searched to both sides of an epipolar line
 RADIUS = 4  # of a patch, pixels
 PATCHES = 200
 NEAREST, FARTHEST, DEPTHS = 2.0, 200.0, 48  # metres of z-depth searched, evenly in inverse depth
+NEAR = 0.5  # metres from a camera, before which nothing is projected
 FITS = 2  # pixels: what is found as far from its line at most is where poses say
-FLIP = np.diag([1.0, -1.0, -1.0, 1.0])  # y and z of a camera, from OpenCV's axes to OpenGL's
 # how to read the matrices that are given -> camera_to_world in OpenCV's axes, in whatever world
 CONVENTIONS = {
     "as given": lambda given: given,
-    "with the cameras' y and z flipped": lambda given: given @ FLIP,
+    "with the cameras' y and z flipped": lambda given: given @ OPENGL,
     "inverted": np.linalg.inv,
-    "inverted and then flipped": lambda given: np.linalg.inv(given) @ FLIP,
+    "inverted and then flipped": lambda given: np.linalg.inv(given) @ OPENGL,
 }
 
 
@@ -51,10 +52,7 @@ def find_matches(sequence: Sequence, frame: int, other: int) -> list[Matches]:
 
 
 def offsets(sequence: Sequence, frame: int, other: int) -> Tensor | None:
-    """How many pixels off their epipolar lines in `other` patches of `frame` match best [M].
-
-    Of those that are found, all cameras together; None where none is.
-    """
+    """Pixels [M] off their epipolar lines of what is found, of all cameras; None without any."""
     found = torch.cat([m.offsets[m.found] for m in find_matches(sequence, frame, other)])
     return found if len(found) else None
 
@@ -63,12 +61,11 @@ def fitting(sequence: Sequence, frame: int, other: int) -> Tensor:
     """Which patches are found on their lines as each of CONVENTIONS has them, bool [4, P]."""
     fits = []
     for here, there, *poses, k_here, k_there in _seen_twice(sequence, frame, other):
-        corners = _corners(here)[::2]  # enough to tell
-        matches = [
-            _matches(corners, here, there, *map(read, poses), k_here, k_there)
-            for read in CONVENTIONS.values()
-        ]
-        fits.append(torch.stack([m.found & (m.offsets <= FITS) for m in matches]))
+        corners, fit = _corners(here)[::2], []  # enough to tell
+        for read in CONVENTIONS.values():
+            found = _matches(corners, here, there, *map(read, poses), k_here, k_there)
+            fit.append(found.found & (found.offsets <= FITS))
+        fits.append(torch.stack(fit))
     return torch.cat(fits, 1)
 
 
@@ -98,27 +95,28 @@ def scan_agreement(sequence: Sequence, frame: int, other: int) -> tuple[float, f
     First where poses say that the points are in `other`, then at the same pixels. None where no
     point is seen in both.
     """
-    points = sequence.lidar(frame).astype(np.float64)
-    _, camera_to_world = sequence.cameras(frame)
-    to_cameras = np.linalg.inv(camera_to_world) @ sequence.volume_to_world(frame)
-    moved, still = [], []
-    cameras = zip(to_cameras, _seen_twice(sequence, frame, other), strict=True)
-    for to_camera, (here, there, pose, other_pose, k_here, k_there) in cameras:
-        size = np.array(here.shape[::-1])
-        local = points @ to_camera[:3, :3].T + to_camera[:3, 3]
-        local = local[local[:, 2] > NEAREST]
-        motion = np.linalg.inv(other_pose) @ pose
-        after = local @ motion[:3, :3].T + motion[:3, 3]
-        local, after = local[after[:, 2] > NEAREST], after[after[:, 2] > NEAREST]
-        a = (local @ k_here.T / local[:, 2:])[:, :2]
-        b = (after @ k_there.T / after[:, 2:])[:, :2]
-        seen = ((a > 0) & (a < size - 1) & (b > 0) & (b < size - 1)).all(1)
-        a, b = torch.from_numpy(a[seen]), torch.from_numpy(b[seen])
-        now, then, same = _sample(here, a), _sample(there, b), _sample(there, a)
-        moved.append((now - then).abs())
-        still.append((now - same).abs())
-    moved, still = torch.cat(moved), torch.cat(still)
-    return (float(moved.median()), float(still.median())) if len(moved) else None
+    points, differences = moved(sequence.lidar(frame), sequence.volume_to_world(frame)), []
+    for here, there, pose, other_pose, k_here, k_there in _seen_twice(sequence, frame, other):
+        a, b = project(points, k_here, pose), project(points, k_there, other_pose)
+        places = np.stack([a, b])
+        inside = ((places > 0) & (places < np.array(here.shape[::-1]) - 1)).all((0, 2))
+        a, b = torch.from_numpy(places[:, inside])
+        now = _sample(here, a)
+        differences.append(torch.stack([now - _sample(there, b), now - _sample(there, a)]).abs())
+    differences = torch.cat(differences, 1)
+    return tuple(differences.median(1).values.tolist()) if differences.numel() else None
+
+
+def moved(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Points [M, 3] moved by a matrix [4, 4]."""
+    return points @ matrix[:3, :3].T + matrix[:3, 3]
+
+
+def project(points: np.ndarray, intrinsics: np.ndarray, camera_to_world: np.ndarray) -> np.ndarray:
+    """Pixels [M, 2] of points [M, 3] of the world; NaN nearer than NEAR."""
+    points = moved(points, np.linalg.inv(camera_to_world))
+    depth = np.where(points[:, 2:] > NEAR, points[:, 2:], np.nan)
+    return (points @ intrinsics.T / depth)[:, :2]
 
 
 def _seen_twice(sequence, frame, other):
@@ -161,9 +159,8 @@ def _matches(corners, here, there, pose, other_pose, k_here, k_there) -> Matches
     tangent = line[:, 1] - line[:, 0]
     length = tangent.norm(dim=-1, keepdim=True)
     # where the camera hardly moves the line is a point, and any direction tells
-    tangent = torch.where(
-        length > 1e-3, tangent / length.clamp_min(1e-9), tangent.new_tensor([1, 0])
-    )
+    right = tangent.new_tensor([1, 0])
+    tangent = torch.where(length > 1e-3, tangent / length.clamp_min(1e-9), right)
     normal = torch.stack([-tangent[:, 1], tangent[:, 0]], -1)
     offset = torch.arange(-REACH, REACH + 1, dtype=torch.float64)
     place = (line[:, :, None] + offset[:, None] * normal[:, None, None]).float()  # [P, D, O, 2]

@@ -5,13 +5,12 @@ from PIL import Image, ImageDraw
 
 from selfocc import pictures
 from selfocc.batch import Sequence
-from selfocc.datasets.epipolar import FARTHEST, NEAREST, find_matches
+from selfocc.datasets.epipolar import FARTHEST, NEAREST, find_matches, moved, project
 from selfocc.datasets.video import scan_maps
 
 SHOWN = 16  # corners that are drawn
 WIDTH = 640  # pixels that images are drawn wide at least
 REACH, GRID, STEP = 30, 5, 0.25  # metres that the grid on the ground reaches, of it, of a line
-NEAR = 0.5  # metres from a camera, before which nothing is drawn
 
 
 def overlay(sequence: Sequence, frame: int) -> list[np.ndarray] | None:
@@ -37,28 +36,30 @@ def draw_ground(sequence: Sequence, frame: int, ground: float) -> list[np.ndarra
     They show whether scale, height and what is up are right.
     """
     intrinsics, poses = sequence.cameras(frame)
-    world_to_volume = np.linalg.inv(sequence.volume_to_world(frame))
+    volume_to_world = sequence.volume_to_world(frame)
     ends, along = np.arange(-REACH, REACH + 1, GRID), np.arange(-REACH, REACH, STEP)
     lines = [np.stack(np.broadcast_arrays(x, along), 1) for x in ends]
     lines += [line[:, ::-1] for line in lines]
     way = poses[0, :3, 3] + sequence.positions[frame:] - sequence.positions[frame]
-    way = (way @ world_to_volume[:3, :3].T + world_to_volume[:3, 3])[:, :2]
+    way = moved(way, np.linalg.inv(volume_to_world))[:, :2]
     drawings = []
     for image, k, pose in zip(sequence.images(frame), intrinsics, poses, strict=True):
-        scale = max(1, -(-WIDTH // image.shape[1]))
-        drawn = Image.fromarray(pictures.scaled(image, scale * image.shape[1]))
+        drawn, scale = _enlarged(image)
         draw = ImageDraw.Draw(drawn)
-        to_camera = np.linalg.inv(world_to_volume @ pose)
         for line, color in [*((line, "deepskyblue") for line in lines), (way, "red")]:
-            places = np.c_[line, np.full(len(line), ground)] @ to_camera[:3, :3].T
-            places = places + to_camera[:3, 3]
-            ahead = places[:, 2] > NEAR
-            pixels = (places @ k.T)[:, :2] / places[:, 2:].clip(NEAR)
-            pixels = scale * (pixels + 0.5)
-            for a in np.flatnonzero(ahead[:-1] & ahead[1:]):
-                draw.line([*pixels[a], *pixels[a + 1]], color, 1 + 2 * (color == "red"))
+            places = moved(np.c_[line, np.full(len(line), ground)], volume_to_world)
+            pixels = scale * (project(places, k, pose) + 0.5)
+            for ends in np.concatenate([pixels[:-1], pixels[1:]], 1):
+                if np.isfinite(ends).all():
+                    draw.line(ends.tolist(), color, 1 + 2 * (color == "red"))
         drawings.append(np.asarray(drawn))
     return drawings
+
+
+def _enlarged(image: np.ndarray) -> tuple[Image.Image, int]:
+    """By a whole number, to be WIDTH wide at least; and that number."""
+    scale = max(1, -(-WIDTH // image.shape[1]))
+    return Image.fromarray(pictures.scaled(image, scale * image.shape[1])), scale
 
 
 def side_by_side(
@@ -81,9 +82,9 @@ def draw_matches(sequence: Sequence, frame: int, other: int) -> np.ndarray | Non
     matches = find_matches(sequence, frame, other)[0]
     if not len(matches.corners):
         return None
-    images = [sequence.image(f, 0) for f in (frame, other)]
-    scale = max(1, -(-WIDTH // images[0].shape[1]))
-    images = [Image.fromarray(pictures.scaled(i, scale * i.shape[1])) for i in images]
+    images, (scale, _) = zip(
+        *(_enlarged(sequence.image(f, 0)) for f in (frame, other)), strict=True
+    )
     here, there = map(ImageDraw.Draw, images)
     size = pictures.text_size(images[0].width)
     corners, lines, places = (scale * (pixels.numpy() + 0.5) for pixels in matches[:3])
