@@ -16,6 +16,7 @@ import json
 import logging
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -95,20 +96,23 @@ def opened(path: Path, kind: str) -> Function | None:
 
 
 def compared(model: Function, file: Function, config: Config) -> str:
-    """How far the file is from the model; InputError if it is too far."""
-    error = noise = torch.zeros(3)
+    """How far the file is from the model, and how long it takes; InputError if it is too far."""
+    error, noise, seconds = torch.zeros(3), torch.zeros(3), []
     for seed in range(3):
         frame = random_frame(config, seed)
         moved = (x + x * 2**-23 * torch.randint(-1, 2, x.shape) for x in frame)
         voxels = model(*frame)
-        error = torch.maximum(error, apart(file(*frame), voxels))
+        start = time.perf_counter()
+        found = file(*frame)
+        seconds.append(time.perf_counter() - start)
+        error = torch.maximum(error, apart(found, voxels))
         noise = torch.maximum(noise, apart(model(*moved), voxels))
     what = "{:.1e} m of SDF (at most {:.1e} m)"
     what += " and the class of {:.1e} of the voxels" if len(voxels) > 1 else ""
     said = f"it differs from the model by {what.format(*error)}, rounding by {what.format(*noise)}"
     if not (error <= NOISE * noise + torch.tensor([1e-6, torch.inf, 1e-4])).all():
         raise InputError(f"the file is written, but wrong: {said}")
-    return said
+    return f"{said}; {min(seconds):.3f} s a frame"
 
 
 def apart(some: list[Tensor], others: list[Tensor]) -> Tensor:
@@ -148,7 +152,8 @@ def export(words: list[str] | None) -> None:
     with torch.no_grad():
         model = Exported(Predictor(network))
         write_file(path, content(model, random_frame(config, 0), given.format))
-        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB", flush=True)
+        version = f"opset {OPSET}" if given.format == "onnx" else f"PyTorch {torch.__version__}"
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {version}", flush=True)
         file = opened(path, given.format)
         print(compared(model, file, config) if file else "not checked: pip install onnxruntime")
 

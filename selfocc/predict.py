@@ -30,7 +30,7 @@ ON_PAGE = 200  # frames
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser = commandline.Parser(description=__doc__)
-    either = parser.add_mutually_exclusive_group(required=True).add_argument
+    either = parser.add_mutually_exclusive_group().add_argument
     add, some = parser.add_argument, partial(commandline.count, least=1)
     add("images", nargs="+", type=Path, metavar="IMAGES", help="files, folders, or one video")
     said = "checkpoint or run folder, or a name in selfocc/weights"
@@ -44,7 +44,13 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     said = f"also page.html, in which the first {ON_PAGE} frames can be turned and looked at"
     add("--html", action="store_true", help=said)
     add("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
-    return parser.parse_args(words)
+    chosen = parser.parse_args(words)
+    if chosen.intrinsics is None and chosen.fov is None:
+        raise InputError(
+            "give --intrinsics FX,FY,CX,CY in pixels of the images (FX = width / (2 tan(fov / 2)), "
+            "CX about width / 2), or --fov DEG, their horizontal field of view"
+        )
+    return chosen
 
 
 def four_numbers(text: str) -> tuple[float, ...]:
