@@ -104,8 +104,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     add("--pictures", type=commandline.count, default=6, metavar="N", help="panels to write")
     said = "write a video along the first sequence: mp4 with `pip install imageio[pyav]`, or GIF"
     add("--video", action="store_true", help=said)
-    said = "write page.html, voxels of the first sequence to turn in a browser"
-    add("--html", action="store_true", help=said)
+    add("--html", action="store_true", help="write page.html: voxels of the first sequence to turn")
     return parser.parse_args(words)
 
 

@@ -50,14 +50,12 @@ SEMANTICKITTI = (
 Palette = dict[int, tuple[str, tuple[int, int, int]]]  # class -> its name and colour
 # a class that is not named here has the colour of the one that Occ3D knows it as
 COLOURS = {
-    "free": (150, 156, 164), "barrier": (214, 142, 74), "bicycle": (227, 107, 150),
-    "bus": (242, 184, 75), "car": (74, 134, 222), "construction_vehicle": (196, 150, 60),
-    "motorcycle": (190, 88, 178), "pedestrian": (229, 74, 74), "traffic_cone": (243, 130, 53),
-    "trailer": (120, 112, 206), "truck": (92, 98, 188), "driveable_surface": (122, 116, 134),
-    "other_flat": (168, 148, 150), "sidewalk": (196, 174, 190), "terrain": (160, 188, 104),
-    "manmade": (216, 190, 150), "vegetation": (74, 148, 88), "parking": (150, 134, 170),
-    "fence": (190, 136, 98), "trunk": (134, 98, 70), "pole": (236, 214, 96),
-    "traffic-sign": (238, 90, 60),
+    "free": "969ca4", "barrier": "d68e4a", "bicycle": "e36b96", "bus": "f2b84b",
+    "car": "4a86de", "construction_vehicle": "c4963c", "motorcycle": "be58b2",
+    "pedestrian": "e54a4a", "traffic_cone": "f38235", "trailer": "7870ce", "truck": "5c62bc",
+    "driveable_surface": "7a7486", "other_flat": "a89496", "sidewalk": "c4aebe",
+    "terrain": "a0bc68", "manmade": "d8be96", "vegetation": "4a9458", "parking": "9686aa",
+    "fence": "be8862", "trunk": "866246", "pole": "ecd660", "traffic-sign": "ee5a3c",
 }  # fmt: skip
 
 # classes of SemanticKITTI that Occ3D knows by another name
@@ -141,17 +139,15 @@ def voxel_names(dataset: str) -> tuple[str, ...]:
 
 def voxel_palette(dataset: str) -> Palette:
     """Names and colours of the voxel classes of a data set."""
-    colours = [COLOURS.get(n) or COLOURS[KITTI_AS_OCC3D[n]] for n in voxel_names(dataset)]
-    return dict(enumerate(zip(voxel_names(dataset), colours, strict=True)))
+    known = {n: COLOURS.get(n) or COLOURS[KITTI_AS_OCC3D[n]] for n in voxel_names(dataset)}
+    return {k: (n, tuple(bytes.fromhex(c))) for k, (n, c) in enumerate(known.items())}
 
 
 def class_colours(palette: Palette | None) -> np.ndarray:
     """Colours, uint8 [256, 3], of classes; InputError without a palette. What it lacks is grey."""
     if not palette:
         raise InputError("classes are drawn with a palette; give one, as labels.voxel_palette does")
-    colours = np.full((256, 3), COLOURS["free"], np.uint8)
-    colours[list(palette)] = [colour for _, colour in palette.values()]
-    return colours
+    return np.array([palette.get(k, ("", (155, 155, 155)))[1] for k in range(256)], np.uint8)
 
 
 def label_map(data: DataConfig) -> LabelMap:

@@ -1,14 +1,14 @@
 """A page that shows voxels in any browser: one file, which asks nothing of the network.
 
-page.html is the page, and finds the surfaces; here it gets its data. An SDF travels as bytes: byte
-b says that it is at most `threshold + (b - 128) * STEP` metres and more than one STEP less. So
-what the page shows at a threshold, which is always a number of steps away, is exact.
+page.html finds the surfaces; here it gets its data. Byte b of an SDF says that it is at most
+`threshold + (b - 128) * STEP` metres and more than one STEP less. What the page shows is exact, as
+its thresholds are a number of steps away.
 """
 
 import base64
 import json
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,6 @@ from selfocc.labels import Palette, class_colours
 
 STEP = 1 / 64  # metres; 127 of them are the 2 m around the threshold that the page knows
 FREE = 255
-TEMPLATE = Path(__file__).with_suffix(".html")
 
 
 class Shown(NamedTuple):
@@ -42,64 +41,40 @@ def write_page(
     threshold: float,
     title: str,
     palette: Palette | None = None,
-    ahead: Sequence[float] | None = None,
+    ahead: np.ndarray | None = None,
 ) -> None:
-    """Write the page.
+    """Write the page of voxels that divide `box`, occupied up to `threshold` metres of the SDF.
 
-    Args:
-        box: that the voxels divide.
-        threshold: metres of the SDF up to which voxels are occupied, until the reader changes it.
-        palette: of the classes, where frames have any.
-        ahead: (x, y, ...) where the car looks to; by default +y, or +x in a box around the car.
-
-    Raises InputError without frames, where frames differ in shape, for classes without a palette,
-    and if the file cannot be written.
+    palette: of classes; ahead: (x, y, ...) where the car looks to, +y, or +x in a box around it.
+    InputError: no frames, of several shapes, classes without a palette, the file cannot be written.
     """
     written, shape, seen = [], None, set()
-    for frame in frames:
-        shape = shape or frame.sdf.shape
-        for grid in (frame.sdf, frame.classes, frame.truth):
+    for name, sdf, classes, views, truth in frames:
+        written.append(packed := {"name": name, "pictures": {}})
+        for key, view in views.items():
+            packed["pictures"][key] = iio.imwrite("<bytes>", view, extension=".jpg", quality=90)
+        shape, levels = shape or sdf.shape, np.ceil((sdf - threshold) / STEP) + 128
+        grids = {"sdf": np.fmax(np.fmin(levels, FREE), 0), "classes": classes}  # not a number: free
+        grids["truth"] = None if truth is None else np.where(truth, 0, FREE)
+        for key, grid in grids.items():
             if grid is not None and grid.shape != shape:
-                raise InputError(f"{frame.name}: voxels are {grid.shape}, not {shape} as others")
-        if frame.classes is not None:
-            seen |= set(np.unique(frame.classes[frame.sdf <= threshold]).tolist())
-        written.append(_frame(frame, threshold))
+                raise InputError(f"{name}: voxels are {grid.shape}, not {shape} as others")
+            if grid is not None:  # with a margin of free voxels
+                packed[key] = zlib.compress(np.pad(grid.astype("u1"), 1, constant_values=FREE), 9)
+        if classes is not None:
+            seen |= set(np.unique(classes[sdf <= threshold]).tolist())
     if not written:
         raise InputError("a page needs a frame at least")
     if ahead is None:
         ahead = (1, 0) if box[1] < box[4] / -2 else (0, 1)
-    numbers = (np.arange(shape[2]) + 0.5) / shape[2]
     front = np.array(ahead[:2]) / np.hypot(*ahead[:2])
-    content = {
-        "title": title, "box": box, "shape": shape, "threshold": threshold, "step": STEP,
-        "ahead": front.tolist(), "heights": pictures.turbo(numbers).tolist(),
-        "ticks": pictures.height_ticks(box), "frames": written,
-    }  # fmt: skip
+    heights = pictures.turbo((np.arange(shape[2]) + 0.5) / shape[2]).tolist()
+    content = dict(title=title, box=box, shape=shape, threshold=threshold, step=STEP)
+    content |= dict(ahead=front.tolist(), heights=heights, frames=written)
     if seen:
         content["colours"] = class_colours(palette).tolist()
         content["names"] = {k: name for k, (name, _) in palette.items() if k in seen}
-    text = json.dumps(content).replace("<", "\\u003c")  # no name ends the script
-    write_file(path, TEMPLATE.read_text("utf-8").replace("{/* data */}", text).encode())
-
-
-def quantised(sdf: np.ndarray, threshold: float) -> np.ndarray:
-    """The SDF as bytes (see above); what is not a number is free."""
-    levels = np.ceil((sdf - threshold) / STEP) + 128
-    return np.fmax(np.fmin(levels, FREE), 0).astype(np.uint8)
-
-
-def _frame(frame: Shown, threshold: float) -> dict:
-    written = {"name": frame.name, "sdf": _packed(quantised(frame.sdf, threshold))}
-    if frame.classes is not None:
-        written["classes"] = _packed(frame.classes)
-    if frame.truth is not None:  # as an SDF of which no threshold matters
-        written["truth"] = _packed(np.where(frame.truth, 0, FREE).astype(np.uint8))
-    jpegs = {
-        name: iio.imwrite("<bytes>", picture, extension=".jpg", quality=90)
-        for name, picture in frame.pictures.items()
-    }
-    return written | {"pictures": {k: base64.b64encode(j).decode() for k, j in jpegs.items()}}
-
-
-def _packed(grid: np.ndarray) -> str:
-    return base64.b64encode(zlib.compress(grid.tobytes(), 9)).decode()
+    text = json.dumps(content, default=lambda packed: base64.b64encode(packed).decode())
+    text = text.replace("<", "\\u003c")  # no name ends the script
+    page = Path(__file__).with_suffix(".html").read_text("utf-8")
+    write_file(path, page.replace("{/* data */}", text).encode())

@@ -1,6 +1,7 @@
 """Pictures, and a page, of what a model makes of frames, beside the truth."""
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -24,52 +25,53 @@ FRAMES = 40  # of a page at most
 
 
 class Look:
-    """What a model makes of a frame: maps of its cameras, and voxels [ny, nx, nz] on the CPU.
-
-    shape: of the voxels, where the frame has no labels to say so.
-    """
+    """What a model makes of a frame: maps of its cameras, and voxels [ny, nx, nz] on the CPU."""
 
     @torch.no_grad()
-    def __init__(
-        self,
-        model: SelfOcc,
-        dataset: VideoDataset,
-        index: int,
-        device: torch.device,
-        shape: tuple[int, int, int] | None = None,
-    ):
+    def __init__(self, model: SelfOcc, dataset: VideoDataset, index: int, device: torch.device):
         self.config, training = model.config, model.training
         model.eval()
-        self.sequence, frame = dataset.locate(index)
+        sequence, frame = dataset.locate(index)
         self.batch = batch = collate([dataset[index]]).to(device)
         volume, voxels, _ = model.see(batch)
         self.depth, self.color = rendered_maps(model, volume, batch.target)
         model.train(training)
         self.images = [pictures.rgb_picture(image) for image in batch.target.images[0]]
         self.width = int(np.clip(len(self.images[:3]) * self.images[0].shape[1], *COLUMN))
-
+        rows = pictures.rig_rows(batch.target.camera_to_volume[0].cpu().numpy())
+        names = list(sequence.camera_names)
+        self.rig = partial(pictures.rig, rows=rows, names=names, width=self.width)
         rules, settings = protocols.choose(self.config, "own"), self.config.volume
-        self.labels, self.box = None, rules.box or settings.box
+        self.box, edge, self.truth = rules.box or settings.box, 0.2 * settings.voxel, None
+        shape = tuple(round((self.box[a + 3] - self.box[a]) / edge) for a in (1, 0, 2))
         if batch.voxels is not None:
-            self.labels = metrics.pool_voxels(batch.voxels[0].cpu(), settings.voxel)
-            shape = tuple(self.labels.shape)
-        sides, edge = [self.box[a + 3] - self.box[a] for a in (1, 0, 2)], 0.2 * settings.voxel
-        shape = shape or tuple(round(side / edge) for side in sides)
+            labels = metrics.pool_voxels(batch.voxels[0].cpu(), settings.voxel)
+            shape, self.known = tuple(labels.shape), labels != metrics.UNKNOWN
+            self.truth = (labels > 0) & self.known
+        elif sequence.labelled:  # all frames have the voxels of the labels
+            other = sequence.voxels(min(sequence.labelled))
+            shape = tuple(n // settings.voxel for n in other.shape)
         # from the voxels' frame, which is drawn, to the volume's; None if it is the same
-        matrix = self.sequence.voxels_to_volume(frame)
-        sdf, self.likeliest = protocols.read_voxels(
-            voxels, self.config.field.classes, rules, settings.box, shape, matrix
-        )
-        self.sdf = sdf.cpu()
+        matrix = sequence.voxels_to_volume(frame)
+        classes, box = self.config.field.classes, settings.box
+        read = protocols.read_voxels(voxels, classes, rules, box, shape, matrix)
+        self.sdf, self.classes = (None if grid is None else grid.cpu() for grid in read)
         self.ahead = batch.target.camera_to_volume[0, 0, :3, 2].cpu().numpy()
         if matrix is not None:
             self.ahead = matrix[:3, :3].T @ self.ahead
 
-    def rig(self, maps: list[np.ndarray], size: int, smooth: bool) -> np.ndarray:
-        """One picture of all cameras; as pictures.rig."""
-        places = pictures.rig_rows(self.batch.target.camera_to_volume[0].cpu().numpy())
-        names = list(self.sequence.camera_names)
-        return pictures.rig(maps, places, names, self.width, size, smooth)
+    def shown(self) -> page.Shown:
+        """As a frame of a page."""
+        data, classes = self.config.data, self.classes
+        if classes is not None:
+            known = label_map(data).voxel_classes(data.dataset)
+            classes = np.array(known, np.uint8)[classes]
+        rig, depth = partial(self.rig, size=pictures.text_size(self.width)), self.depth[0]
+        views = {"image": rig(self.images, smooth=True)}
+        title = f"rendered depth; red: {pictures.NEAREST:g} m or nearer"
+        views[title] = rig([pictures.depth_picture(z) for z in depth])
+        truth = None if self.truth is None else self.truth.numpy()
+        return page.Shown(self.batch.name[0], self.sdf.numpy(), classes, views, truth)
 
 
 def panel(model: SelfOcc, dataset: VideoDataset, index: int, device: torch.device) -> np.ndarray:
@@ -82,7 +84,7 @@ def panel(model: SelfOcc, dataset: VideoDataset, index: int, device: torch.devic
 
     def cell(maps: list[np.ndarray], text: str, ticks: dict | None = None) -> np.ndarray:
         """Photographs have no ticks."""
-        return pictures.caption(look.rig(maps, size, ticks is None), text, size, ticks)
+        return pictures.caption(look.rig(maps, size=size, smooth=ticks is None), text, size, ticks)
 
     rows = [[cell(look.images, f"image {batch.name[0]}")]]
     if model.config.field.colors:
@@ -93,27 +95,18 @@ def panel(model: SelfOcc, dataset: VideoDataset, index: int, device: torch.devic
         errors = [pictures.error_picture(*pair) for pair in zip(depth[0], truth[0], strict=True)]
         text = f"relative error against {name}; dark: unknown"
         rows[1].append(cell(errors, text, pictures.ERROR_TICKS))
-    rows += _occupancy_rows(look, size)
+    columns = [("predicted", look.sdf <= look.config.volume.threshold)]
+    if look.truth is not None:
+        columns = [("predicted, where known", columns[0][1] & look.known), ("truth", look.truth)]
+    rows += occupancy_rows(columns, look.box, look.ahead, look.width, size)
     return pictures.tile(rows, 2 * look.width + pictures.GAP)
-
-
-def _occupancy_rows(look: Look, size: int) -> list[list[np.ndarray]]:
-    occupied = look.sdf <= look.config.volume.threshold
-    columns = [("predicted", occupied)]
-    if look.labels is not None:
-        known = look.labels != metrics.UNKNOWN
-        columns[0] = ("predicted, where known", occupied & known)
-        columns.append(("truth", (look.labels > 0) & known))
-    return occupancy_rows(columns, look.box, look.ahead, look.width, size)
 
 
 def occupancy_rows(
     columns: list[tuple[str, Tensor]], box: Box, ahead: np.ndarray, width: int, size: int
 ) -> list[list[np.ndarray]]:
-    """Named voxels bool [ny, nx, nz] side by side, `width` pixels each: from behind, from above.
-
-    ahead: [3] where the camera looks to; size: of captions.
-    """
+    """Named voxels bool [ny, nx, nz] side by side, in all `width` pixels, from behind and above;
+    the camera looks along `ahead` [3], and captions have this size."""
     drawn = -(-width // -(-width // COLUMN[0]))  # a whole number of pixels each
     rows = []
     for view, ticks in (("behind", None), ("above", pictures.height_ticks(box))):
@@ -144,35 +137,11 @@ class FlyThrough:
 
 def write_page(path: Path, model: SelfOcc, dataset: VideoDataset, device: torch.device) -> Path:
     """Write the page (page.py) of frames of the first sequence, evenly spread, labelled or not."""
-    sequence, config = dataset.sequences[0], model.config
-    frames, shape = VideoDataset.every_frame(sequence, dataset.config), None
-    for frame in list(sequence.labelled)[:1]:  # all have the voxels of the labels
-        shape = tuple(n // config.volume.voxel for n in sequence.voxels(frame).shape)
-    chosen = tqdm(evenly(frames, FRAMES), desc="page")
-    looks = (Look(model, frames, index, device, shape) for index in chosen)
-    first = next(looks)
-    page.write_page(
-        path,
-        map(_shown, chain([first], looks)),
-        first.box,
-        config.volume.threshold,
-        f"{config.preset} on {sequence.name}",
-        voxel_palette(config.data.dataset),
-        first.ahead,
-    )
+    frames = VideoDataset.every_frame(dataset.sequences[0], dataset.config)
+    looks = (Look(model, frames, k, device) for k in tqdm(evenly(frames, FRAMES), desc="page"))
+    first, config = next(looks), model.config
+    shown = (look.shown() for look in chain([first], looks))
+    title = f"{config.preset} on {dataset.sequences[0].name}"
+    settings = first.box, config.volume.threshold, title, voxel_palette(config.data.dataset)
+    page.write_page(path, shown, *settings, first.ahead)
     return path
-
-
-def _shown(look: Look) -> page.Shown:
-    data, size, classes, truth = look.config.data, pictures.text_size(look.width), None, None
-    if look.likeliest is not None:
-        known = np.array(label_map(data).voxel_classes(data.dataset), np.uint8)
-        classes = known[look.likeliest.cpu()]
-    if look.labels is not None:
-        truth = ((look.labels > 0) & (look.labels != metrics.UNKNOWN)).numpy()
-    depth = look.rig([pictures.depth_picture(z) for z in look.depth[0]], size, False)
-    maps = {
-        "image": look.rig(look.images, size, True),
-        f"rendered depth; red: {pictures.NEAREST:g} m or nearer": depth,
-    }
-    return page.Shown(look.batch.name[0], look.sdf.numpy(), classes, maps, truth)

@@ -23,6 +23,7 @@ from selfocc.labels import OCC3D, SEMANTICKITTI, voxel_palette
 from selfocc.model import SelfOcc
 from selfocc.page import STEP, Shown, write_page
 from selfocc.presets import build
+from tests.test_scene import written
 from tests.tiny import here, overrides
 
 BOX = (-8.0, 0.0, -1.0, 8.0, 16.0, 3.0)
@@ -52,7 +53,12 @@ def read(path):
 
 
 def unpack(text, shape):
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8).reshape(shape)
+    """A grid, without its margin of voxels that are free."""
+    packed = np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8)
+    grid = packed.reshape([n + 2 for n in shape])
+    inside = grid[1:-1, 1:-1, 1:-1]
+    assert (grid == 255).sum() == grid.size - inside.size + (inside == 255).sum()
+    return inside
 
 
 def bare(occupied):
@@ -196,20 +202,20 @@ def predicted(model, dataset, index, shape=None):
     return Predictor(model, shape=shape)(batch.images, batch.intrinsics, batch.camera_to_volume)
 
 
-def test_eval_writes_the_page(finished, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(panels, "FRAMES", 3)
+def test_eval_writes_the_page(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(panels, "FRAMES", 2)
     options = ("--task", "depth", "--frames", 1, "--prior-frames", 1, "--pictures", 0, "--html")
-    words = ("--ckpt", finished, "--out", tmp_path, *options)
-    assert here(eval_script, *words, cache=cache) == 0
+    untrained = written(tmp_path, "synthetic", "data.frames=6")
+    assert here(eval_script, "--ckpt", untrained, "--out", tmp_path, *options, cache=cache) == 0
     content = read(tmp_path / "page.html")
-    assert len(content["frames"]) == 3 and content["title"].startswith("synthetic on ")
+    assert len(content["frames"]) == 2 and content["title"].startswith("synthetic on ")
     monkeypatch.setenv("SELFOCC_CACHE", str(cache))
-    saved = checkpoint.load(finished)
+    saved = checkpoint.load(untrained)
     model = SelfOcc(saved.config).eval()
     checkpoint.restore(saved, model)
     dataset = open_dataset(model.config, "val", Folders())
     frames = VideoDataset.every_frame(dataset.sequences[0], dataset.config)
-    for frame, index in zip(content["frames"], (0, 6, 11), strict=True):
+    for frame, index in zip(content["frames"], (0, 5), strict=True):
         sdf = predicted(model, frames, index).sdf.numpy()
         assert frame["name"].endswith(f"/{index:06d}")
         levels = unpack(frame["sdf"], sdf.shape)
@@ -248,7 +254,8 @@ def test_classes_and_front_of_a_ring(cache, tmp_path, monkeypatch):
 def browse(page, *options):
     chromium = shutil.which("chromium") or pytest.skip("chromium is not installed")
     flags = "--headless --no-sandbox --use-gl=angle --use-angle=swiftshader --hide-scrollbars "
-    flags += "--enable-unsafe-swiftshader --enable-logging=stderr --virtual-time-budget=5000"
+    flags += "--enable-unsafe-swiftshader --enable-logging=stderr --virtual-time-budget=2000 "
+    flags += "--disable-extensions --disable-background-networking --no-first-run"
     folder = f"--user-data-dir={page.parent / 'profile'}"
     command = [chromium, *flags.split(), folder, *options, page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -256,12 +263,13 @@ def browse(page, *options):
     return done.stdout
 
 
-@pytest.fixture
-def example(tmp_path):
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
     sdf, classes = scene()
     frame = Shown("street/7", sdf, classes, {"picture": np.full((9, 16, 3), 99, np.uint8)}, sdf > 9)
-    write_page(tmp_path / "page.html", [frame], BOX, 0.0, "Example", PALETTE)
-    return tmp_path / "page.html"
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    write_page(path, [frame], BOX, 0.0, "Example", PALETTE)
+    return path
 
 
 @pytest.mark.parametrize("size", [(1000, 700), (500, 800)])
