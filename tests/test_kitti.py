@@ -13,7 +13,7 @@ import torch
 from selfocc import InputError
 from selfocc.datasets import Folders, kitti, open_dataset
 from selfocc.datasets.kitti import kitti_sequences
-from selfocc.datasets.reading import RECTIFIED, UNRECTIFIED, check_camera, read_points
+from selfocc.datasets.reading import RECTIFIED, UNRECTIFIED, check_rectified, read_points
 from selfocc.datasets.video import VideoDataset
 from selfocc.presets import build
 from selfocc.stereo import block_matching, stereo_depth
@@ -349,26 +349,26 @@ def test_the_calibrations_of_kitti_know_their_images(focal, size):
     f, x, y = focal
     camera = np.array([[f, 0, x], [0, f, y], [0, 0, 1]])
     if size is None:
-        check_camera("calib.txt", camera, RECTIFIED[focal])
-        check_camera("calib.txt", camera, (*RECTIFIED[focal], 3), RECTIFIED[focal])
+        check_rectified("calib.txt", camera, RECTIFIED[focal])
+        check_rectified("calib.txt", camera, (*RECTIFIED[focal], 3), RECTIFIED[focal])
         return
     told = "unrectified images; take the rectified" if size == UNRECTIFIED else "scale its numbers"
     for said in (None, size):  # S_rect may have been adapted, and P_rect not
         with pytest.raises(InputError, match=rf"for images of 37\dx12\d\d pixels.*{told}"):
-            check_camera("calib.txt", camera, size, said)
+            check_rectified("calib.txt", camera, size, said)
     v, u = np.array(size) / RECTIFIED[focal]
-    check_camera("calib.txt", np.diag([u, v, 1]) @ camera, size)  # resized with its images
+    check_rectified("calib.txt", np.diag([u, v, 1]) @ camera, size)  # resized with its images
 
 
 def test_cameras_that_lie_aside_pass():
     """nuScenes' back camera, and a KITTI image whose upper third is cut off, as is its centre."""
     back = np.array([[809.2, 0, 829.2], [0, 809.2, 481.8], [0, 0, 1]])
-    check_camera("tables", back, (900, 1600), (900, 1600))
+    check_rectified("tables", back, (900, 1600), (900, 1600))
     with pytest.raises(InputError, match="tables: is for images of 900x1600 pixels, but they have"):
-        check_camera("tables", back, (450, 800), (900, 1600))
+        check_rectified("tables", back, (450, 800), (900, 1600))
     with pytest.raises(InputError, match=r"tables: .* do not suit images of 450x800"):
-        check_camera("tables", back, (450, 800), (450, 800))
-    check_camera(
+        check_rectified("tables", back, (450, 800), (450, 800))
+    check_rectified(
         "calib.txt", np.array([[707.1, 0, 601.9], [0, 707.1, 69.1], [0, 0, 1]]), (256, 1226)
     )
 

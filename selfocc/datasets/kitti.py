@@ -178,7 +178,7 @@ class KittiSequence(Eye):
         self._volume_to_world = cam0_to_world @ volume_to_cam0
         self.positions = cam0_to_world[:, :3, 3]
         self.path = reading.path_length(self.positions[:, [0, 2]])  # in plan, as published
-        reading.check_camera(self.folder / "calib.txt", self.intrinsics, self._size)
+        reading.check_rectified(self.folder / "calib.txt", self.intrinsics, self._size)
         self._survey()
 
     def _read_calibration(self) -> tuple[np.ndarray, np.ndarray]:

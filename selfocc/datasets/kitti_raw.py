@@ -338,7 +338,7 @@ class KittiRawSequence(Eye):
         self._truth = _depth_folder(drive.root, drive.name, EYES[eye])
         made_for = drive.lines.get(f"S_rect_{EYES[eye][-2:]}")
         made_for = None if made_for is None else tuple(made_for[::-1].astype(int).tolist())
-        reading.check_camera(drive.lines.path, self.intrinsics, self._size, made_for)
+        reading.check_rectified(drive.lines.path, self.intrinsics, self._size, made_for)
         self.missing = [*drive.missing, *self._survey()]
 
     def _survey(self) -> list[str]:

@@ -212,28 +212,40 @@ def _read_bytes(path: Path) -> bytes:
         raise InputError(f"{path}: cannot be read ({error.strerror}); copy it again") from error
 
 
-def check_camera(
+def check_rectified(
     where: Path | str,
     intrinsics: np.ndarray,
     size: tuple[int, ...],
     made_for: tuple[int, int] | None = None,
 ) -> None:
-    """Refuse intrinsics [3, 3] that cannot be those of images of `size` [h, w].
+    """`check_camera` of KITTI's images, whose calibration tells their size.
 
-    `where` is the calibration, made_for [h, w] the size of the images that it says it is for.
+    made_for [h, w]: the size of the images that the calibration says it is for.
     """
     (fx, fy), (cx, cy), (height, width) = intrinsics[[0, 1], [0, 1]], intrinsics[:2, 2], size[:2]
-    resized = "scale its numbers as the images were, or restore the images"
-    if (height, width) == UNRECTIFIED:
-        resized = "these are unrectified images; take the rectified ones (`_sync`)"
     expected = [size for (f, x, y), size in RECTIFIED.items()
                 if np.allclose((fx, fy, cx, cy), (f, f, x, y), atol=0.02)]  # fmt: skip
     for rows, columns in expected if made_for is None else [made_for, *expected]:
         if (height, width) != (rows, columns):
             raise InputError(
                 f"{where}: is for images of {rows}x{columns} pixels, but they have "
-                f"{height}x{width}; {resized}"
+                f"{height}x{width}; {_mend(size)}"
             )
+    check_camera(where, intrinsics, size)
+
+
+def _mend(size: tuple[int, ...]) -> str:
+    if size[:2] == UNRECTIFIED:
+        return "these are unrectified images; take the rectified ones (`_sync`)"
+    return "scale its numbers as the images were, or restore the images"
+
+
+def check_camera(where: Path | str, intrinsics: np.ndarray, size: tuple[int, ...]) -> None:
+    """Refuse intrinsics [3, 3] that cannot be those of images of `size` [h, w].
+
+    `where` is the calibration.
+    """
+    (fx, fy), (cx, cy), (height, width) = intrinsics[[0, 1], [0, 1]], intrinsics[:2, 2], size[:2]
     (left, right), (top, bottom) = CENTRAL_X, CENTRAL_Y
     if not (
         left < (cx + 0.5) / width < right
@@ -243,7 +255,7 @@ def check_camera(
     ):
         raise InputError(
             f"{where}: focal lengths {fx:.0f}, {fy:.0f} and principal point {cx:.0f}, {cy:.0f} do "
-            f"not suit images of {height}x{width} pixels; {resized}"
+            f"not suit images of {height}x{width} pixels; {_mend(size)}"
         )
 
 
