@@ -314,6 +314,17 @@ def test_the_preset_follows_from_the_rig(street, ring, tmp_path):
     assert usual("street_kitti", None, tmp_path / "one") == ("street_kitti", [])
 
 
+def test_a_ring_of_cameras_stands_in_its_volume(ring, similarity, tmp_path):
+    export_posed([ring], tmp_path, world=similarity)
+    changes = ["data.rig=surround", "data.scale_metres=0.4", "data.camera_height=1.5"]
+    got = opened(tmp_path, *changes, "data.crop=24,40", chosen=ring.name)
+    order = [got.camera_names.index(name) for name in ring.camera_names]
+    ours, theirs = cameras_of(got, 3)[1][order], cameras_of(ring, 3)[1]
+    middle = theirs[:, :3, 3].mean(0) * (1, 1, 0)
+    np.testing.assert_allclose(ours[:, :3, 3], theirs[:, :3, 3] - middle, atol=0.05)
+    np.testing.assert_allclose(ours[:, :3, :3], theirs[:, :3, :3], atol=0.03)
+
+
 # Bad input
 
 
