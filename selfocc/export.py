@@ -86,7 +86,13 @@ def opened(path: Path, kind: str) -> Function | None:
         from onnxruntime import InferenceSession
     except ImportError:
         return None
-    session = InferenceSession(path, providers=["CPUExecutionProvider"])
+    try:
+        session = InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # whatever onnxruntime raises
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"{path} is written, but onnxruntime cannot open it ({reason}); a newer one may"
+        ) from None
 
     def compute(*frame: Tensor) -> list[Tensor]:
         given = {name: x.numpy() for name, x in zip(Input._fields, frame, strict=True)}
