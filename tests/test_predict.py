@@ -131,7 +131,7 @@ def test_an_empty_video(ckpt, tmp_path, capsys, monkeypatch):
 
 
 BAD = [
-    (["DRIVE"], "one of the arguments --intrinsics --fov is required"),
+    (["DRIVE"], "give --intrinsics FX,FY,CX,CY in pixels"),
     (["DRIVE", "--fov", "80", "--intrinsics", "1,2,3,4"], "not allowed with"),
     (["DRIVE", "--intrinsics", "50,50,35"], "invalid four_numbers value: '50,50,35'"),
     (["DRIVE", "--intrinsics", "500,500,350,200"], "do not suit images of 40x70 pixels"),
