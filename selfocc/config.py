@@ -281,6 +281,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         near, far = getattr(data, name)
         if near > far:
             yield f"data.{name} is {near:g},{far:g}; the first distance must not exceed the second"
+    if data.up and not any(data.up):
+        yield "data.up is 0,0,0, which is no direction"
     seen = tuple(int(n * data.scale) for n in data.crop)
     if any(n < 1 or n > p for n, p in zip(seen, data.pad, strict=True)):
         yield (
