@@ -54,7 +54,6 @@ class Shot(NamedTuple):
 
 class Capture(NamedTuple):
     folder: Path
-    kind: str
     shots: list[Shot]
     notes: list[str]
 
@@ -84,7 +83,7 @@ def _read(folder: Path) -> Capture | None:
     return None
 
 
-def _capture(folder: Path, kind: str, shots: list[Shot], model: Path) -> Capture:
+def _capture(folder: Path, shots: list[Shot], model: Path) -> Capture:
     """Checked: files that are there, poses that are some."""
     there = [shot for shot in shots if shot.file.is_file()]
     if not there:
@@ -100,7 +99,7 @@ def _capture(folder: Path, kind: str, shots: list[Shot], model: Path) -> Capture
         notes.append(f"{counted(len(bare), 'image')} without a pose left out, {bare[0].name} first")
     poses = np.stack([shot.pose[:3].ravel() for shot in there])
     reading.rigid(poses, model, [f"the pose of {shot.name}" for shot in there])
-    return Capture(folder, kind, there, notes)
+    return Capture(folder, there, notes)
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -137,7 +136,7 @@ def _read_nerfstudio(folder: Path) -> Capture:
     except (ValueError, KeyError, TypeError, AttributeError, np.linalg.LinAlgError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{path}: is no transforms.json of nerfstudio ({what}); mend it") from None
-    return _capture(folder, "nerfstudio", shots, path)
+    return _capture(folder, shots, path)
 
 
 def _nerfstudio_shot(path: Path, values: dict, back: np.ndarray, scale: float) -> Shot:
@@ -187,7 +186,7 @@ def _read_colmap(folder: Path, model: Path) -> Capture:
         seen = np.array([points[p] for p in matched if p in points]).reshape(-1, 3)
         pose = np.linalg.inv(reading.from_quaternion(numbers[:4], numbers[4:]))
         shots.append(Shot(file, name, pose, cameras[camera], points=seen if len(seen) else None))
-    return _capture(folder, "COLMAP", shots, model)
+    return _capture(folder, shots, model)
 
 
 def _colmap_lens(model: Path, number: int, kind: int | str, width: int, height: int, parameters):
@@ -286,4 +285,4 @@ def _read_plain(folder: Path) -> Capture:
     named["cx"], named["cy"] = named["cx"] + 0.5, named["cy"] + 0.5
     lens = _lens(named, reading.image_size(files[0]), "pinhole", str(calibration))
     shots = [Shot(f, f.name, pose, lens) for f, pose in zip(files, table, strict=True)]
-    return _capture(folder, "KITTI", shots, poses)
+    return _capture(folder, shots, poses)
