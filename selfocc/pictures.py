@@ -21,6 +21,7 @@ from tqdm import tqdm
 from selfocc import InputError
 from selfocc.files import write_file
 from selfocc.geometry import Box
+from selfocc.sight import cast
 
 BACKGROUND = np.array([236, 240, 244], np.float32)
 NOTHING = 24  # grey value where nothing is known
@@ -98,17 +99,17 @@ def occupancy_picture(
     """Occupied voxels [ny, nx, nz] coloured by height (`height_ticks`), seen from `above` or from
     `behind`.
 
-    Voxels are drawn as cubes by walking each pixel's ray through the grid, shaded by the face it
-    enters.
+    Voxels are drawn as cubes, shaded by the face that a pixel's ray enters.
     """
-    lo, hi = (torch.tensor(box[i : i + 3], dtype=torch.float32) for i in (0, 3))
+    lo, hi = torch.tensor(box).view(2, 3)
     origins, directions = _viewing_rays(lo, hi, view, size)
-    grid = occupied.permute(1, 0, 2).cpu().numpy()  # x, y, z
-    cells = torch.tensor(grid.shape)
-    rays = (origins - lo) / (hi - lo) * cells, directions / (hi - lo) * cells
-    hit, layer, face = _walk(grid, *(x.T.contiguous().numpy() for x in rays))
-    color = turbo((layer + 0.5) / grid.shape[2]) * np.array([0.72, 0.86, 1.0])[face, None]
-    picture = np.where(hit[:, None], color, BACKGROUND)
+    place, _ = cast(occupied.cpu(), box, origins, directions)
+    ny, nx, nz = occupied.shape
+    cell = torch.stack([place // nz % nx, place // (nz * nx), place % nz], dim=1)
+    near = lo + (cell + (directions < 0)) * (hi - lo) / torch.tensor([nx, ny, nz])
+    face = ((near - origins) / directions).argmax(1)  # the last that a ray enters
+    color = turbo((cell[:, 2].numpy() + 0.5) / nz) * np.array([0.72, 0.86, 1.0])[face, None]
+    picture = np.where(place.numpy()[:, None] >= 0, color, BACKGROUND)
     return picture.astype(np.uint8).reshape(*size, 3)
 
 
@@ -155,38 +156,6 @@ def _viewing_rays(
         forward + (u - 0.5)[:, None] * right * 1.1 + (0.5 - v)[:, None] * up * 1.1 * rows / cols
     )
     return eye.expand_as(directions), directions + 1e-6
-
-
-def _walk(grid: np.ndarray, origins: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, ...]:
-    """First occupied cell on each ray: whether there is one, its z, axis of the face entered [R].
-
-    origins and directions float32 [3, R] are in units of cells of the grid [nx, ny, nz].
-    """
-    walls = np.pad(grid.astype(np.int8), 1, constant_values=2).ravel()  # 0: go on, 2: outside
-    cells, (_, rows, layers) = np.float32(grid.shape)[:, None], np.array(grid.shape) + 2
-    strides = np.array([[rows * layers], [layers], [1]])
-    inverse = 1 / directions
-    sides = -origins * inverse, (cells - origins) * inverse
-    enter, leave = np.minimum(*sides), np.maximum(*sides).min(0)
-    face, enter = enter.argmax(0), enter.max(0)
-    cell = np.floor(origins + directions * (enter.clip(0) + np.float32(1e-4)))
-    planes = (cell + (directions > 0) - origins) * inverse  # how far away the next is on each axis
-    places = (strides * (cell.clip(-1, cells) + 1).astype(int)).sum(0)
-    places[(leave <= enter) | (leave <= 0)] = 0
-    steps, widths = strides * np.sign(directions).astype(int), np.abs(inverse)
-    while len(rays := np.flatnonzero(walls[places] == 0)):
-        place, axis = places[rays], face[rays]
-        plane, step, width = (x[:, rays] for x in (planes, steps, widths))
-        for _ in range(16):  # some arrive earlier: they wait, as sorting them out takes longer
-            on = walls[place] == 0
-            x = on & (plane[0] <= plane[1]) & (plane[0] <= plane[2])
-            y = on & (plane[1] <= plane[2]) & ~x
-            for k, moves in enumerate((x, y, on & ~x & ~y)):
-                np.add(place, step[k], out=place, where=moves)
-                np.add(plane[k], width[k], out=plane[k], where=moves)
-                axis[moves] = k
-        places[rays], face[rays], planes[:, rays] = place, axis, plane
-    return walls[places] == 1, places % layers - 1, face
 
 
 def text_size(width: int) -> int:
