@@ -87,6 +87,22 @@ def test_an_export_reads_back_to_the_same_samples(street, tmp_path, kind):
         np.testing.assert_allclose(z, street.depth(3)[0][v, u], rtol=1e-5)
 
 
+def test_what_nerfstudio_applied_is_undone(street, tmp_path):
+    export_posed([street], tmp_path)
+    path = tmp_path / street.name / "transforms.json"
+    whole = json.loads(path.read_text())
+    applied = np.array([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, -1, 0]])  # as of its COLMAP poses
+    for frame in whole["frames"]:
+        moved = applied[:, :3] @ np.array(frame["transform_matrix"])[:3]
+        moved[:, 3] *= 0.1
+        frame["transform_matrix"] = moved.tolist()
+    whole |= {"applied_transform": applied.tolist(), "applied_scale": 0.1}
+    path.write_text(json.dumps(whole | {"depth_unit_scale_factor": 0.1}))
+    got = opened(tmp_path, chosen=street.name)
+    np.testing.assert_allclose(got.cameras(3)[1], street.cameras(3)[1], atol=1e-9)
+    np.testing.assert_allclose(got.depth(3)[0], street.depth(3)[0], rtol=1e-6)
+
+
 # Lenses
 
 
@@ -130,13 +146,13 @@ def test_undistorted_images_are_those_of_a_pinhole(tmp_path, kind):
     images, depths, _ = street.render(1, intrinsics=got.cameras(1)[0])
     want = images[0].astype(float)
     ratio = got.depth(1)[0][depths[0] > 0] / depths[0][depths[0] > 0]
-    assert np.quantile(np.abs(ratio - 1), 0.9) < 0.02
+    assert np.quantile(np.abs(ratio - 1), 0.9) < 0.015
     for axis in (0, 1):  # it is worse half a pixel off to either side, and equally so
         before, here, after = (off(got.image(1, 0), want, axis, d) for d in (-0.5, 0, 0.5))
-        assert here < 0.9 * min(before, after)
-        assert abs(after - before) / (before + after - 2 * here) < 0.15  # half a pixel over 2 of it
+        assert here < 0.85 * min(before, after)
+        assert abs(after - before) / (before + after - 2 * here) < 0.08  # half a pixel over 2 of it
     other = np.abs(street.image(1, 0)[8:-8, 8:-8] - want[8:-8, 8:-8]).mean()
-    assert off(got.image(1, 0), want, 0, 0) < 0.7 * other
+    assert off(got.image(1, 0), want, 0, 0) < 0.65 * other
 
 
 def off(image, want, axis, shift):
@@ -167,15 +183,15 @@ def test_images_are_fitted_around_the_horizon():
     k = Lens(image.shape[:2], 721.5, 721.5, 609.6, 172.9).intrinsics
     small, fitted_k = fitted(image, k, (96, 320), 172.9)
     assert small.shape == (96, 320, 3)
-    assert small[:, 100, 0].argmax() in (43, 44, 45)  # as far up as the image reaches
+    assert small[:, 100, 0].argmax() == 44  # as far up as the image reaches
     point = np.array([1.0, 0.4, 9.0])
     u, v, _ = k @ point / point[2]
     x, y, _ = fitted_k @ point / point[2]
     scale = 97 / 375
-    assert (x + 0.5) == pytest.approx((u + 0.5) * 320 / 1242, abs=1.0)
-    assert (y + 0.5) == pytest.approx((v + 0.5) * scale, abs=1.0)
+    assert (x + 0.5) == pytest.approx((u + 0.5) * 320 / 1242, abs=1e-9)
+    assert (y + 0.5) == pytest.approx((v + 0.5) * scale, abs=1e-9)
     same, same_k = fitted(small, fitted_k, (96, 320), 0.0)
-    assert same is small or (same == small).all()
+    assert (same == small).all()
     np.testing.assert_array_equal(same_k, fitted_k)
 
 
@@ -209,10 +225,10 @@ def test_scale_and_up_are_given_or_found(street, similarity, tmp_path):
     steps = np.linalg.norm(np.diff(street.positions, axis=0), axis=1).sum()
     for change, scale in ((f"scale_metres={0.4}", 0.4), (f"path_length={steps}", 0.4)):
         got = opened(tmp_path, f"data.{change}", chosen=street.name)
-        assert got.path[-1] == pytest.approx(scale * 2.5 * street.path[-1], rel=2e-3)
+        assert got.path[-1] == pytest.approx(scale * 2.5 * street.path[-1], rel=1e-9)
     height = street.rig.camera_to_volume[0, 2, 3] + 1.73
     got = opened(tmp_path, f"data.camera_height={height}", chosen=street.name)
-    assert got.path[-1] == pytest.approx(street.path[-1], rel=0.05)  # a street with grades
+    assert got.path[-1] == pytest.approx(street.path[-1], rel=0.03)
     wrong = opened(tmp_path, "data.scale_metres=0.6", f"data.camera_height={height}")
     assert "one of it and the scale is wrong" in wrong.missing[0]
     _, camera = cameras_of(got, 3)
@@ -224,7 +240,7 @@ def test_scale_and_up_are_given_or_found(street, similarity, tmp_path):
     found = np.linalg.inv(got.volume_to_world(3)) @ got.cameras(3)[1][0]
     # the camera is tilted in the volume as it is on average
     off = np.arccos(np.clip(found[2, :3] @ street.rig.camera_to_volume[0, 2, :3], -1, 1))
-    assert np.rad2deg(off) < 2.5
+    assert np.rad2deg(off) < 0.2
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is not there")
@@ -300,9 +316,14 @@ def test_images_of_one_time_are_a_frame(tmp_path, names, cameras, frames):
 
 
 def test_what_a_rig_lacks_is_told(tmp_path):
-    _, shots, _, notes = grouped(rig_of(tmp_path, ["a/1.png", "b/1.png", "a/2.png", "a/x_1.png"]))
-    assert len(shots) == 1
-    assert any("1 of 2 time stamps" in note for note in notes) or len(notes) >= 2
+    names = ["a/1.png", "b/1.png", "a/2.png", "a/01.png"]
+    _, shots, _, notes = grouped(rig_of(tmp_path, names))
+    assert [shot.name for shot in shots[0]] == ["a/1.png", "b/1.png"] and len(shots) == 1
+    assert notes == [
+        "time stamps twice, the first used: 1 (a/01.png)",
+        "2 cameras: a, b",
+        "1 of 2 time stamps have an image of every camera",
+    ]
 
 
 def test_the_preset_follows_from_the_rig(street, ring, tmp_path):
@@ -320,8 +341,8 @@ def test_a_ring_of_cameras_stands_in_its_volume(ring, similarity, tmp_path):
     order = [got.camera_names.index(name) for name in ring.camera_names]
     ours, theirs = cameras_of(got, 3)[1][order], cameras_of(ring, 3)[1]
     middle = theirs[:, :3, 3].mean(0) * (1, 1, 0)
-    np.testing.assert_allclose(ours[:, :3, 3], theirs[:, :3, 3] - middle, atol=0.05)
-    np.testing.assert_allclose(ours[:, :3, :3], theirs[:, :3, :3], atol=0.03)
+    np.testing.assert_allclose(ours[:, :3, 3], theirs[:, :3, 3] - middle, atol=0.005)
+    np.testing.assert_allclose(ours[:, :3, :3], theirs[:, :3, :3], atol=0.003)
 
 
 # Bad input

@@ -151,7 +151,7 @@ def _nerfstudio_shot(path: Path, values: dict, back: np.ndarray, scale: float) -
         kind: path.parent / values[key] if values.get(key) else None
         for kind, key in (("mask", "mask_path"), ("depth", "depth_file_path"))
     }
-    unit = float(values.get("depth_unit_scale_factor", 1e-3))
+    unit = scale * float(values.get("depth_unit_scale_factor", 1e-3))
     return Shot(file, name, pose, _nerfstudio_lens(path, values), **extra, depth_unit=unit)
 
 

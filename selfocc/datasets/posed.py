@@ -263,7 +263,10 @@ class PosedSequence(Sequence):
         self.positions = self._camera_to_world[:, 0, :3, 3]
         self.path = reading.driven(self._camera_to_world[:, 0])
         self._intrinsics = np.stack(
-            [[self._seen(s, n) for n, s in enumerate(shots)] for shots in self._shots]
+            [
+                [_intrinsics(s.lens, *self._fit(n)) for n, s in enumerate(shots)]
+                for shots in self._shots
+            ]
         )
         self.missing = [*footage.notes, *self._survey()]
 
@@ -306,9 +309,6 @@ class PosedSequence(Sequence):
 
     def volume_to_world(self, frame: int) -> np.ndarray:
         return self._volume_to_world[frame]
-
-    def _seen(self, shot: Shot, camera: int) -> np.ndarray:
-        return _intrinsics(shot.lens, *self._fit(camera))
 
     def _fit(self, camera: int) -> tuple[tuple[int, int] | None, int]:
         """Height and width to which images are brought, None for their own; their horizon."""
