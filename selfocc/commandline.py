@@ -14,7 +14,7 @@ from typing import NoReturn, get_args
 import torch
 
 from selfocc import InputError, distributed
-from selfocc.config import Config, Dataset, Folders
+from selfocc.config import FOOTAGE, Config, Dataset, Folders
 from selfocc.labels import TABLES
 from selfocc.settings import entries
 
@@ -106,12 +106,12 @@ def overrides(arguments: argparse.Namespace, more: dict[str, object] | None = No
 
     more: the same of a script's own options, None where they are not given.
     """
-    named = ("dataset", "version", "train", "val", "label_map")
-    named += ("scale_metres", "camera_height", "path_length", "up")  # of footage
+    named = ("dataset", "version", "train", "val", "label_map", *FOOTAGE)
     values = {f"data.{name}": getattr(arguments, name) for name in named} | (more or {})
-    return [f"{path}={value}" for path, value in values.items() if value is not None] + (
-        arguments.set
-    )
+    given = [f"{path}={value}" for path, value in values.items() if value is not None]
+    if arguments.dataset not in (None, "posed"):  # a network that learnt from footage sees another
+        given[:0] = [f"data.{name}=none" for name in FOOTAGE]
+    return given + arguments.set
 
 
 class Stopped(Exception):

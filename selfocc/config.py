@@ -83,6 +83,10 @@ class DataConfig(Section, name="data"):
         return 6 if self.dataset == "nuscenes" or ring else 1
 
 
+# what a folder of footage may have to be told, and no other data set
+FOOTAGE = ("scale_metres", "camera_height", "path_length", "up")
+
+
 @dataclass(frozen=True)
 class Folders:
     """Where the files of a data set are; None for what it does not need."""
@@ -283,6 +287,9 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield f"data.{name} is {near:g},{far:g}; the first distance must not exceed the second"
     if data.up and not any(data.up):
         yield "data.up is 0,0,0, which is no direction"
+    for name in FOOTAGE:
+        if data.dataset != "posed" and getattr(data, name) is not None:
+            yield f"data.{name} is of data set posed, and {data.dataset} knows it; leave it out"
     seen = tuple(int(n * data.scale) for n in data.crop)
     if any(n < 1 or n > p for n, p in zip(seen, data.pad, strict=True)):
         yield (

@@ -95,6 +95,7 @@ def test_wrong_override_says_what_is_right(override, said):
         ("data.anchor_input=1.1", "a number from 0 to 1"),
         ("data.source=10,0.4", "the first distance must not exceed the second"),
         ("data.up=0,0,0", "which is no direction"),
+        ("data.camera_height=1.65", "data.camera_height is of data set posed"),
         ("data.pad=64,64", "data.crop times data.scale makes images of 96x320 pixels"),
         ("field.colors=1", "expected 0 | 3"),
         ("field.ground=nan", "expected a number or none"),
