@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from datetime import timedelta
 from pathlib import Path
@@ -141,6 +142,11 @@ class Numbers(Dataset):
         return self.item(index)
 
 
+# seconds until a worker ends, when all indices are handed out: PyTorch tells of its end by an
+# exception out of a signal handler, which would leave a queue locked that is just written to
+LATER = 0.5
+
+
 class Unshared:
     """As a tensor for which there is no shared memory: it fails when handed over."""
 
@@ -150,11 +156,13 @@ class Unshared:
 
 def kill_worker(index):
     if torch.utils.data.get_worker_info() is not None:
+        time.sleep(LATER)
         os.kill(os.getpid(), signal.SIGKILL)
     return index
 
 
 def hand_over(index):
+    time.sleep(LATER)
     return Unshared()
 
 
